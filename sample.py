@@ -1,0 +1,304 @@
+"""Sampling: a prompt and noise become a video by integrating dx/dsigma = v(x, sigma) from sigma = 1 to 0.
+
+    python sample.py "push_in a red sphere on a checkered green floor, yellow walls"
+    python sample.py "Camera orbit left. A lighthouse ..." --model Wan-AI/Wan2.1-T2V-1.3B --device cuda
+
+Rectified flow: x = (1 - sigma) x0 + sigma eps, the model predicts v = eps - x0. ODE solvers: Euler, and UniPC
+(order 2, B2; arXiv 2302.04867), Wan's default. `transition` is the one place where a stochastic step's mean and
+standard deviation are computed: sampling, log-probabilities and KL all read it.
+
+Left out: schedulers other than these, image or video input, tiling.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import load_wan, trim_text
+
+WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16)  # the release's, at 480p
+
+
+def generator(*key):
+    """A CPU torch.Generator seeded by a key such as (seed, step, prompt, member, purpose): no draw depends on any other."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# -------------------------------------------------------------------------------------------------- the noise schedule
+
+def sigmas(steps, shift):
+    """Noise levels (steps + 1,), float32, from 1 to 0: sigma = shift u / (1 + (shift - 1) u).
+
+    u runs evenly from 1 to .001, as in Diffusers, then 0. shift > 1 spends more steps at high noise.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift must be a positive number, got {shift}")
+    u = torch.linspace(1, .001, steps + 1, dtype=torch.float64)[:-1]
+    return torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+# ----------------------------------------------------------------------------------------------------------- one step
+
+def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
+    """One step sigma -> sigma_next < sigma as a Gaussian. -> mean (like x), std (a 0-dim tensor), float32.
+
+    ODE (eta 0)  mean = x - v D,  D = sigma - sigma_next
+    flow         s = eta sqrt(sigma/(1-sigma)); mean = x - [v + s^2/(2 sigma) (x + (1-sigma) v)] D; std = s sqrt(D)
+                 (Flow-GRPO, arXiv 2505.05470; at sigma = 1 the denominator takes sigma_next)
+    dance        the same with s = eta (DanceGRPO, arXiv 2505.07818)
+    cps          std = sigma_next sin(eta pi/2); mean = (1-sigma_next) x0 + sigma_next cos(eta pi/2) eps
+                 with x0 = x - sigma v, eps = x + (1-sigma) v (Flow-CPS, arXiv 2509.05952)
+
+    sigma, sigma_next: floats or 0-dim tensors. eta = 0 is the ODE in every kind, bit for bit.
+    """
+    if kind not in ("flow", "dance", "cps"):
+        raise ValueError(f"kind must be flow, dance or cps, got '{kind}'")
+    x, v = x.float(), v.float()
+    sigma, sigma_next = (torch.as_tensor(s, dtype=torch.float32, device=x.device) for s in (sigma, sigma_next))
+    step = sigma - sigma_next
+    if eta == 0:
+        return x - v * step, torch.zeros((), device=x.device)
+    if kind == "cps":
+        std = sigma_next * math.sin(eta * math.pi / 2)
+        return (1 - sigma_next) * (x - sigma * v) + sigma_next * math.cos(eta * math.pi / 2) * (x + (1 - sigma) * v), std
+    s = torch.full_like(sigma, eta)
+    if kind == "flow":
+        s = eta * (sigma / (1 - (sigma_next if sigma == 1 else sigma))).sqrt()
+    mean = x - (v + s * s / (2 * sigma) * (x + (1 - sigma) * v)) * step
+    return mean, s * step.sqrt()
+
+
+def log_prob(x_next, mean, std):
+    """log N(x_next; mean, std^2), averaged over all but the batch dimension. -> (B,), float32.
+
+    The mean instead of the sum keeps ratios usable at any latent size (as in Flow-GRPO).
+    """
+    x_next, mean, std = x_next.float(), mean.float(), torch.as_tensor(std).float()
+    logp = -(x_next - mean).square() / (2 * std * std) - std.log() - .5 * math.log(2 * math.pi)
+    return logp.flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- ODE solvers
+
+def euler(velocity, x, levels):
+    """x at levels[0] -> x at levels[-1]. velocity(x, sigma) -> v."""
+    for sigma, sigma_next in zip(levels, levels[1:]):
+        x, _ = transition(x, velocity(x, sigma), sigma, sigma_next)
+    return x
+
+
+def unipc(velocity, x, levels):
+    """UniPC of order 2 in data prediction with B(h) = e^h - 1: each new x0 first corrects the step that led to it.
+
+    With lambda = log((1-sigma)/sigma), h = lambda_next - lambda, k = expm1(-h), both parts take the form
+        x_next = sigma_next/sigma x - (1-sigma_next) k [m0 + r_1 D_1 + r_2 D_2]
+    with D_1 = (m_-1 - m0)/rho, rho = (lambda_-1 - lambda)/h, and in the corrector D_2 = m_next - m0.
+    First and last steps are of order 1. sigma = 1 is taken as 1 - 1e-6, where lambda is finite.
+    """
+    levels = levels.float().clamp(max=1 - 1e-6)
+    s = levels.double().cpu()
+    lam = ((1 - s) / s).log()
+    n = len(s) - 1
+
+    def step(x, i, m0, m_prev=None, m_next=None):  # from level i to i + 1
+        h = float(lam[i + 1] - lam[i])
+        k = math.expm1(-h)
+        change = m0
+        rho = float(lam[i - 1] - lam[i]) / h if m_prev is not None else None
+        if m_next is None:
+            if m_prev is not None:
+                change = m0 + .5 / rho * (m_prev - m0)
+        elif m_prev is None:
+            change = m0 + .5 * (m_next - m0)
+        else:  # solve [[1, 1], [rho, 1]] r = b
+            b1 = (k / -h - 1) / k
+            b2 = 2 * ((k / -h - 1) / -h - .5) / k
+            r1 = (b1 - b2) / (1 - rho)
+            change = m0 + r1 / rho * (m_prev - m0) + (b1 - r1) * (m_next - m0)
+        return float(s[i + 1] / s[i]) * x - float(1 - s[i + 1]) * k * change
+
+    m_prev = m0 = last = None
+    second_order = False
+    for i in range(n):
+        m = x - levels[i] * velocity(x, levels[i])  # the data prediction x0
+        if i > 0:
+            x = step(last, i - 1, m0, m_prev if second_order else None, m)
+        m_prev, m0, last = m0, m, x
+        second_order = 0 < i < n - 1
+        x = step(x, i, m0, m_prev if second_order else None)
+    return x
+
+
+SOLVERS = {"unipc": unipc, "euler": euler}
+
+
+# -------------------------------------------------------------------------------------------------------- the sampler
+
+def guided_velocity(wan, text, negative=None, guidance=1.0):
+    """-> velocity(x, sigma) with classifier-free guidance u + g (c - u), as one batched forward, combined in float32.
+
+    text, negative: (B, L, D) from wan.encode_text. Without guidance (g = 1) the model runs once per sample.
+    """
+    double = guidance != 1
+    text, padding = trim_text(torch.cat([text, negative]) if double else text)
+
+    def velocity(x, sigma):
+        x = torch.cat([x, x]) if double else x
+        v = wan.dit(x, (1000 * sigma).to(x.device).expand(len(x)), text, text_padding=padding).float()
+        if double:
+            c, u = v.chunk(2)
+            v = u + guidance * (c - u)
+        return v
+
+    return velocity
+
+
+@torch.no_grad()
+def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unipc", negative="", progress=False):
+    """Noise (B, C, T, h, w), N(0, 1) per element -> latents of the same shape, float32, for B prompts.
+
+    shift: of the schedule; None takes the model's scheduler_config, else 5.0 (Wan's for text-to-video).
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got '{solver}'")
+    if len(prompts) != len(noise):
+        raise ValueError(f"{len(prompts)} prompts need as many noise samples, got {len(noise)}")
+    levels = sigmas(steps, shift if shift is not None else wan.shift or 5.0)
+    negative = wan.encode_text([negative]).expand(len(prompts), -1, -1) if guidance != 1 else None
+    velocity = guided_velocity(wan, wan.encode_text(prompts), negative, guidance)
+    with tqdm(total=steps, desc="sample", unit="step", disable=not progress) as bar:
+        def counted(x, sigma):
+            v = velocity(x, sigma)
+            bar.update()
+            return v
+        return SOLVERS[solver](counted, noise.float().to(wan.device), levels)
+
+
+# -------------------------------------------------------------------------------------------------------- video files
+
+def write_video(path, video, fps=16):
+    """Video (F, 3, H, W) in [0, 1] -> H.264 mp4 (yuv420p, plays in browsers), written to a temporary name and renamed."""
+    import imageio.v2 as iio
+    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    part = Path(path).with_name(f".{Path(path).stem}.part.mp4")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    iio.mimwrite(part, frames, fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=1,
+                 output_params=["-crf", "12", "-preset", "medium"])
+    part.rename(path)
+
+
+def contact_sheet(path, videos, columns=6, width=1152):
+    """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames evenly spread, small frames enlarged."""
+    import imageio.v3 as iio
+    rows = []
+    for video in videos:
+        pick = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
+        rows.append(torch.cat(list(video[pick].float().cpu()), -1))
+    sheet = (torch.cat(rows, 1).clamp(0, 1).permute(1, 2, 0) * 255).round().byte()
+    scale = max(1, width // sheet.shape[1])
+    part = Path(path).with_name(f".{Path(path).stem}.part.png")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(part, sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
+    part.rename(path)
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+def check(a):
+    """Raises ValueError with one sentence for the first argument that cannot work; loads and writes nothing."""
+    if not a.prompt.strip():
+        raise ValueError('the prompt is empty; say what to show, e.g. "push_in a red sphere on a checkered green floor, yellow walls"')
+    for name in ("frames", "height", "width"):
+        value = getattr(a, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be positive, got {value}")
+    if a.frames is not None and a.frames % 4 != 1:
+        raise ValueError(f"--frames must be 4k+1, got {a.frames}; try {a.frames // 4 * 4 + 1}")
+    for name in ("height", "width"):
+        value = getattr(a, name)
+        if value is not None and value % 16:
+            raise ValueError(f"--{name} must be a multiple of 16, got {value}; try {max(16, round(value / 16) * 16)}")
+    for name in ("steps", "num"):
+        value = getattr(a, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if a.guidance is not None and not math.isfinite(a.guidance):
+        raise ValueError(f"--guidance must be a finite number, got {a.guidance}; 1 turns guidance off")
+    if a.shift is not None and not (math.isfinite(a.shift) and a.shift > 0):
+        raise ValueError(f"--shift must be a positive number, got {a.shift}")
+    if a.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
+    if a.out.suffix != ".mp4":
+        raise ValueError(f"--out must end in .mp4, got '{a.out}'")
+    folder = a.out.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or a.out.is_dir():
+        raise ValueError(f"cannot write '{a.out}': {folder if not a.out.is_dir() else a.out} is not a folder you can write to"
+                         if not a.out.is_dir() else f"cannot write '{a.out}': it is a folder")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="folder (either layout) or hub id")
+    parser.add_argument("--out", type=Path, help="the mp4; a contact sheet goes beside it (default out/PROMPT_SEED.mp4)")
+    parser.add_argument("--num", type=int, default=1, help="videos of the prompt, sampled as one batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frames", type=int, help="4k+1; default: the model's")
+    parser.add_argument("--height", type=int, help="multiple of 16; default: the model's")
+    parser.add_argument("--width", type=int, help="multiple of 16; default: the model's")
+    parser.add_argument("--steps", type=int, help="default: the model's")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = off; default: the model's")
+    parser.add_argument("--shift", type=float, help="of the noise schedule; default: the model's scheduler_config")
+    parser.add_argument("--solver", choices=list(SOLVERS), default="unipc")
+    parser.add_argument("--negative", default="", help="negative prompt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the DiT and text encoder; default bfloat16 on CUDA")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the DiT")
+    a = parser.parse_args(argv)
+    if a.out is None:
+        slug = re.sub(r"[^a-z0-9]+", "_", a.prompt.lower()).strip("_")[:60].strip("_") or "video"
+        a.out = Path("out") / f"{slug}_{a.seed}.mp4"
+    a.dtype = getattr(torch, a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32"))
+    return a
+
+
+def main(argv=None):
+    a = parse_arguments(argv)
+    try:
+        check(a)
+        wan = load_wan(a.model, a.device, a.dtype)
+    except (ValueError, OSError) as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        return 2
+    for name, value in {**WAN_DEFAULTS, **wan.defaults}.items():
+        if getattr(a, name, None) is None:
+            setattr(a, name, value)
+    if a.compile:
+        wan.dit = torch.compile(wan.dit)
+    shape = (wan.dit.config.in_channels, (a.frames - 1) // 4 + 1, a.height // 8, a.width // 8)
+    noise = torch.stack([torch.randn(shape, generator=generator(a.seed, 0, 0, member, "noise")) for member in range(a.num)])
+    latents = sample(wan, [a.prompt] * a.num, noise, a.steps, a.guidance, a.shift, a.solver, a.negative, progress=True)
+    videos = [wan.vae.decode(latent[None])[0] for latent in latents]
+    for i, video in enumerate(videos):
+        path = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")
+        write_video(path, video, a.fps)
+        print(path)
+    contact_sheet(a.out.with_suffix(".png"), videos)
+    print(a.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import VAE, DiT, DiTConfig, VAEConfig  # noqa: E402
+from tiny_world import make_tokenizer, write_wan  # noqa: E402
+
+DIT = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=56, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
+VAE_ = dict(base_dim=4, z_dim=4, num_res_blocks=2, dim_mult=(1, 2, 2, 2), latents_mean=(.1, -.2, .3, 0.), latents_std=(1.1, .9, 1.3, .7))
+TEXT = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Weights at a scale that keeps activations near 1, so that an error anywhere shows in the output."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=g)
+        if p.dim() < 2 or "table" in name or "gamma" in name:
+            p.copy_(noise * .1 + (1 if "norm" in name and "bias" not in name else 0))
+        else:
+            p.copy_(noise / p[0].numel() ** .5)
+    return model.eval()
+
+
+def random_parts():
+    import transformers
+    tokenizer = make_tokenizer()
+    text = randomise(transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=len(tokenizer), **TEXT)))
+    return randomise(DiT(DiTConfig(**DIT))), randomise(VAE(VAEConfig(**VAE_))), text, tokenizer
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder in the Diffusers layout with small random models, float32."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "wan"
+    write_wan(folder, *random_parts(), shift=3.0, dtype=torch.float32,
+              sampling=dict(frames=5, height=16, width=32, steps=2, guidance=2.0, fps=8))
+    return folder

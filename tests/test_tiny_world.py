@@ -1,0 +1,121 @@
+import math
+
+import pytest
+import torch
+
+from noise_warp import parse_motion
+from tiny_world import COLOURS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, intrinsics, make_tokenizer, random_scene, render
+
+
+def test_scenes_are_deterministic_and_differ():
+    assert random_scene(1, "static", 5) == random_scene(1, "static", 5)
+    assert len({random_scene(1, "static", i).caption for i in range(50)}) == 50
+    a, b = (render(random_scene(3, "dynamic", 2), frames=5)["video"] for _ in range(2))
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="static or dynamic, got 'train'"):
+        random_scene(1, "train", 0)
+
+
+def test_captions_name_everything_and_the_prompt_parser_reads_the_camera_back():
+    for i in range(300):
+        scene = random_scene(0, ("static", "dynamic")[i % 2], i)
+        assert parse_motion(scene.caption) == scene.motions, scene.caption
+        for word in (scene.wall, scene.floor, *(w for o in scene.objects for w in (o.colour, o.shape, o.behaviour))):
+            assert word in scene.caption.lower()
+        assert parse_motion(caption(scene, camera=False)) == ["fixed"]
+
+
+def test_every_motion_word_is_rendered():
+    seen = {m for i in range(200) for m in random_scene(0, "static", i).motions}
+    assert len(seen) == 11
+    assert any(len(random_scene(0, "static", i).motions) == 2 for i in range(20))
+
+
+def test_video_poses_depth_and_mask_have_the_documented_shapes():
+    out = render(random_scene(0, "static", 1), frames=5, height=32, width=48, depth=True)
+    assert out["video"].shape == (5, 3, 32, 48) and 0 <= out["video"].min() and out["video"].max() <= 1
+    assert out["poses"].shape == (5, 4, 4) and torch.equal(out["poses"][0], torch.eye(4))
+    assert out["depth"].shape == out["mask"].shape == (5, 32, 48)
+    assert out["depth"].isfinite().all() and out["depth"].min() > 0 and out["mask"].max() >= 1
+
+
+def test_rendering_some_frames_equals_rendering_all():
+    scene = random_scene(0, "dynamic", 3)
+    difference = render(scene, frames=9)["video"][[2, 7]] - render(scene, frames=9, at=[2, 7])["video"]
+    assert difference.abs().mean() < 1e-5  # a ray on an edge may round either way
+
+
+def march(scene, pose, ray):
+    """Slow oracle: walks a ray in small steps until it enters an object or leaves the room. -> z-depth, owner"""
+    c, s = math.cos(PITCH), math.sin(PITCH)
+    room = torch.tensor([[1, 0, 0], [0, c, s], [0, -s, c]], dtype=torch.float64)
+    t = torch.arange(0, 5, 5e-4, dtype=torch.float64)[:, None]
+    points = (room @ pose[:3, 3].double()) + t * (room @ pose[:3, :3].double() @ ray.double())  # (N, 3)
+    outside = ((points < torch.tensor(LOW)) | (points > torch.tensor(HIGH))).any(1)
+    first, owner = int(outside.nonzero()[0]), 0
+    for k, o in enumerate(scene.objects):
+        x, y, z = (points - torch.tensor([o.x, HIGH[1] - o.size, o.z])).unbind(1)
+        if o.shape == "sphere":
+            inside = x * x + y * y + z * z < o.size ** 2
+        elif o.shape == "cylinder":
+            inside = (x * x + z * z < o.size ** 2) & (y.abs() < o.size)
+        else:
+            a, b = math.cos(o.yaw) * x - math.sin(o.yaw) * z, math.sin(o.yaw) * x + math.cos(o.yaw) * z
+            inside = (a.abs() < o.size) & (y.abs() < o.size) & (b.abs() < o.size)
+        if inside.any() and int(inside.nonzero()[0]) < first:
+            first, owner = int(inside.nonzero()[0]), k + 1
+    return float(t[first]), owner
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_depth_and_mask_agree_with_ray_marching(shape):
+    scene = Scene("red", "blue", [Object(shape, "green", -.2, 1.0, .22, .4), Object("box", "yellow", .35, 1.2, .2, -.3)], ["orbit_left"])
+    out = render(scene, frames=3, height=16, width=16, depth=True)
+    K = intrinsics(16, 16)
+    wrong = 0
+    for f in (0, 2):
+        for row in range(0, 16, 3):
+            for column in range(0, 16, 2):
+                ray = torch.linalg.inv(K) @ torch.tensor([column + .5, row + .5, 1.0])
+                depth, owner = march(scene, out["poses"][f], ray)
+                wrong += abs(depth - out["depth"][f, row, column]) > 2e-3 or owner != out["mask"][f, row, column]
+    assert wrong <= 1  # a ray grazing an edge may fall on either side of a step
+
+
+def test_depth_and_poses_explain_the_video():
+    """Pixels of the last frame, lifted by depth and moved by the poses, find their colour in the first frame."""
+    scene = random_scene(0, "static", 6)
+    scene.motions = ["move_left"]
+    out = render(scene, frames=5, height=64, width=64, depth=True)
+    K = intrinsics(64, 64)
+    v, u = torch.meshgrid(torch.arange(64) + .5, torch.arange(64) + .5, indexing="ij")
+    rays = torch.stack([u, v, torch.ones_like(u)], -1) @ torch.linalg.inv(K).T
+    world = (rays * out["depth"][-1][..., None]) @ out["poses"][-1, :3, :3].T + out["poses"][-1, :3, 3]
+    seen = world @ K.T
+    grid = seen[..., :2] / seen[..., 2:] / 32 - 1
+    depth0 = torch.nn.functional.grid_sample(out["depth"][None, :1], grid[None], align_corners=False)[0, 0]
+    visible = (grid.abs() < .95).all(-1) & ((depth0 - seen[..., 2]).abs() < .02)
+    warped = torch.nn.functional.grid_sample(out["video"][None, 0], grid[None], align_corners=False)[0]
+    error = (warped - out["video"][-1]).abs().mean(0)[visible]
+    unmoved = (out["video"][0] - out["video"][-1]).abs().mean(0)[visible]
+    assert visible.float().mean() > .6
+    assert error.mean() < .02 and error.mean() < unmoved.mean() / 4
+
+
+def test_dynamic_objects_move_while_the_room_stands_still():
+    for index in range(8):
+        scene = random_scene(0, "dynamic", index)
+        scene.motions = ["fixed"]
+        out = render(scene, frames=9, depth=True)
+        room = (out["mask"] == 0).all(0)
+        still = torch.nn.functional.max_pool2d((~room)[None].float(), 3, 1, 1)[0] == 0
+        change = (out["video"][1:] - out["video"][:1]).abs().amax((0, 1))
+        assert change[still].max() == 0 and change[~still].max() > .2
+
+
+def test_tokenizer_reads_prompt_forms_alike():
+    tokenizer = make_tokenizer()
+    a, b = (tokenizer(p).input_ids for p in ("push_in a red sphere, blue walls", "Push-in a RED sphere  blue walls."))
+    assert a == b and a[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in a
+    assert tokenizer("a zebra").input_ids[1] == tokenizer.unk_token_id
+    assert all(c in tokenizer.get_vocab() for c in COLOURS)
