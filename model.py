@@ -60,32 +60,36 @@ class CausalConv3d(nn.Conv3d):
             past = memory.get(self) if memory is not None else None
             if past is None and x.shape[2] == 1 and memory is None:  # a lone frame sees only zeros behind it
                 return F.conv3d(x, self.weight[:, :, -1:], self.bias, padding=(0, *self.padding[1:]))
-            if past is None:
-                past = x.new_zeros(x.shape[0], x.shape[1], k - 1, *x.shape[3:])
-            x = torch.cat([past, x], 2)
+            x = F.pad(x, (0, 0, 0, 0, k - 1, 0)) if past is None else torch.cat([past, x], 2)
             if memory is not None:
                 memory[self] = x[:, :, 1 - k:].clone()
         return F.conv3d(x, self.weight, self.bias, padding=(0, *self.padding[1:]))
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = gamma sqrt(C) x / |x|_2 over channels, with a backward that makes two passes over memory instead of ten."""
+    """y = gamma sqrt(C) x / |x|_2 over channels (dim 1), with a backward of few passes over memory.
+
+    With x^ = y / gamma and p = grad x^:  d gamma = sum p,  dx = r (gamma grad - x^ (p . gamma) / C).
+    """
 
     @staticmethod
-    def forward(ctx, x, gamma):  # (B, C, ...), (C, 1, ...)
+    def forward(ctx, x, gamma):  # (B, C, ...), (C,)
         C = x.shape[1]
-        last = x.movedim(1, -1)
-        r = torch.linalg.vecdot(last, last).float().add_(1e-24).rsqrt_().mul_(C ** .5).to(x.dtype).unsqueeze(1)
-        ctx.save_for_backward(x, gamma, r)
-        return x * r * gamma
+        flat = x.movedim(1, -1).reshape(-1, C)  # a view when channels are last in memory
+        r = C ** .5 / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min_(1e-12)
+        ctx.save_for_backward(flat, gamma, r)
+        return (flat * r).mul_(gamma).view(x.movedim(1, -1).shape).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, gamma, r = ctx.saved_tensors
-        x_hat, g = x * r, grad * gamma
-        mean = torch.linalg.vecdot(g.movedim(1, -1), x_hat.movedim(1, -1)).unsqueeze(1) / x.shape[1]
-        grad_gamma = (grad * x_hat).sum([0, *range(2, x.dim())]).view_as(gamma)
-        return r * (g - x_hat * mean), grad_gamma
+        flat, gamma, r = ctx.saved_tensors
+        C = len(gamma)
+        g = grad.movedim(1, -1).reshape(-1, C)
+        x_hat = flat * r
+        p = g * x_hat
+        grad_gamma, along = p.sum(0), p @ (gamma / C).unsqueeze(1)
+        dx = torch.mul(g, gamma, out=p).addcmul_(x_hat, along, value=-1).mul_(r)
+        return dx.view(grad.movedim(1, -1).shape).movedim(-1, 1), grad_gamma
 
 
 class RMSNorm(nn.Module):
@@ -94,7 +98,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial))
 
     def forward(self, x):
-        return _RMSNorm.apply(x, self.gamma.to(x.dtype))
+        return _RMSNorm.apply(x, self.gamma.to(x.dtype).flatten())
 
 
 class ResidualBlock(nn.Module):
@@ -303,8 +307,8 @@ class VAE(nn.Module):
         return video
 
     def _pieces(self, T, B, pixels):
-        """Latent frames per piece: as many as keep the widest activation near a million pixels, at least one."""
-        size = max(1, 2 ** 18 // (B * pixels))
+        """Latent frames per piece: up to 4, fewer where the widest activation would pass a million pixels."""
+        size = min(max(2 ** 18 // (B * pixels), 1), 4)
         return [min(size, T - i) for i in range(0, T, size)]
 
 
@@ -784,17 +788,15 @@ def load_wan(path, device="cpu", dtype=torch.float32):
         raise ValueError(f"'{path}' is not a folder; give the folder that holds the checkpoint")
     if not (folder / "transformer").is_dir() and not (folder / ORIGINAL_VAE).exists():
         raise ValueError(f"'{path}' holds neither transformer/ (Diffusers layout) nor {ORIGINAL_VAE} (original layout)")
-    dit, *dit_files = _dit_part(folder)
-    vae, *vae_files = _vae_part(folder)
-    text, *text_files, tokenizer = _text_part(folder)
-    parts = [(model, _match(model, *files, device), device, kind)
-             for model, files, kind in ((dit, dit_files, dtype), (vae, vae_files, torch.float32), (text, text_files, dtype))]
+    parts = []
+    for kind, part in ((dtype, _dit_part), (torch.float32, _vae_part), (dtype, _text_part)):
+        model, files, rename, *tokenizer = part(folder)
+        parts.append((model, _match(model, files, rename, device), device, kind))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_json(scheduler) if scheduler.exists() else {}
     import transformers
-    for part in parts:
-        _fill(*part)
+    dit, vae, text = (_fill(*part) for part in parts)
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
     sampling = folder / "sampling.json"  # a model's own best defaults (guidance, steps, size); ours, optional
-    return Wan(dit, vae, text, transformers.AutoTokenizer.from_pretrained(tokenizer), shift,
+    return Wan(dit, vae, text, transformers.AutoTokenizer.from_pretrained(tokenizer[0]), shift,
                _read_json(sampling) if sampling.exists() else None)

@@ -1,16 +1,25 @@
-"""Noise transport: the prompt's camera words become a camera path (World-R1, arXiv 2604.24764).
+"""Noise transport: the prompt's camera moves the noise (World-R1, arXiv 2604.24764).
 
-    words -> motions -> camera path E_f
+    words -> motions -> camera path E_f -> optical flow of a plane -> noise carried along the flow
 
-    python -c "from noise_warp import *; print(camera_path(parse_motion('Camera push in, then pan left.'), 17)[-1])"
+    noise = latent_noise(camera_path(parse_motion(prompt), 81), 81, 60, 104, generator=g)    # for the DiT
+    python noise_warp.py "push_in" --show     path, flow and noise frames as a picture
+
+A video model keeps much of its initial noise's layout, so noise that already moves like the camera makes the video
+do so. Every frame of it alone must stay white N(0, 1), or the model sees something it was never trained on; that is
+what the density tracker is for (Go-with-the-Flow, arXiv 2501.08331).
 
 Conventions: camera-to-world 4x4, OpenCV axes (x right, y down, z forward), frame 0 = identity, angles in
 radians, distances in units of the assumed scene depth (the plane the camera looks at sits at z = 1).
+Left out: flow estimated from videos, per-object motion; the flow here is a camera's over a plane, exact.
 """
 
+import argparse
 import math
 import re
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -101,3 +110,193 @@ def camera_path(motions, frames, strength=1.0):
         u = (time - i).clamp(0, 1)
         path = path @ _segment(motion, (1 - torch.cos(math.pi * u)) / 2 * strength / n)
     return path
+
+
+# ----------------------------------------------------------------------------------------------------------- the flow
+
+def path_flow(path, height, width, depth=1.0, fov=FOV):
+    """Forward optical flow (F-1, 2, H, W) of a camera path (F, 4, 4), in pixels (dx, dy), previous -> next frame.
+
+    The scene is one plane, z = depth in frame 0's axes, seen by a pinhole camera of horizontal field of view `fov`
+    (radians); pixel centres at +.5. Exact for every pixel; a pixel that cannot be followed (its ray misses the
+    plane, or the point falls behind the next camera) gets a flow that leaves the picture.
+    """
+    path = torch.as_tensor(path, dtype=torch.float64)
+    focal = width / 2 / math.tan(fov / 2)
+    x = (torch.arange(width, dtype=torch.float64) + .5 - width / 2) / focal
+    y = (torch.arange(height, dtype=torch.float64) + .5 - height / 2) / focal
+    rays = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.ones(height, width, dtype=torch.float64)])
+    R, c = path[:, :3, :3], path[:, :3, 3]
+    world = torch.einsum("fij,jhw->fihw", R[:-1], rays)  # ray directions
+    t = (depth - c[:-1, 2]).view(-1, 1, 1) / world[:, 2]
+    point = c[:-1, :, None, None] + t[:, None] * world - c[1:, :, None, None]
+    seen = torch.einsum("fji,fjhw->fihw", R[1:], point)  # in the next camera
+    flow = (seen[:, :2] / seen[:, 2:] - rays[:2]) * focal
+    lost = (t <= 0) | (seen[:, 2] <= 0) | ~flow.isfinite().all(1)
+    return torch.where(lost[:, None], 4.0 * (height + width), flow).float()
+
+
+# ------------------------------------------------------------------------------------------------------ the transport
+
+def _frames(flow, K, generator):
+    """Yields F noise frames (H*W, K), each the one before carried along `flow` (F-1, 2, H, W). See transport_noise."""
+    _, _, H, W = flow.shape
+    N = H * W
+    device = flow.device
+    noise = torch.randn(N, K, generator=generator, device=device)
+    yield noise
+    grid = torch.stack(torch.meshgrid(torch.arange(W, device=device), torch.arange(H, device=device), indexing="xy")).flatten(1).float()
+    offset, density = torch.zeros(2, N, device=device), torch.ones(N, device=device)
+
+    def cells(position):  # (2, n) -> cell index, whether it lies inside
+        x, y = position.round()
+        inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
+        return (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).long(), inside
+
+    for step in flow.flatten(2).float():
+        # Who goes where: every source cell forward; cells that receive nothing look back along the flow.
+        position = grid + offset + step
+        target, inside = cells(position)
+        source = inside.nonzero().squeeze(1)
+        target = target[source]
+        residue = position[:, source] - grid[:, target]  # carried on, so that slow flow is not rounded away
+        received = torch.zeros(N, dtype=torch.bool, device=device)
+        received[target] = True
+        hole = (~received).nonzero().squeeze(1)
+        back, _ = cells(grid[:, hole] - step[:, hole])
+        back, inside = cells(grid[:, hole] - step[:, hole] - offset[:, back])
+        source, target = torch.cat([source, back[inside]]), torch.cat([target, hole[inside]])
+        residue = torch.cat([residue, offset.new_zeros(2, int(inside.sum()))], 1)
+        fresh = hole[~inside]
+
+        copies = torch.bincount(source, minlength=N)
+        share = density[source] / copies[source]  # one source's density is split among its copies
+        total = torch.zeros(N, device=device).index_add_(0, target, share)
+        square = torch.zeros(N, device=device).index_add_(0, target, share * share)
+        crowd = torch.bincount(target, minlength=N)
+
+        # Copies of one source become independent: value/sqrt(n) + zero-sum noise.
+        split = (copies[source] > 1).nonzero().squeeze(1)
+        values = noise.index_select(0, source)
+        if len(split):
+            owner = source[split]
+            extra = torch.randn(len(split), K, generator=generator, device=device)
+            mean = torch.zeros(N, K, device=device).index_add_(0, owner, extra)
+            n = copies[owner].unsqueeze(1)
+            values[split] = values[split] / n.sqrt() + extra - mean[owner] / n
+        # Several values in one cell: their density-weighted sum, at unit variance.
+        merge = (crowd[target] > 1).nonzero().squeeze(1)
+        values[merge] *= (share[merge] / square[target[merge]].sqrt()).unsqueeze(1)
+        noise = torch.zeros(N, K, device=device).index_add_(0, target, values)
+        noise[fresh] = torch.randn(len(fresh), K, generator=generator, device=device)
+
+        offset = torch.zeros(2, N, device=device).index_add_(1, target, residue * share) / total.clamp_min(1e-20)
+        density = torch.where(crowd > 0, total, 1.0)
+        density = (density / density.mean()).clamp(1e-3, 1e3)
+        yield noise
+
+
+def transport_noise(flow, channels, samples=1, generator=None):
+    """Noise that moves with the picture: (samples, channels, F, H, W), every frame white N(0, 1).
+
+    flow (F-1, 2, H, W): pixels (dx, dy), previous -> next. Go-with-the-Flow's transport (arXiv 2501.08331): values
+    that meet in a cell are summed with weights w / sqrt(sum w^2), w their density (a cell that was stretched counts
+    less); a value that is stretched over n cells becomes value/sqrt(n) + zero-sum noise in each; cells nothing
+    reaches get fresh noise. Cells are followed by their index, so one index map a frame serves all channels and
+    samples; sub-cell remainders are carried along. Zero flow returns the same noise, to the bit.
+    """
+    flow = torch.as_tensor(flow)
+    if flow.dim() != 4 or flow.shape[1] != 2 or not flow.is_floating_point():
+        raise ValueError(f"flow must be float (F-1, 2, H, W), got {str(flow.dtype)[6:]} {tuple(flow.shape)}")
+    if not flow.isfinite().all():
+        raise ValueError("flow has NaN or infinite values")
+    H, W = flow.shape[2:]
+    frames = [f.view(H, W, samples, channels) for f in _frames(flow, samples * channels, generator)]
+    return torch.stack(frames).permute(3, 4, 0, 1, 2).contiguous()
+
+
+def latent_noise(path, frames, height, width, samples=1, generator=None, channels=16, degradation=0.0, multiple=4):
+    """Initial noise (samples, C, T, h, w) for the DiT, transported along a camera path (F, 4, 4) of `frames` frames.
+
+    height, width: the latents'. The noise moves at `multiple` times that size along the flow between the frames that
+    the latent frames end on (0, 4, 8, ...), then each multiple x multiple patch is averaged and rescaled to unit
+    variance. degradation d in [0, 1] mixes in fresh noise: sqrt(1-d^2) transported + d fresh.
+    """
+    if len(path) != frames or frames % 4 != 1:
+        raise ValueError(f"the path must have as many frames as the video, 4k+1; got {len(path)} poses for {frames} frames")
+    if not 0 <= degradation <= 1:
+        raise ValueError(f"degradation must be in [0, 1], got {degradation}")
+    m = multiple
+    flow = path_flow(path[::4], height * m, width * m)
+    out = torch.empty(samples, channels, len(path[::4]), height, width)
+    for f, noise in enumerate(_frames(flow, samples * channels, generator)):
+        coarse = noise.view(height, m, width, m, samples, channels).mean((1, 3)) * m
+        out[:, :, f] = coarse.permute(2, 3, 0, 1)
+    if degradation:
+        out = math.sqrt(1 - degradation ** 2) * out + degradation * torch.randn(out.shape, generator=generator)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- a picture
+
+def show(motions, path, frames=17, size=256):
+    """Writes a PNG: the path from above, flow arrows of the first, middle and last step (each
+    scaled to its longest), and noise frames in a row."""
+    import imageio.v3 as iio
+    poses = camera_path(motions, frames)
+    flow = path_flow(poses, size, size)
+
+    def canvas():
+        return torch.ones(size, size, 3)
+
+    def line(image, a, b, colour, width=1.5):
+        """Paints pixels within `width` of the segment a-b (x, y)."""
+        y, x = torch.meshgrid(torch.arange(size) + .5, torch.arange(size) + .5, indexing="ij")
+        (ax, ay), (bx, by) = a, b
+        length = max((bx - ax) ** 2 + (by - ay) ** 2, 1e-9)
+        u = (((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / length).clamp(0, 1)
+        near = (x - ax - u * (bx - ax)) ** 2 + (y - ay - u * (by - ay)) ** 2 < width ** 2
+        image[near] = torch.tensor(colour)
+
+    top = canvas()  # x to the right, z up; the plane at z = 1 as a grey line; the camera's gaze every fourth frame
+    place = lambda x, z: (float(size * (.5 + x * .45)), float(size * (.8 - z * .6)))  # noqa: E731
+    line(top, place(-1, 1), place(1, 1), (.7, .7, .7))
+    for f, pose in enumerate(poses):
+        here = place(pose[0, 3], pose[2, 3])
+        line(top, here, here, (.1, .3, .9), 3.0)
+        if f % 4 == 0:
+            line(top, here, place(pose[0, 3] + .2 * pose[0, 2], pose[2, 3] + .2 * pose[2, 2]), (.9, .3, .1), 1.0)
+    panels = [top]
+    for f in (0, (frames - 1) // 2, frames - 2):
+        arrows, longest = canvas(), max(float(flow[f].abs().max()), 1e-9)
+        for y in range(size // 16, size, size // 8):
+            for x in range(size // 16, size, size // 8):
+                dx, dy = flow[f, :, y, x].tolist()
+                line(arrows, (x, y), (x, y), (.1, .1, .1), 2.5)
+                line(arrows, (x, y), (x + 24 * dx / longest, y + 24 * dy / longest), (.1, .5, .2))
+        panels.append(arrows)
+    noise = transport_noise(path_flow(poses, 64, 64), 3, generator=torch.Generator().manual_seed(0))[0]  # (3, F, H, W)
+    for f in torch.linspace(0, frames - 1, 4).round().long():
+        panels.append((noise[:, f].permute(1, 2, 0) / 5 + .5).clamp(0, 1).repeat_interleave(4, 0).repeat_interleave(4, 1))
+    sheet = torch.cat([torch.cat(panels[:4], 1), torch.cat(panels[4:], 1)])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, (sheet * 255).round().byte().numpy())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", help="a prompt, or motions such as push_in")
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--show", nargs="?", const="out/noise_warp.png", metavar="PNG", help="write the picture")
+    a = parser.parse_args(argv)
+    motions = parse_motion(a.prompt)
+    print("motions:", ", ".join(motions))
+    print("last pose:", *camera_path(motions, a.frames)[-1].tolist(), sep="\n")
+    if a.show:
+        show(motions, a.show, a.frames)
+        print(a.show)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

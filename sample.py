@@ -13,9 +13,9 @@ Left out: schedulers other than these, image or video input, tiling.
 import argparse
 import hashlib
 import math
-import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -178,6 +178,8 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
     velocity = guided_velocity(wan, wan.encode_text(prompts), negative, guidance)
     with tqdm(total=steps, desc="sample", unit="step", disable=not progress) as bar:
         def counted(x, sigma):
+            if solver == "unipc":  # the release and Diffusers cut UniPC's time steps 1000 sigma to whole numbers
+                sigma = (1000 * sigma).floor() / 1000
             v = velocity(x, sigma)
             bar.update()
             return v
@@ -240,12 +242,15 @@ def check(a):
         raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
     if a.out.suffix != ".mp4":
         raise ValueError(f"--out must end in .mp4, got '{a.out}'")
-    folder = a.out.parent
+    folder = a.out.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or a.out.is_dir():
-        raise ValueError(f"cannot write '{a.out}': {folder if not a.out.is_dir() else a.out} is not a folder you can write to"
-                         if not a.out.is_dir() else f"cannot write '{a.out}': it is a folder")
+    try:
+        if a.out.is_dir():
+            raise IsADirectoryError(f"{a.out} is a folder")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise ValueError(f"cannot write '{a.out}' ({e.strerror or e}); choose another --out") from None
 
 
 def parse_arguments(argv=None):

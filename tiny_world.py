@@ -9,6 +9,7 @@ exactly, so each pre-trained model of World-R1 gets a *tiny twin*, the same clas
     python tiny_world.py data --clips 8192       render clips and encode them    -> RUN/data
     python tiny_world.py dit  --minutes 90       train the DiT and text encoder  -> RUN/dit
     python tiny_world.py export                  write RUN's models              -> tiny/wan
+    python tiny_world.py check                   count right colours and directions over 20 samples
 
 All commands resume from RUN (--run, default runs/tiny) and write a log and a picture every few minutes.
 Left out on purpose: shadows, reflections, textures other than tiles. They cost capacity and teach nothing here.
@@ -25,9 +26,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan
+from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
 from noise_warp import FOV, MOTIONS, camera_path
 from sample import contact_sheet, generator, sample
 
@@ -385,8 +387,8 @@ def make_data(run, clips, seed=0):
         for first in range(start, start + SHARD, 4):
             video = stack([render(random_scene(*clip_key(i))) for i in range(first, first + 4)])
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                parts.append(((vae.moments(video)[0].float() - mean) / std).half())
-        save_file({"latents": torch.cat(parts)}, path.with_suffix(".part"))
+                parts.append(((vae.moments(video)[0].float() - mean) / std).half().contiguous())
+        save_file({"latents": torch.cat(parts).contiguous()}, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
 
 
@@ -462,7 +464,7 @@ def train_dit(run, minutes, seed=0, batch=32):
 
     def loss_of(x0, noise, sigma, captions):
         s = sigma.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the CPU's fused bf16 backward is slow
             text, padding = embed(text_encoder, tokenizer, captions)
             v = dit((1 - s) * x0 + s * noise, 1000 * sigma, text, padding)
         return (v.float() - (noise - x0)).square().flatten(1).mean(1)
@@ -545,13 +547,62 @@ def export(run, folder):
               sampling=dict(frames=17, height=64, width=64, steps=20, guidance=2.0, fps=8))
 
 
+# ----------------------------------------------------------------------------------------------------------- a check
+
+def region_colour(region):
+    """The palette colour nearest in hue to the mean of pixels (..., 3, h, w)."""
+    mean = region.movedim(-3, -1).reshape(-1, 3).mean(0)
+    chroma = {name: torch.tensor(c) - sum(c) / 3 for name, c in COLOURS.items()}
+    own = mean - mean.mean()
+    return max(chroma, key=lambda name: F.cosine_similarity(own, chroma[name], dim=0).item())
+
+
+def sideways(video, reach=20):
+    """Pixels the scene moves to the right from the first to the middle frame: the shift that matches them best."""
+    a, b = video[0], video[len(video) // 2]
+    W = a.shape[-1]
+
+    def mismatch(s):
+        return (a[..., max(0, -s):W - max(0, s)] - b[..., max(0, s):W + min(0, s)]).square().mean().item()
+
+    return min(range(-reach, reach + 1), key=mismatch)
+
+
+def check(wan, count, seed=0, rendered=False):
+    """Samples unseen static captions and counts: wall colour, floor colour, left/right direction. Prints a line each.
+
+    The colours are read off the top and bottom rows, the direction off the best sideways shift; `rendered` scores the
+    renderer's own clips instead, which shows how far such crude readings can be trusted.
+    """
+    scenes = [random_scene(f"check/{seed}", "static", i) for i in range(count)]
+    for i, scene in enumerate(scenes):  # half of them move sideways, so that the direction is counted often enough
+        if i % 2:
+            scene.motions = [("move_left", "move_right", "pan_left", "pan_right")[i // 2 % 4]]
+            scene.caption = caption(scene, random.Random(i))
+    if rendered:
+        videos = [render(s)["video"] for s in scenes]
+    else:
+        d = wan.defaults
+        noise = torch.stack([torch.randn(16, (d["frames"] + 3) // 4, d["height"] // 8, d["width"] // 8, generator=generator(seed, 0, i, 0, "noise")) for i in range(count)])
+        videos = wan.vae.decode(sample(wan, [s.caption for s in scenes], noise, d["steps"], d["guidance"], progress=True))
+    wall = [region_colour(v[..., :10, :]) == s.wall for v, s in zip(videos, scenes)]
+    floor = [region_colour(v[..., -8:, :]) == s.floor for v, s in zip(videos, scenes)]
+    moves = [(sideways(v) > 0) == s.motions[0].endswith("left") for v, s in zip(videos, scenes) if s.motions[0][:4] in ("move", "pan_") and len(s.motions) == 1]
+    for name, right in (("wall colour", wall), ("floor colour", floor), ("left/right", moves)):
+        print(f"{name}: {sum(right)} of {len(right)} right")
+    return scenes, videos
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("show", "vae", "data", "dit", "export"))
+    parser.add_argument("command", choices=("show", "vae", "data", "dit", "export", "check"))
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of states, logs and pictures")
     parser.add_argument("--minutes", type=float, default=60, help="training time, over all resumes")
     parser.add_argument("--clips", type=int, default=8192, help="data: clips in all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "wan", help="export: the folder written")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="check: the model sampled")
+    parser.add_argument("--num", type=int, default=20, help="check: videos")
+    parser.add_argument("--rendered", action="store_true", help="check: score the renderer's own clips instead")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     if a.command == "show":
@@ -566,6 +617,10 @@ def main():
         train_dit(a.run, a.minutes, a.seed)
     elif a.command == "export":
         export(a.run, a.out)
+    elif a.command == "check":
+        scenes, videos = check(None if a.rendered else load_wan(a.model), a.num, a.seed, a.rendered)
+        contact_sheet(a.run / "check.png", videos)
+        print("\n".join(s.caption for s in scenes), a.run / "check.png", sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from noise_warp import FOV, MOTIONS, MOVE, ORBIT, PAN, PUSH, camera_path, parse_motion
+from noise_warp import FOV, MOTIONS, MOVE, ORBIT, PAN, PUSH, camera_path, latent_noise, main, parse_motion, path_flow, transport_noise
 
 
 @pytest.mark.parametrize("prompt, motions", [
@@ -76,3 +78,185 @@ def test_strength_scales_and_unknown_motion_is_named():
     assert camera_path(["move_left"], 5, strength=2.0)[-1, 0, 3] == pytest.approx(-2 * MOVE)
     with pytest.raises(ValueError, match="'zoom_in'.*push_in"):
         camera_path(["zoom_in"], 5)
+
+
+# --------------------------------------------------------------------------------------------------------------- flow
+
+def test_flow_is_exact_for_every_pixel():
+    """Each pixel's ray meets the plane z = depth; the meeting point is projected into the next camera. One by one."""
+    path = camera_path(["orbit_left", "pull_right"], 5)
+    H, W, depth = 6, 10, 1.3
+    focal = W / 2 / math.tan(FOV / 2)
+    flow = path_flow(path, H, W, depth)
+    for f in range(4):
+        for row in range(H):
+            for column in range(W):
+                ray = torch.tensor([(column + .5 - W / 2) / focal, (row + .5 - H / 2) / focal, 1.0], dtype=path.dtype)
+                direction = path[f, :3, :3] @ ray
+                point = path[f, :3, 3] + direction * (depth - path[f, 2, 3]) / direction[2]
+                x, y, z = torch.linalg.inv(path[f + 1, :3, :3]) @ (point - path[f + 1, :3, 3])
+                expected = torch.stack([x / z * focal + W / 2 - column - .5, y / z * focal + H / 2 - row - .5])
+                assert torch.allclose(flow[f, :, row, column].double(), expected, atol=1e-5)
+
+
+def test_flow_directions_and_pixels_that_cannot_be_followed():
+    for motion, sign in (("pan_left", 1), ("move_left", 1), ("pan_right", -1), ("move_right", -1)):
+        assert (path_flow(camera_path([motion], 5), 8, 8)[:, 0] * sign > 0).all()
+    grow = path_flow(camera_path(["push_in"], 5), 8, 8)
+    assert (grow[:, 0, :, 4:] > 0).all() and (grow[:, 0, :, :4] < 0).all() and (grow[:, 1, 4:] > 0).all()
+    assert path_flow(camera_path(["fixed"], 5), 8, 8).abs().max() == 0
+    through = path_flow(camera_path(["push_in"], 3, strength=5.0), 8, 8)  # through the plane
+    assert through.isfinite().all() and (through[-1].abs() > 8).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- transport
+
+def go_with_the_flow(flow, channels, generator):
+    """Oracle: the published discrete transport, cell by cell. -> (channels, F, H, W)
+
+    Every source cell lands in the nearest target; targets nothing lands in copy the cell their negated flow points
+    to. A cell copied n times becomes value/sqrt(n) + zero-sum noise and gives each copy 1/n of its weight; values
+    that meet are added with their weights over the root of the weights' squared sum.
+    """
+    H, W = flow.shape[2:]
+    draw = lambda: torch.randn(channels, generator=generator)  # noqa: E731
+    value = {(y, x): draw() for y in range(H) for x in range(W)}
+    weight = {cell: 1.0 for cell in value}
+    frames = [value]
+    for step in flow:
+        landed, copies = {}, {}
+        for (y, x) in value:
+            ty, tx = round(y + float(step[1, y, x])), round(x + float(step[0, y, x]))
+            if 0 <= ty < H and 0 <= tx < W:
+                landed.setdefault((ty, tx), []).append((y, x))
+        for (y, x) in value:
+            if (y, x) not in landed:
+                sy, sx = round(y - float(step[1, y, x])), round(x - float(step[0, y, x]))
+                if 0 <= sy < H and 0 <= sx < W:
+                    copies[y, x] = (sy, sx)
+        owners = {}
+        for target, sources in [*landed.items(), *((t, [s]) for t, s in copies.items())]:
+            for source in sources:
+                owners.setdefault(source, []).append(target)
+        arriving = {cell: [] for cell in value}
+        for source, targets in owners.items():
+            n = len(targets)
+            extra = [draw() for _ in targets] if n > 1 else [torch.zeros(channels)]
+            mean = sum(extra) / n
+            for target, e in zip(targets, extra):
+                arriving[target].append((weight[source] / n, value[source] / math.sqrt(n) + e - mean))
+        value = {cell: sum(w * v for w, v in got) / math.sqrt(sum(w * w for w, _ in got)) if got else draw() for cell, got in arriving.items()}
+        weight = {cell: sum(w for w, _ in got) if got else 1.0 for cell, got in arriving.items()}
+        average = sum(weight.values()) / len(weight)
+        weight = {cell: w / average for cell, w in weight.items()}
+        frames.append(value)
+    stacked = [torch.stack([torch.stack([frame[y, x] for x in range(W)], -1) for y in range(H)], -2) for frame in frames]
+    return torch.stack(stacked, 1)
+
+
+def correlation_along_the_flow(noise, path, m):
+    """Mean correlation of the last frame's noise with frame 0's, looked up where the composed flow comes from.
+
+    noise (K, F, H*m, W*m) -> reduced to (H, W) cells by averaging; frame 0 is read at the m-times finer resolution.
+    """
+    K, F_, Hm, Wm = noise.shape
+    back = path_flow(torch.stack([path[-1], path[0]]), Hm, Wm)[0]
+    y, x = torch.meshgrid(torch.arange(Hm), torch.arange(Wm), indexing="ij")
+    sx, sy = (x + back[0]).round().long(), (y + back[1]).round().long()
+    seen = (sx >= 0) & (sx < Wm) & (sy >= 0) & (sy < Hm)
+    start = noise[:, 0, sy.clamp(0, Hm - 1), sx.clamp(0, Wm - 1)]
+    cells = lambda z: z.reshape(K, Hm // m, m, Wm // m, m).mean((2, 4))  # noqa: E731
+    whole = cells(seen.float().expand(K, -1, -1)) == 1
+    a, b = cells(noise[:, -1])[whole], cells(start)[whole]
+    return float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt())
+
+
+@pytest.mark.parametrize("motion", [m for m in MOTIONS if m != "fixed"])
+def test_transport_follows_the_flow_at_least_as_well_as_the_published_form(motion):
+    path, m = camera_path([motion], 6), 3
+    flow = path_flow(path, 8 * m, 8 * m)
+    ours = transport_noise(flow, 24, generator=torch.Generator().manual_seed(0))[0]
+    theirs = go_with_the_flow(flow, 24, torch.Generator().manual_seed(0))
+    got, published = (correlation_along_the_flow(z, path, m) for z in (ours, theirs))
+    assert got > .3 and got >= published, (got, published)
+    for z in (ours, theirs):
+        assert z[:, -1].mean().abs() < 4 / math.sqrt(z[:, -1].numel()) and abs(z[:, -1].var() - 1) < .06
+
+
+def test_zero_flow_returns_the_same_noise_to_the_bit():
+    noise = transport_noise(torch.zeros(4, 2, 5, 7), 3, samples=2, generator=torch.Generator().manual_seed(1))
+    assert noise.shape == (2, 3, 5, 5, 7) and all(torch.equal(noise[:, :, 0], noise[:, :, f]) for f in range(5))
+
+
+def test_whole_cell_shift_moves_values_exactly():
+    flow = torch.zeros(1, 2, 6, 6)
+    flow[:, 0] = 2
+    noise = transport_noise(flow, 4, generator=torch.Generator().manual_seed(1))[0]
+    assert torch.equal(noise[:, 1, :, 2:], noise[:, 0, :, :-2])
+
+
+def test_slow_flow_is_not_rounded_away():
+    flow = torch.zeros(20, 2, 12, 12)
+    flow[:, 0] = .2
+    noise = transport_noise(flow, 64, generator=torch.Generator().manual_seed(2))[0]
+    shifted = (noise[:, 20, :, 4:] * noise[:, 0, :, :-4]).mean()
+    assert shifted > .9 and (noise[:, 20] * noise[:, 0]).mean().abs() < .1
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_every_frame_is_white(motion):
+    """200 samples a motion, all latent frames: moments, neighbours in x, y, both diagonals, channels, and KS."""
+    noise = torch.cat([latent_noise(camera_path([motion], 9), 9, 12, 16, samples=25, channels=12, generator=torch.Generator().manual_seed(s))
+                       for s in range(8)])  # (200, 12, 3, 12, 16)
+    tests = 3 * len(MOTIONS)
+    for z in noise.unbind(2):
+        n = z.numel()
+        assert abs(z.mean()) < 4 / math.sqrt(n) and abs(z.var() - 1) < .01
+        assert abs(z.pow(4).mean() / z.square().mean() ** 2 - 3) < .05
+        pairs = [(z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :]), (z[..., 1:, 1:], z[..., :-1, :-1]),
+                 (z[..., 1:, :-1], z[..., :-1, 1:]), (z[:, 1:], z[:, :-1])]
+        assert all(abs((a * b).mean()) < .01 for a, b in pairs)
+        ordered = torch.special.ndtr(z.flatten().double().sort().values)
+        rank = torch.arange(n, dtype=torch.float64)
+        distance = max((ordered - rank / n).max(), ((rank + 1) / n - ordered).max())
+        assert distance * math.sqrt(n) < math.sqrt(-math.log(.001 / tests / 2) / 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, .1, .49, .51, 1.0, 3.0, 50.0, 1e6, 1e30]), st.integers(0, 9), st.booleans())
+def test_any_flow_keeps_the_statistics(height, width, size, seed, collapse):
+    g = torch.Generator().manual_seed(seed)
+    flow = torch.randn(3, 2, height, width, generator=g) * size
+    if collapse:  # everything falls into one cell
+        flow[1, 0] = -torch.arange(width).float()
+        flow[1, 1] = -torch.arange(height).float()[:, None]
+    noise = transport_noise(flow, 500, generator=g)
+    assert noise.isfinite().all()
+    covariance = noise[0, :, -1].flatten(1).T @ noise[0, :, -1].flatten(1) / 500  # over channels, between cells
+    assert (covariance - torch.eye(height * width)).abs().max() < 6 * math.sqrt(2 / 500)
+
+
+@pytest.mark.parametrize("flow, message", [
+    (torch.full((1, 2, 3, 3), math.nan), "NaN or infinite"), (torch.zeros(1, 3, 3, 3), "must be float \\(F-1, 2, H, W\\), got float32 \\(1, 3"),
+    (torch.zeros(2, 3, 3), "must be float"), (torch.zeros(1, 2, 3, 3, dtype=torch.long), "got int64")])
+def test_bad_flow_is_refused(flow, message):
+    with pytest.raises(ValueError, match=message):
+        transport_noise(flow, 4)
+
+
+def test_latent_noise_shape_seed_and_degradation():
+    path = camera_path(["move_left"], 17)
+    make = lambda seed=0, **k: latent_noise(path, 17, 8, 8, samples=2, generator=torch.Generator().manual_seed(seed), **k)  # noqa: E731
+    clean, again, half, gone = make(), make(), make(degradation=.6), make(degradation=1.0)
+    assert clean.shape == (2, 16, 5, 8, 8) and torch.equal(clean, again) and not torch.equal(clean, make(1))
+    assert (clean * half).mean() == pytest.approx(.8, abs=.03) and abs((clean * gone).mean()) < .03
+    assert half.var() == pytest.approx(1, abs=.03)
+    with pytest.raises(ValueError, match="17 poses for 21 frames"):
+        latent_noise(path, 21, 8, 8)
+    with pytest.raises(ValueError, match="degradation must be in"):
+        make(degradation=1.5)
+
+
+def test_picture(tmp_path, capsys):
+    assert main(["push in, then pan left", "--show", str(tmp_path / "a" / "b.png")]) == 0
+    assert (tmp_path / "a" / "b.png").stat().st_size > 10000 and "push_in, pan_left" in capsys.readouterr().out
