@@ -15,4 +15,5 @@ bench: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --editable ".[test]"
+	.venv/bin/pip install --quiet --no-deps depth-anything-3  # a test oracle; its own pins (numpy<2, xformers, ...) are not needed
 	touch $@

@@ -1,5 +1,7 @@
 """Our ports against the real packages, at random weights, in float32."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import randomise
@@ -131,3 +133,83 @@ def pipeline_psnr(folder, prompt, frames, size, steps, guidance, shift):
 
 def test_pipeline_at_random_weights(checkpoint):
     assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0) > 45
+
+
+# ------------------------------------------------------------------------------------------------- Depth Anything 3
+
+def da3_pair(size, monkeypatch):
+    """The package's network and ours with the same random weights: SMALL, or a cut-down GIANT (SwiGLU, Gaussian head)."""
+    pytest.importorskip("depth_anything_3", reason="needs: pip install --no-deps depth-anything-3")
+    from omegaconf import OmegaConf
+    from depth_anything_3.cfg import create_object, load_config
+    from depth_anything_3.model.dinov2 import dinov2, vision_transformer
+    import depth_anything as D
+    from test_depth_anything import randomise_da3
+    configs = Path(dinov2.__file__).parents[2] / "configs"
+    if size == "small":
+        theirs, config = create_object(load_config(str(configs / "da3-small.yaml"))), D.SIZES["da3-small"]
+    else:
+        monkeypatch.setattr(dinov2, "vit_giant2", lambda patch_size, **k: vision_transformer.DinoVisionTransformer(
+            patch_size=patch_size, embed_dim=96, depth=6, num_heads=4, mlp_ratio=4, **k))
+        c = OmegaConf.to_container(load_config(str(configs / "da3-giant.yaml")), resolve=True)
+        c["net"].update(out_layers=[2, 3, 4, 5], alt_start=2, qknorm_start=2, rope_start=2)
+        for head in ("head", "gs_head"):
+            c[head].update(dim_in=192, features=32, out_channels=[16, 24, 32, 40])
+        c["cam_enc"]["dim_out"], c["cam_dec"]["dim_in"] = 96, 192
+        theirs, config = create_object(OmegaConf.create(c)), D.DA3Config(96, 6, 4, True, (2, 3, 4, 5), 2, 32, (16, 24, 32, 40), True)
+    ours = D.DepthAnything3(config).eval()
+    ours.load_state_dict(randomise_da3(theirs).state_dict())
+    return ours, theirs.eval()
+
+
+@pytest.mark.parametrize("size", ["small", "giant"])
+def test_depth_anything(size, monkeypatch):
+    from depth_anything import invert, quaternion_to_matrix
+    ours, theirs = da3_pair(size, monkeypatch)
+    for V, H, W in ((1, 28, 42), (2, 56, 28), (5, 42, 70), (8, 28, 42)):
+        x, poses = torch.randn(V, 3, H, W), torch.eye(4).repeat(V, 1, 1)
+        poses[:, :3, :3], poses[:, :3, 3] = quaternion_to_matrix(torch.randn(V, 4)), torch.randn(V, 3)
+        K = torch.tensor([[40.0, 0, W / 2], [0, 45, H / 2], [0, 0, 1]]).repeat(V, 1, 1)
+        for known in (False, True):
+            with torch.no_grad():
+                a = ours.network(x, *((poses, K) if known else ()))
+                b = theirs(x[None], *((invert(poses)[None], K[None]) if known else ()), infer_gs=True)
+            pairs = [(a[0], b.depth), (a[1], b.depth_conf), (invert(a[2])[:, :3], b.extrinsics), (a[3], b.intrinsics)]
+            if size == "giant":
+                g, h = a[4], b.gaussians
+                pairs += [(g.means, h.means), (g.scales, h.scales), (g.rotations, h.rotations), (g.harmonics, h.harmonics), (g.opacities, h.opacities)]
+            assert all(relative(p, q[0]) < 1e-4 for p, q in pairs), (V, known, [relative(p, q[0]) for p, q in pairs])
+            if V > 1:
+                assert (a[2][1:] - a[2][:1]).abs().max() > 1e-3  # the poses do depend on the view
+
+
+def test_depth_anything_spherical_harmonics_rotation():
+    pytest.importorskip("depth_anything_3")
+    from depth_anything import quaternion_to_matrix, rotate_sh
+    from depth_anything_3.utils.sh_helpers import rotate_sh as theirs
+    R, sh = quaternion_to_matrix(torch.randn(50, 4)), torch.randn(50, 3, 9)
+    for band in (slice(1, 4), slice(4, 9)):
+        assert relative(rotate_sh(sh, R)[..., band], theirs(sh, R[:, None])[..., band]) < 1e-3
+
+
+def test_depth_anything_reference_view():
+    pytest.importorskip("depth_anything_3")
+    from depth_anything import reference_view
+    from depth_anything_3.model.reference_view_selector import select_reference_view
+    for V in (3, 4, 9):
+        for _ in range(20):
+            tokens = torch.randn(V, 16)
+            assert reference_view(tokens) == int(select_reference_view(tokens[None, :, None]))
+
+
+@pytest.mark.parametrize("size", ["da3-small", "da3-base", "da3-large", "da3-giant"])
+def test_depth_anything_names_and_shapes_at_full_size(size, monkeypatch):
+    pytest.importorskip("depth_anything_3")
+    from depth_anything import SIZES, DepthAnything3
+    from depth_anything_3 import cfg
+    linspace = torch.linspace  # the package reads numbers off one while it builds
+    monkeypatch.setattr(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
+    with torch.device("meta"):
+        ours = DepthAnything3(SIZES[size])
+        theirs = cfg.create_object(cfg.load_config(str(Path(cfg.__file__).parent / "configs" / f"{size}.yaml")))
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}

@@ -1,0 +1,132 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import depth_anything as D
+from depth_anything import SIZES, DA3Config, DepthAnything3, load_depth_anything
+
+CONFIG = dict(dim=32, depth=6, heads=2, out_layers=(2, 3, 4, 5), alt_start=2, features=16, out_channels=(8, 8, 16, 16), gaussians=True,
+              patch_size=8, grid=8, process_res=32)
+
+
+@torch.no_grad()
+def randomise_da3(model, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        z = torch.randn(p.shape, generator=g)
+        if p.dim() < 2:
+            p.copy_(z * .1 + (1 if ("norm" in name and "weight" in name) or "gamma" in name or "fc_fov.0.bias" in name else 0))
+        else:
+            p.copy_(z * .5 if "token" in name or "pos_embed" in name else z * .7 / p[0].numel() ** .5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint in the published layout: prefix, and the shared norm stored once."""
+    path = tmp_path_factory.mktemp("da3")
+    model = randomise_da3(DepthAnything3(DA3Config(**CONFIG)))
+    save_file({D.checkpoint_key(k): v.contiguous() for k, v in model.state_dict().items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+def test_reconstruction_has_the_documented_fields(folder):
+    da3 = load_depth_anything(folder)
+    rec = da3(torch.rand(5, 3, 40, 64, generator=torch.Generator().manual_seed(0)))
+    assert rec.depth.shape == rec.confidence.shape == (5, 24, 32) and rec.images.shape == (5, 3, 24, 32)
+    assert (rec.depth > 0).all() and (rec.confidence >= 1).all()
+    R = rec.camera_to_world[:, :3, :3]
+    assert torch.allclose(R @ R.mT, torch.eye(3).expand(5, 3, 3), atol=1e-5) and torch.allclose(torch.linalg.det(R), torch.ones(5))
+    assert torch.equal(rec.intrinsics[:, :2, 2], torch.tensor([[16.0, 12.0]]).expand(5, 2))
+    g = rec.gaussians
+    assert g.means.shape == g.scales.shape == (5 * 24 * 32, 3) and g.rotations.shape == (3840, 4) and g.harmonics.shape == (3840, 3, 9)
+    assert (0 <= g.opacities).all() and (g.opacities <= 1).all()
+    assert torch.allclose(g.rotations.norm(dim=-1), torch.ones(3840), atol=1e-5)
+
+
+def test_views_are_subsampled_evenly(folder):
+    da3 = load_depth_anything(folder)
+    frames = torch.rand(9, 3, 32, 32)
+    rec = da3(frames, views=3)
+    assert rec.frames.tolist() == [0, 4, 8]
+    assert torch.allclose(rec.depth, da3(frames[[0, 4, 8]]).depth, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32).repeat(4, 1, 1, 1), torch.zeros(3, 3, 32, 32)])
+def test_one_identical_or_black_frames_give_finite_poses(folder, frames):
+    rec = load_depth_anything(folder)(frames)
+    assert all(x.isfinite().all() for x in (rec.depth, rec.camera_to_world, rec.intrinsics, rec.gaussians.means, rec.gaussians.rotations))
+
+
+def test_bad_frames_are_refused(folder):
+    da3 = load_depth_anything(folder)
+    nan = torch.rand(2, 3, 32, 32)
+    nan[1, 0, 3, 3] = torch.nan
+    for frames, message in ((nan, "NaN or infinite"), (torch.rand(0, 3, 8, 8), "F >= 1"), (torch.rand(3, 8, 8), r"must be \(F, 3, H, W\)")):
+        with pytest.raises(ValueError, match=message):
+            da3(frames)
+    with pytest.raises(ValueError, match="views must be at least 1"):
+        da3(torch.rand(2, 3, 32, 32), views=0)
+
+
+def test_preprocessing_sizes():
+    c = SIZES["da3-giant"]
+    for (H, W), expected in (((480, 832), (294, 504)), ((832, 480), (504, 294)), ((64, 64), (504, 504)), ((504, 504), (504, 504)), ((7, 504), (14, 504))):
+        assert D.preprocess(torch.rand(1, 3, H, W), c).shape[2:] == expected
+    x = torch.rand(1, 3, 12, 12)
+    assert torch.allclose(D.resize(x, 4, 4), x.unflatten(2, (4, 3)).unflatten(4, (4, 3)).mean((3, 5)), atol=1e-6)
+    assert torch.allclose(D.resize(torch.full((1, 3, 9, 7), .3), 4, 3), torch.tensor(.3))
+
+
+def test_strict_loading(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "da3")
+    state = load_file(copy / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "cls_token" not in k}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks tensor model.backbone.pretrained.cls_token"):
+        load_depth_anything(copy)
+    save_file({**state, "model.more": torch.zeros(1)}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match="unknown tensor model.more"):
+        load_depth_anything(copy)
+    (copy / "config.json").write_text('{"model_name": "da3nested"}')
+    with pytest.raises(ValueError, match="names none of da3-small"):
+        load_depth_anything(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is missing"):
+        load_depth_anything(copy)
+
+
+def test_quaternions_and_spherical_harmonics_rotate():
+    q = torch.nn.functional.normalize(torch.randn(200, 4, dtype=torch.float64), dim=-1)
+    q = torch.cat([q, torch.eye(4, dtype=q.dtype), torch.tensor([[1.0, 1e-9, 0, 0], [0, 1, 0, 1e-9]])])
+    R = D.quaternion_to_matrix(q)
+    assert torch.allclose(D.quaternion_to_matrix(D.matrix_to_quaternion(R)), R, atol=1e-9)
+    sh = torch.randn(200, 3, 9, dtype=torch.float64)
+    directions = torch.nn.functional.normalize(torch.randn(200, 3, dtype=torch.float64), dim=-1)
+    turned = torch.einsum("vcn,vn->vc", D.rotate_sh(sh, R[:200]), D.sh_basis(directions))
+    back = torch.einsum("vij,vi->vj", R[:200], directions)  # R^T d
+    assert torch.allclose(turned, torch.einsum("vcn,vn->vc", sh, D.sh_basis(back)), atol=1e-9)
+
+
+def test_gaussian_means_sit_at_ray_length_depth():
+    raw = torch.zeros(1, 38, 3, 5)
+    K = torch.tensor([[[4.0, 0, 2.5], [0, 4, 1.5], [0, 0, 1]]])
+    pose = torch.eye(4)[None].clone()
+    pose[0, :3, 3] = torch.tensor([1.0, 2, 3])
+    g = D.gaussians_of(raw, torch.full((1, 3, 5), 2.0), pose, K)
+    assert torch.allclose((g.means - pose[0, :3, 3]).norm(dim=-1), torch.tensor(2.0))
+    assert torch.allclose(g.means[7] - pose[0, :3, 3], torch.tensor([0.0, 0, 2]), atol=1e-6)  # the central pixel looks along z
+    assert torch.allclose(g.opacities, torch.tensor(.5))
+    assert torch.allclose(g.scales, torch.tensor((1e-5 + (30 - 1e-5) / 2) * 2 * .1 * (1 / 4 + 1 / 4)))
+
+
+def test_umeyama_scale():
+    a = torch.randn(6, 3)
+    R = D.quaternion_to_matrix(torch.randn(4))
+    assert D.umeyama_scale(2.5 * a @ R.T + 3, a) == pytest.approx(2.5, rel=1e-5)
+    line = torch.arange(5.0)[:, None] * torch.tensor([1.0, 2, 3])
+    assert D.umeyama_scale(.5 * line, line) == pytest.approx(.5, rel=1e-5)
+    assert D.umeyama_scale(a, torch.zeros(6, 3)) == 1.0
