@@ -213,3 +213,26 @@ def test_depth_anything_names_and_shapes_at_full_size(size, monkeypatch):
         ours = DepthAnything3(SIZES[size])
         theirs = cfg.create_object(cfg.load_config(str(Path(cfg.__file__).parent / "configs" / f"{size}.yaml")))
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------ gsplat's torch parts
+
+def test_gsplat_projection_and_spherical_harmonics():
+    implementation = pytest.importorskip("gsplat.cuda._torch_impl")
+    import splat
+    from test_splat import cameras, scene
+    g = scene(400, 2, (.2, 1))
+    poses, K = cameras(3, 48, 64)
+    covariances, _ = implementation._quat_scale_to_covar_preci(g.rotations, g.scales, True, False)
+    _, centres, depths, conics, _ = implementation._fully_fused_projection(g.means, covariances, torch.linalg.inv(poses), K, 64, 48, eps2d=.3, near_plane=.01)
+    for v in range(3):
+        centre, z, (xx, xy, yy) = (lambda c, z, s: (c, z, s.unbind(1)))(*splat.project(g.means, g.scales, g.rotations, poses[v], K[v], 48, 64))
+        front = z > .1
+        det = xx * yy - xy * xy
+        conic = torch.stack([yy, -xy, xx], 1) / det[:, None]
+        assert front.sum() > 100
+        assert (z - depths[v])[front].abs().max() < 1e-5
+        assert relative(centre[front], centres[v][front]) < 1e-5 and relative(conic[front], conics[v][front]) < 1e-4
+        directions = g.means - poses[v, :3, 3]
+        theirs = (implementation._spherical_harmonics(2, directions, g.harmonics.mT) + .5).clamp_min(0)
+        assert (splat.colour(g.harmonics, g.means, poses[v, :3, 3]) - theirs).abs().max() < 1e-5

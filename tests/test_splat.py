@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+
+import splat
+from depth_anything import Gaussians, quaternion_to_matrix, sh_basis
+from splat import render
+
+
+def scene(n, seed=0, opacity=(0.0, 1.0), dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *s: torch.rand(*s, generator=g, dtype=dtype)  # noqa: E731
+    means = torch.stack([r(n) * 3 - 1.5, r(n) * 3 - 1.5, r(n) * 4 - .5], 1)
+    return Gaussians(means, r(n, 3) * .2 + .01, torch.nn.functional.normalize(torch.randn(n, 4, generator=g, dtype=dtype), dim=1),
+                     torch.randn(n, 3, 9, generator=g, dtype=dtype) * .4, r(n) * (opacity[1] - opacity[0]) + opacity[0])
+
+
+def cameras(V, H, W):
+    poses = torch.eye(4).repeat(V, 1, 1)
+    for v in range(V):
+        poses[v, :3, :3] = quaternion_to_matrix(torch.tensor([.05 * v, -.1 * v, .02, 1.0]))
+        poses[v, :3, 3] = torch.tensor([.1 * v, 0, -1.0])
+    return poses, torch.tensor([[.9 * W, 0, .48 * W], [0, .8 * W, .53 * H], [0, 0, 1]]).repeat(V, 1, 1)
+
+
+def oracle(g, pose, K, H, W):
+    """Every Gaussian at every pixel, one by one, in float64, straight from the 3DGS equations."""
+    g = Gaussians(*(getattr(g, f).double() for f in ("means", "scales", "rotations", "harmonics", "opacities")))
+    pose, K = pose.double(), K.double()
+    R, t = pose[:3, :3].T, -pose[:3, :3].T @ pose[:3, 3]
+    fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+    items = []
+    for i in range(len(g.means)):
+        x, y, z = R @ g.means[i] + t
+        if not splat.NEAR < z < splat.FAR or g.opacities[i] < 1 / 255:
+            continue
+        u = max(min(float(x / z), float((W - cx) / fx + .15 * W / fx)), float(-(cx / fx + .15 * W / fx)))
+        v = max(min(float(y / z), float((H - cy) / fy + .15 * H / fy)), float(-(cy / fy + .15 * H / fy)))
+        J = torch.tensor([[fx / z, 0, -fx * u / z], [0, fy / z, -fy * v / z]], dtype=torch.float64)
+        M = quaternion_to_matrix(g.rotations[i][[1, 2, 3, 0]]) @ torch.diag(g.scales[i])
+        conic = torch.linalg.inv(J @ R @ M @ M.T @ R.T @ J.T + .3 * torch.eye(2, dtype=torch.float64))
+        direction = torch.nn.functional.normalize(g.means[i] - pose[:3, 3], dim=0)
+        colour = (g.harmonics[i] @ sh_basis(direction)[:g.harmonics.shape[-1]] + .5).clamp_min(0)
+        items.append((float(z), torch.stack([fx * x / z + cx, fy * y / z + cy]), conic, colour, g.opacities[i]))
+    items.sort(key=lambda item: item[0])
+    rgb, depth, alpha = torch.zeros(3, H, W), torch.zeros(H, W), torch.zeros(H, W)
+    for row in range(H):
+        for column in range(W):
+            T, c, d = 1.0, torch.zeros(3, dtype=torch.float64), 0.0
+            for z, centre, conic, colour, opacity in items:
+                delta = torch.tensor([column + .5, row + .5], dtype=torch.float64) - centre
+                a = min(.999, float(opacity * torch.exp(-.5 * delta @ conic @ delta)))
+                if a < 1 / 255:
+                    continue
+                if T * (1 - a) <= 1e-4:
+                    break
+                c, d, T = c + T * a * colour, d + T * a * z, T * (1 - a)
+            rgb[:, row, column], alpha[row, column] = c, 1 - T
+            depth[row, column] = d / max(1 - T, 1e-10)
+    return rgb, depth, alpha
+
+
+@pytest.mark.parametrize("n, opacity, max_pairs", [(60, (0, 1), 10 ** 6), (60, (.9, 1), 500), (40, (0, .05), 1), (1, (.7, .8), 10 ** 6)])
+def test_against_a_brute_force_oracle(n, opacity, max_pairs):
+    g = scene(n, n, opacity)
+    poses, K = cameras(2, 9, 12)
+    rgb, depth, alpha = render(g, poses, K, 9, 12, max_pairs=max_pairs)
+    for v in range(2):
+        expected = oracle(g, poses[v], K[v], 9, 12)
+        assert (rgb[v] - expected[0]).abs().max() < 1e-5
+        assert (alpha[v] - expected[2]).abs().max() < 1e-5
+        assert ((depth[v] - expected[1]) * expected[2]).abs().max() < 2e-5
+
+
+def test_memory_bound_does_not_change_the_picture(monkeypatch):
+    g = scene(300, 3)
+    poses, K = cameras(1, 40, 40)
+    whole = render(g, poses, K, 40, 40)
+    sizes = []
+    composite = splat._composite
+    monkeypatch.setattr(splat, "_composite", lambda s, f, low, shape, *a: (sizes.append((int(shape.prod(1).sum()), len(s))), composite(s, f, low, shape, *a))[1])
+    for a, b in zip(render(g, poses, K, 40, 40, max_pairs=5000), whole):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert len(sizes) > 3 and all(pairs <= 5000 or count == 1 for pairs, count in sizes)
+
+
+def one(mean, scale=.05, opacity=.8, colour=(1.0, 0, 0)):
+    sh = ((torch.tensor(colour) - .5) / .28209479177387814).view(1, 3, 1)
+    return Gaussians(torch.tensor([mean]), torch.full((1, 3), scale), torch.tensor([[1.0, 0, 0, 0]]), sh, torch.tensor([opacity]))
+
+
+def join(*gs):
+    return Gaussians(*(torch.cat([getattr(g, f) for g in gs]) for f in ("means", "scales", "rotations", "harmonics", "opacities")))
+
+
+POSE, CAMERA = torch.eye(4)[None], torch.tensor([[[20.0, 0, 7.5], [0, 20, 7.5], [0, 0, 1]]])
+
+
+def test_one_gaussian_on_the_axis():
+    rgb, depth, alpha = render(one([0.0, 0, 2]), POSE, CAMERA, 15, 15)
+    variance = (20 * .05 / 2) ** 2 + .3
+    for offset in range(3):
+        assert alpha[0, 7, 7 + offset] == pytest.approx(.8 * math.exp(-offset ** 2 / 2 / variance), rel=1e-5)
+    assert depth[0, 7, 7] == pytest.approx(2.0) and rgb[0, :, 7, 7].tolist() == pytest.approx([.8, 0, 0], abs=1e-6)
+    assert torch.allclose(alpha[0], alpha[0].T, atol=1e-6) and alpha[0, 0, 0] == 0
+
+
+def test_two_overlapping_composite_front_to_back_whatever_their_order():
+    near, far = one([0.0, 0, 2], colour=(1.0, 0, 0)), one([0.0, 0, 4], opacity=.5, colour=(0.0, 1, 0))
+    for g in (join(near, far), join(far, near)):
+        rgb, depth, alpha = render(g, POSE, CAMERA, 15, 15)
+        assert rgb[0, :, 7, 7].tolist() == pytest.approx([.8, .2 * .5, 0], abs=1e-6)
+        assert alpha[0, 7, 7] == pytest.approx(.9) and depth[0, 7, 7] == pytest.approx((.8 * 2 + .1 * 4) / .9)
+
+
+def test_behind_the_camera_and_too_faint_show_nothing():
+    for g in (one([0.0, 0, -2]), one([0.0, 0, .005]), one([0.0, 0, 2], opacity=1 / 256)):
+        assert all(x.abs().max() == 0 for x in render(g, POSE, CAMERA, 15, 15))
+    assert render(one([0.0, 0, 2], opacity=1 / 254), POSE, CAMERA, 15, 15)[2].max() == pytest.approx(1 / 254)
+
+
+def test_alpha_is_capped_and_closed_pixels_take_no_more():
+    _, _, alpha = render(one([0.0, 0, 2], opacity=1.0), POSE, CAMERA, 15, 15)
+    assert alpha.max() == pytest.approx(.999)
+    stack = join(*(one([0.0, 0, 2 + i], opacity=1.0, colour=(float(i == 0), float(i == 1), 0.0)) for i in range(3)))
+    rgb, _, alpha = render(stack, POSE, CAMERA, 15, 15)  # the second would close the pixel (1e-6 <= 1e-4): it is left out
+    assert rgb[0, :, 7, 7].tolist() == pytest.approx([.999, 0, 0]) and alpha[0, 7, 7] == pytest.approx(.999)
+
+
+def test_one_covering_the_screen():
+    _, depth, alpha = render(one([0.0, 0, 2], scale=50.0, opacity=.6), POSE, CAMERA, 15, 15)
+    assert torch.allclose(alpha, torch.tensor(.6), atol=3e-4) and torch.allclose(depth, torch.tensor(2.0), atol=1e-5)
+
+
+def test_gradients():
+    g = scene(6, 5, (.3, .8), torch.float64)
+    pose, K = cameras(1, 5, 6)
+    names = ("means", "scales", "rotations", "harmonics", "opacities")
+
+    def f(*values):
+        rgb, depth, alpha = splat._view(Gaussians(**dict(zip(names, values))), pose[0].double(), K[0].double(), 5, 6, 10 ** 6)
+        return rgb, depth * alpha
+
+    assert torch.autograd.gradcheck(f, tuple(getattr(g, n).requires_grad_() for n in names), eps=1e-6, atol=1e-5, nondet_tol=1e-9)
+
+
+def test_stable_order_beyond_sixteen_bits():
+    keys = torch.randint(0, 300_000, (5000,))
+    assert torch.equal(splat._stable_order(keys), keys.sort(stable=True).indices)
+    assert splat._stable_order(keys[:0]).numel() == 0
