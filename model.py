@@ -754,9 +754,8 @@ def clean_prompt(text):
 class Wan:
     """A text-to-video model: .dit, .vae, .text_encoder, .tokenizer, .shift (of its scheduler, or None), .device."""
 
-    def __init__(self, dit, vae, text_encoder, tokenizer, shift=None, defaults=None):
-        self.dit, self.vae, self.text_encoder, self.tokenizer = dit, vae, text_encoder, tokenizer
-        self.shift, self.defaults = shift, defaults or {}
+    def __init__(self, dit, vae, text_encoder, tokenizer, shift=None):
+        self.dit, self.vae, self.text_encoder, self.tokenizer, self.shift = dit, vae, text_encoder, tokenizer, shift
 
     @property
     def device(self):
@@ -797,6 +796,4 @@ def load_wan(path, device="cpu", dtype=torch.float32):
     import transformers
     dit, vae, text = (_fill(*part) for part in parts)
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
-    sampling = folder / "sampling.json"  # a model's own best defaults (guidance, steps, size); ours, optional
-    return Wan(dit, vae, text, transformers.AutoTokenizer.from_pretrained(tokenizer[0]), shift,
-               _read_json(sampling) if sampling.exists() else None)
+    return Wan(dit, vae, text, transformers.AutoTokenizer.from_pretrained(tokenizer[0]), shift)

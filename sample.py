@@ -12,6 +12,7 @@ Left out: schedulers other than these, image or video input, tiling.
 
 import argparse
 import hashlib
+import json
 import math
 import re
 import sys
@@ -22,8 +23,10 @@ import torch
 from tqdm import tqdm
 
 from model import load_wan, trim_text
+from noise_warp import camera_path, latent_noise, parse_motion
 
-WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16)  # the release's, at 480p
+WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16,  # the release's, at 480p
+                    degradation=.35)  # World-R1's released value
 
 
 def generator(*key):
@@ -186,6 +189,21 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
         return SOLVERS[solver](counted, noise.float().to(wan.device), levels)
 
 
+def initial_noise(wan, prompt, frames, height, width, members, seed, transport=True, strength=1.0, degradation=0.0, path=None):
+    """Noise (len(members), C, T, h, w) for a prompt, each member from its own generator. Also returns the path (F, 4, 4).
+
+    transport: carry it along `path`, by default the prompt's camera path times strength (World-R1); else it is white
+    in time too. degradation: share of fresh noise mixed in (`latent_noise`).
+    """
+    C, h, w = wan.dit.config.in_channels, height // 8, width // 8
+    if path is None:
+        path = camera_path(parse_motion(prompt), frames, strength)
+    draws = [generator(seed, 0, 0, member, "noise") for member in members]
+    if not transport:
+        return torch.stack([torch.randn(C, (frames - 1) // 4 + 1, h, w, generator=g) for g in draws]), path
+    return torch.cat([latent_noise(path, frames, h, w, 1, g, C, degradation) for g in draws]), path
+
+
 # -------------------------------------------------------------------------------------------------------- video files
 
 def write_video(path, video, fps=16):
@@ -238,6 +256,10 @@ def check(a):
         raise ValueError(f"--guidance must be a finite number, got {a.guidance}; 1 turns guidance off")
     if a.shift is not None and not (math.isfinite(a.shift) and a.shift > 0):
         raise ValueError(f"--shift must be a positive number, got {a.shift}")
+    if not math.isfinite(a.strength):
+        raise ValueError(f"--strength must be a finite number, got {a.strength}")
+    if a.degradation is not None and not 0 <= a.degradation <= 1:
+        raise ValueError(f"--degradation must be between 0 and 1, got {a.degradation}")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
     if a.out.suffix != ".mp4":
@@ -251,6 +273,17 @@ def check(a):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise ValueError(f"cannot write '{a.out}' ({e.strerror or e}); choose another --out") from None
+
+
+def read_path(file, frames):
+    """A camera path from a JSON list of 4x4 camera-to-world matrices, made relative to the first."""
+    try:
+        path = torch.tensor(json.loads(Path(file).read_text()), dtype=torch.float64)
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"--path {file} is not a JSON list of 4x4 matrices ({str(e).splitlines()[0]})") from None
+    if path.shape != (frames, 4, 4) or not path.isfinite().all():
+        raise ValueError(f"--path {file} must hold {frames} finite 4x4 camera-to-world matrices, one a frame; it has shape {tuple(path.shape)}")
+    return torch.linalg.inv(path[:1]) @ path
 
 
 def parse_arguments(argv=None):
@@ -268,6 +301,10 @@ def parse_arguments(argv=None):
     parser.add_argument("--shift", type=float, help="of the noise schedule; default: the model's scheduler_config")
     parser.add_argument("--solver", choices=list(SOLVERS), default="unipc")
     parser.add_argument("--negative", default="", help="negative prompt")
+    parser.add_argument("--no-transport", dest="transport", action="store_false", help="plain noise, not carried along the camera path")
+    parser.add_argument("--strength", type=float, default=1.0, help="scales the camera path of the noise")
+    parser.add_argument("--degradation", type=float, help="fresh noise mixed into the transported, 0 to 1; default: the model's")
+    parser.add_argument("--path", help="JSON list of 4x4 camera-to-world matrices, one a frame, instead of the prompt's path")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the DiT and text encoder; default bfloat16 on CUDA")
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT")
@@ -279,21 +316,27 @@ def parse_arguments(argv=None):
     return a
 
 
+def model_defaults(model):
+    """A model's sampling defaults: Wan's, and over them those of a sampling.json in its folder (the tiny model's own)."""
+    file = Path(model) / "sampling.json"
+    return {**WAN_DEFAULTS, **(json.loads(file.read_text()) if file.exists() else {})}
+
+
 def main(argv=None):
     a = parse_arguments(argv)
     try:
         check(a)
+        path = read_path(a.path, a.frames or model_defaults(a.model)["frames"]) if a.path else None
         wan = load_wan(a.model, a.device, a.dtype)
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
-    for name, value in {**WAN_DEFAULTS, **wan.defaults}.items():
+    for name, value in model_defaults(a.model).items():
         if getattr(a, name, None) is None:
             setattr(a, name, value)
     if a.compile:
         wan.dit = torch.compile(wan.dit)
-    shape = (wan.dit.config.in_channels, (a.frames - 1) // 4 + 1, a.height // 8, a.width // 8)
-    noise = torch.stack([torch.randn(shape, generator=generator(a.seed, 0, 0, member, "noise")) for member in range(a.num)])
+    noise, _ = initial_noise(wan, a.prompt, a.frames, a.height, a.width, range(a.num), a.seed, a.transport, a.strength, a.degradation, path)
     latents = sample(wan, [a.prompt] * a.num, noise, a.steps, a.guidance, a.shift, a.solver, a.negative, progress=True)
     videos = [wan.vae.decode(latent[None])[0] for latent in latents]
     for i, video in enumerate(videos):

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
 from noise_warp import FOV, MOTIONS, camera_path
-from sample import contact_sheet, generator, sample
+from sample import contact_sheet, generator, initial_noise, model_defaults, sample
 
 COLOURS = {"red": (.86, .10, .12), "orange": (1.0, .52, .08), "yellow": (.96, .88, .15),
            "green": (.13, .62, .20), "blue": (.13, .30, .90), "purple": (.58, .18, .78)}
@@ -568,11 +568,11 @@ def sideways(video, reach=20):
     return min(range(-reach, reach + 1), key=mismatch)
 
 
-def check(wan, count, seed=0, rendered=False):
+def check(wan, defaults, count, seed=0, rendered=False, **noise):
     """Samples unseen static captions and counts: wall colour, floor colour, left/right direction. Prints a line each.
 
     The colours are read off the top and bottom rows, the direction off the best sideways shift; `rendered` scores the
-    renderer's own clips instead, which shows how far such crude readings can be trusted.
+    renderer's own clips instead, which shows how far such crude readings can be trusted. noise: of `initial_noise`.
     """
     scenes = [random_scene(f"check/{seed}", "static", i) for i in range(count)]
     for i, scene in enumerate(scenes):  # half of them move sideways, so that the direction is counted often enough
@@ -582,9 +582,11 @@ def check(wan, count, seed=0, rendered=False):
     if rendered:
         videos = [render(s)["video"] for s in scenes]
     else:
-        d = wan.defaults
-        noise = torch.stack([torch.randn(16, (d["frames"] + 3) // 4, d["height"] // 8, d["width"] // 8, generator=generator(seed, 0, i, 0, "noise")) for i in range(count)])
-        videos = wan.vae.decode(sample(wan, [s.caption for s in scenes], noise, d["steps"], d["guidance"], progress=True))
+        d = defaults
+        start = torch.cat([initial_noise(wan, s.caption, d["frames"], d["height"], d["width"], [i], seed, **noise)[0] for i, s in enumerate(scenes)])
+        latents = [sample(wan, [s.caption for s in scenes[i:i + 20]], start[i:i + 20], d["steps"], d["guidance"], progress=True)
+                   for i in range(0, count, 20)]
+        videos = [wan.vae.decode(x[None])[0] for x in torch.cat(latents)]
     wall = [region_colour(v[..., :10, :]) == s.wall for v, s in zip(videos, scenes)]
     floor = [region_colour(v[..., -8:, :]) == s.floor for v, s in zip(videos, scenes)]
     moves = [(sideways(v) > 0) == s.motions[0].endswith("left") for v, s in zip(videos, scenes) if s.motions[0][:4] in ("move", "pan_") and len(s.motions) == 1]
@@ -602,6 +604,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "wan", help="export: the folder written")
     parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="check: the model sampled")
     parser.add_argument("--num", type=int, default=20, help="check: videos")
+    parser.add_argument("--no-transport", dest="transport", action="store_false", help="check: plain noise")
+    parser.add_argument("--degradation", type=float, default=0.0, help="check: fresh noise mixed in")
+    parser.add_argument("--strength", type=float, default=1.0, help="check: of the noise's camera path")
     parser.add_argument("--rendered", action="store_true", help="check: score the renderer's own clips instead")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -618,7 +623,8 @@ def main():
     elif a.command == "export":
         export(a.run, a.out)
     elif a.command == "check":
-        scenes, videos = check(None if a.rendered else load_wan(a.model), a.num, a.seed, a.rendered)
+        noise = dict(transport=a.transport, degradation=a.degradation, strength=a.strength)
+        scenes, videos = check(None if a.rendered else load_wan(a.model), model_defaults(a.model), a.num, a.seed, a.rendered, **noise)
         contact_sheet(a.run / "check.png", videos)
         print("\n".join(s.caption for s in scenes), a.run / "check.png", sep="\n")
 

@@ -136,6 +136,8 @@ def test_cli_writes_videos_and_a_contact_sheet(checkpoint, tmp_path, capsys):
     (["a", "--height", "50"], "--height must be a multiple of 16, got 50; try 48"), (["a", "--width", "-16"], "--width must be positive"),
     (["a", "--steps", "0"], "--steps must be at least 1"), (["a", "--num", "0"], "--num must be at least 1"),
     (["a", "--guidance", "nan"], "--guidance must be a finite number, got nan"), (["a", "--shift", "0"], "--shift must be a positive"),
+    (["a", "--degradation", "2"], "--degradation must be between 0 and 1"), (["a", "--strength", "inf"], "--strength must be a finite"),
+    (["a", "--path", "nothing.json"], "--path nothing.json is not a JSON list of 4x4 matrices"),
     (["a", "--model", "nowhere"], "no model folder 'nowhere'"), (["a", "--out", "clip.gif"], "--out must end in .mp4"),
     (["a", "--out", "/proc/nothing/clip.mp4"], "cannot write '/proc/nothing/clip.mp4'")])
 def test_bad_arguments_get_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
@@ -144,6 +146,32 @@ def test_bad_arguments_get_one_sentence(arguments, message, tmp_path, monkeypatc
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_transport_is_the_default_and_each_member_has_its_own_noise(checkpoint):
+    wan = load_wan(checkpoint)
+    args = (wan, "Camera move left. A box.", 17, 64, 64)
+    noise, path = S.initial_noise(*args, range(3), seed=5)
+    again, _ = S.initial_noise(*args, [2], seed=5)
+    plain, _ = S.initial_noise(*args, range(3), seed=5, transport=False)
+    assert torch.equal(noise[2:], again) and not torch.equal(noise[0], noise[1]) and path[-1, 0, 3] < -.3
+    shift = round(-float(path[-1, 0, 3]) * 8 / 2 / math.tan(math.radians(30)))  # latent cells the scene moves right
+    follow = lambda z: float((z[:, :, -1, :, shift:] * z[:, :, 0, :, :-shift]).mean())  # noqa: E731
+    assert follow(noise) > .35 and abs(follow(plain)) < .15
+
+
+def test_explicit_path_replaces_the_prompts(checkpoint, tmp_path):
+    path = torch.eye(4).repeat(5, 1, 1)
+    path[:, 0, 3] = torch.arange(5.0) * .1 + 3
+    (tmp_path / "p.json").write_text(str(path.tolist()))
+    assert torch.allclose(S.read_path(tmp_path / "p.json", 5)[:, 0, 3], torch.arange(5.0).double() * .1, atol=1e-6)
+    with pytest.raises(ValueError, match="must hold 9 finite 4x4"):
+        S.read_path(tmp_path / "p.json", 9)
+    out = tmp_path / "a.mp4"
+    assert S.main(["push_in a box", "--model", str(checkpoint), "--out", str(out), "--path", str(tmp_path / "p.json")]) == 0
+    moved = iio.imread(out)
+    assert S.main(["push_in a box", "--model", str(checkpoint), "--out", str(out)]) == 0
+    assert (moved != iio.imread(out)).any()
 
 
 def test_bad_argument_as_a_user_meets_it(checkpoint, tmp_path):
