@@ -177,11 +177,11 @@ class VisionTransformer(nn.Module):
         within = rope2d(grid, c.dim // c.heads)
         across = rope2d(grid.clamp(max=1).repeat(V, 1), c.dim // c.heads)  # over views every patch sits at (1, 1)
         order = None
-        local, taken = x, []
+        local, taken, self.reference = x, [], 0
         for i, block in enumerate(self.blocks):
             if i == c.alt_start - 1 and V >= 3 and camera_token is None:
-                first = reference_view(x[:, 0])
-                order = torch.tensor([first] + [v for v in range(V) if v != first], device=x.device)
+                self.reference = reference_view(x[:, 0])  # kept for training: poses are learnt relative to it
+                order = torch.tensor([self.reference] + [v for v in range(V) if v != self.reference], device=x.device)
                 x, local = x[order], local[order]
             if i == c.alt_start:
                 token = camera_token

@@ -8,6 +8,7 @@ exactly, so each pre-trained model of World-R1 gets a *tiny twin*, the same clas
     python tiny_world.py vae  --minutes 60       train the causal 3D VAE         -> RUN/vae
     python tiny_world.py data --clips 8192       render clips and encode them    -> RUN/data
     python tiny_world.py dit  --minutes 90       train the DiT and text encoder  -> RUN/dit
+    python tiny_world.py depth --minutes 120     train Depth Anything 3            -> RUN/depth
     python tiny_world.py export                  write RUN's models              -> tiny/wan
     python tiny_world.py check                   count right colours and directions over 20 samples
 
@@ -29,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import splat
+from depth_anything import MEAN, STD, DA3Config, DepthAnything3
 from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
 from noise_warp import FOV, MOTIONS, camera_path
 from sample import contact_sheet, generator, initial_noise, model_defaults, sample
@@ -547,6 +550,131 @@ def export(run, folder):
               sampling=dict(frames=17, height=64, width=64, steps=20, guidance=2.0, fps=8))
 
 
+# ----------------------------------------------------------------------------------------------------- Depth Anything
+
+TINY_DA3 = dict(dim=128, depth=8, heads=4, out_layers=(2, 3, 5, 7), alt_start=2, features=48, out_channels=(32, 48, 64, 96),
+                gaussians=True, patch_size=8, grid=8, process_res=64)
+
+
+def depth_sample(rng, vae, index, seed):
+    """A static clip as the model will meet it -> input video, true video (17, 3, 64, 64), depth, poses.
+
+    A third is round-tripped through the VAE and a sixth blurred or noisy: samples of a video model are not renders.
+    """
+    clip = render(random_scene(f"depth/{seed}", "static", index), depth=True)
+    seen, draw = clip["video"], rng.random()
+    if draw < .33:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            seen = vae.decode_raw(vae.moments(seen[None])[0])[0].float().clamp(0, 1)
+    elif draw < .42:
+        seen = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    elif draw < .5:
+        seen = (seen + .05 * torch.randn(seen.shape)).clamp(0, 1)
+    return seen, clip["video"], clip["depth"], clip["poses"]
+
+
+def depth_losses(da3, seen, video, depth, poses, views, targets):
+    """Losses of one clip from the frames `views`: depth, camera, and the re-render of the frames `targets`.
+
+    The world is the reference view's, at the scene's own scale. Depth: |log d - log d*| weighted by the confidence c,
+    minus .1 log c. Camera: L1 of positions, rotation matrices and log focals. Re-render: L1 at the true cameras.
+    """
+    x = (seen[views] - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    d, confidence, pose, K, gaussians = da3.network(x)
+    true = torch.linalg.inv(poses[views[da3.backbone.pretrained.reference]]) @ poses
+    true_K = intrinsics(*video.shape[2:])
+    error = (d.log() - depth[views].log()).abs()
+    losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=(pose - true[views])[:, :3, 3].abs().mean(),
+                  rotation=(pose - true[views])[:, :3, :3].abs().mean(), focal=(K[:, 0, 0].log() - true_K[0, 0].log()).abs().mean()
+                  + (K[:, 1, 1].log() - true_K[1, 1].log()).abs().mean())
+    if len(targets):
+        rgb, _, alpha = splat.render(gaussians, true[targets], true_K.expand(len(targets), -1, -1), *video.shape[2:])
+        losses["render"] = (rgb - video[targets]).abs().mean()
+    return losses
+
+
+def train_depth(run, minutes, seed=0, clips=3):
+    """Depth and cameras first (30 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
+    torch.manual_seed(seed)
+    vae = load_trained_vae(run)
+    da3 = DepthAnything3(DA3Config(**TINY_DA3))
+    with torch.no_grad():
+        da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2  # splats start at .6 pixels
+        da3.gs_head.scratch.output_conv2[-1].weight.mul_(.1)
+        da3.head.scratch.output_conv2[-1].weight.mul_(.1)
+        da3.cam_dec.fc_qvec.bias.copy_(torch.tensor([0.0, 0, 0, 1]))
+        da3.cam_dec.fc_fov[0].bias.fill_(FOV)
+    optimiser = torch.optim.AdamW(da3.parameters(), lr=1e-3, betas=(.9, .98), weight_decay=.01)
+    ema, step, spent = {k: v.clone() for k, v in da3.state_dict().items()}, 0, 0.0
+    if (run / "depth" / "state.pt").exists():
+        state = torch.load(run / "depth" / "state.pt", weights_only=True)
+        da3.load_state_dict(state["model"]), optimiser.load_state_dict(state["optimiser"])
+        ema, step, spent = state["ema"], state["step"], state["spent"]
+    clock, last_log, mean = Clock(minutes, spent), 0.0, {}
+    bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc="depth")
+    while clock.progress() < 1:
+        rng = random.Random(f"depth/{seed}/{step}")
+        rate = 1e-3 * min(1, (step + 1) / 200) * (1 - .95 * max(0, clock.progress() - .3) / .7)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.zero_grad(set_to_none=True)
+        for i in range(clips):
+            data = depth_sample(rng, vae, step * clips + i, seed)
+            views = sorted(rng.sample(range(17), rng.choice((2, 3, 4, 5, 9) if clock.progress() < .3 else (2, 3, 5, 6))))
+            losses = depth_losses(da3, *data, views, rng.sample(range(17), 2) if clock.progress() > .3 else [])
+            total = losses["depth"] + 2 * losses["position"] + 4 * losses["rotation"] + losses["focal"] + 5 * losses.get("render", 0)
+            (total / clips).backward()
+            for k, v in losses.items():
+                mean[k] = .98 * mean[k] + .02 * v.item() if k in mean else v.item()
+        torch.nn.utils.clip_grad_norm_([p for p in da3.parameters() if p.grad is not None], 1.0)
+        optimiser.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), list(da3.state_dict().values()), 1 - min(.998, step / (step + 10)))
+        bar.update(int(clock.seconds()) - bar.n)
+        if clock.seconds() - last_log > 120 or clock.progress() >= 1:
+            last_log = clock.seconds()
+            save(run / "depth" / "state.pt", model=da3.state_dict(), ema=ema, step=step, spent=clock.seconds(), optimiser=optimiser.state_dict())
+            live = {k: v.clone() for k, v in da3.state_dict().items()}
+            da3.load_state_dict(ema)
+            bar.write(log(run / "depth", step=step, seconds=int(clock.seconds()), **mean, **depth_metrics(da3, 8, run / "depth" / "sheet.png")))
+            da3.load_state_dict(live)
+
+
+@torch.no_grad()
+def depth_metrics(da3, count, sheet=None):
+    """On held-out static clips, from frames alone: re-render PSNR at the input views and at odd frames given the even
+    ones (cameras halfway between their neighbours), median rotation error in degrees and direction error of the last
+    frame's translation (moving cameras), depth AbsRel after median scaling."""
+    import statistics
+    inputs, odd, rotation, direction, absrel, rows = [], [], [], [], [], []
+    for i in range(count):
+        clip = render(random_scene("held-out/depth", "static", i), depth=True)
+        video, (H, W) = clip["video"], clip["video"].shape[2:]
+        rec = da3(video)
+        seen = splat.render(rec.gaussians, rec.camera_to_world, rec.intrinsics, H, W)[0]
+        inputs.append(psnr(seen, video))
+        even = da3(video[::2])
+        halfway = torch.stack([even.camera_to_world[:-1], even.camera_to_world[1:]]).mean(0)
+        U, _, Vt = torch.linalg.svd(halfway[:, :3, :3])  # the nearest rotation to the mean
+        halfway[:, :3, :3] = U @ Vt
+        between = splat.render(even.gaussians, halfway, even.intrinsics[:-1], H, W)[0]
+        odd.append(psnr(between, video[1::2]))
+        found = torch.linalg.inv(rec.camera_to_world[:1]) @ rec.camera_to_world
+        cosine = ((clip["poses"][:, :3, :3] * found[:, :3, :3]).sum((1, 2)) - 1) / 2
+        rotation.append(math.degrees(cosine.clamp(-1, 1).acos()[1:].median()))
+        a, b = clip["poses"][-1, :3, 3], found[-1, :3, 3]
+        if a.norm() > .05:
+            direction.append(math.degrees(F.cosine_similarity(a, b, dim=0).clamp(-1, 1).acos()))
+        scaled = rec.depth * (clip["depth"].flatten(1).median(1).values / rec.depth.flatten(1).median(1).values)[:, None, None]
+        absrel.append(((scaled - clip["depth"]).abs() / clip["depth"]).mean().item())
+        rows += [video, seen]
+    if sheet:
+        contact_sheet(sheet, rows[:12], columns=9)
+    middle = statistics.median
+    return dict(input_db=statistics.mean(inputs), odd_db=statistics.mean(odd), rotation_deg=middle(rotation),
+                direction_deg=middle(direction), absrel=statistics.mean(absrel))
+
+
 # ----------------------------------------------------------------------------------------------------------- a check
 
 def region_colour(region):
@@ -597,7 +725,7 @@ def check(wan, defaults, count, seed=0, rendered=False, **noise):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("show", "vae", "data", "dit", "export", "check"))
+    parser.add_argument("command", choices=("show", "vae", "data", "dit", "depth", "export", "check"))
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of states, logs and pictures")
     parser.add_argument("--minutes", type=float, default=60, help="training time, over all resumes")
     parser.add_argument("--clips", type=int, default=8192, help="data: clips in all")
@@ -620,6 +748,8 @@ def main():
         make_data(a.run, a.clips, a.seed)
     elif a.command == "dit":
         train_dit(a.run, a.minutes, a.seed)
+    elif a.command == "depth":
+        train_depth(a.run, a.minutes, a.seed)
     elif a.command == "export":
         export(a.run, a.out)
     elif a.command == "check":
