@@ -5,8 +5,8 @@
 Both sides share conventions and thresholds: pixel centres at +.5, covariance widened by .3 px, alpha at most .999,
 contributions below 1/255 skipped, a pixel closed before its transmittance would fall to 1e-4, black background.
 
-The PyTorch path: project and cull; sort by depth; list every (Gaussian, pixel) pair in each Gaussian's box; keep the
-pairs that count; group them by pixel, in depth order; composite each group front to back by a segmented product.
+The PyTorch path: project and cull; sort by depth; evaluate every Gaussian over the pixels of its box; keep the pairs
+(Gaussian, pixel) that count; group them by pixel, in depth order; composite each group by a segmented product.
 Gaussians are taken nearest first, `max_pairs` pairs at a time, so memory stays bounded and closed pixels cost nothing
 more. Differentiable in every Gaussian parameter. Left out: anti-aliased and 2D splats, camera distortion.
 """
@@ -111,24 +111,48 @@ def _view(g, pose, K, H, W, max_pairs):
     return total[:, :3].T.reshape(3, H, W), depth.view(H, W), alpha.view(H, W)
 
 
+def _pairs(splats, low, shape, W):
+    """Every (Gaussian, pixel) pair whose alpha reaches 1/255 -> who, pixel, alpha, each (P,), ordered by who.
+
+    Gaussians with boxes of about the same size are evaluated together as one dense (n, rows, columns) block: that
+    takes no index arithmetic a pair, and only the pairs that count get an index.
+    """
+    side = shape.amax(1)
+    edges = [2 ** k for k in range(int(side.max()).bit_length() + 1)]  # octaves of box sizes
+    if len(side) * int(side.max()) ** 2 < 2 * int(shape.prod(1).sum()):
+        edges = edges[-1:]  # all about as large as the largest: one block
+    parts, least = [], 0
+    for most in edges:
+        group = ((side > least) & (side <= most)).nonzero().squeeze(1)
+        least = most
+        if not len(group):
+            continue
+        px, py, c0, c1, c2, opacity = splats[group].T.unbind(0)
+        (x, y), (w, h) = low[group].to(torch.int32).unbind(1), shape[group].to(torch.int32).unbind(1)
+        columns, rows = (torch.arange(int(n.max()), dtype=torch.int32, device=x.device) for n in (w, h))
+        dx, dy = x[:, None] + columns + .5 - px[:, None], y[:, None] + rows + .5 - py[:, None]  # (n, columns), (n, rows)
+        exponent = ((c1[:, None] * dy)[:, :, None] * dx[:, None] + (c0[:, None] * dx * dx)[:, None]) + (c2[:, None] * dy * dy)[:, :, None]
+        with torch.no_grad():
+            counts = exponent <= (opacity / ALPHA_MIN).log()[:, None, None]
+            counts &= (columns < w[:, None])[:, None] & (rows < h[:, None])[:, :, None]
+            index = counts.flatten().nonzero().squeeze(1)
+            n = index.div(len(rows) * len(columns), rounding_mode="floor")
+            pixel = (((y[:, None] + rows) * W)[:, :, None] + (x[:, None] + columns)[:, None]).flatten()[index]
+        parts.append((group[n], pixel, opacity[n] * torch.exp(-exponent.flatten()[index])))
+    who, pixel, alpha = (torch.cat(x) for x in zip(*parts))
+    if len(parts) > 1:
+        order = _stable_order(who)
+        who, pixel, alpha = who[order], pixel[order], alpha[order]
+    return who, pixel, alpha.clamp(max=ALPHA_MAX)
+
+
 def _composite(splats, features, low, shape, W, total, log_T, open_):
     """Adds Gaussians, given in depth order, behind what the pixels already hold."""
+    who, pixel, alpha = _pairs(splats, low, shape, W)
     with torch.no_grad():
-        count = shape.prod(1)
-        who = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        k = torch.arange(len(who), device=who.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        x = low[who, 0] + k % shape[who, 0]
-        y = low[who, 1] + k // shape[who, 0]
-        pixel = y * W + x
-        keep = open_[pixel]
-        who, pixel, x, y = who[keep], pixel[keep], x[keep], y[keep]
-    px, py, c0, c1, c2, opacity = splats[who].unbind(1)
-    dx, dy = x + .5 - px, y + .5 - py
-    alpha = (opacity * torch.exp(-(c0 * dx * dx + c1 * dx * dy + c2 * dy * dy))).clamp(max=ALPHA_MAX)
-    with torch.no_grad():
-        keep = (alpha >= ALPHA_MIN).nonzero().squeeze(1)
-        keep = keep[_stable_order(pixel[keep])]
-        who, pixel = who[keep], pixel[keep]
+        keep = open_[pixel].nonzero().squeeze(1)
+        keep = keep[_stable_order(pixel[keep])]  # grouped by pixel, nearest first
+        who, pixel = who[keep], pixel[keep].long()
     alpha = alpha[keep]
     # Transmittance in front of each pair: a running sum of log(1 - alpha) that restarts with every pixel.
     step = torch.log1p(-alpha.double())
