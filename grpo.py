@@ -1,0 +1,86 @@
+"""Flow-GRPO-Fast: groups of videos, advantages inside each group, a clipped surrogate on a short stochastic window.
+
+    groups   G members of one prompt; rewards r
+    A        (r - mean_group) / (std_group + 1e-4), clipped to +-5                           `advantages`
+    rollout  ODE steps, but for a random window of 1-3 consecutive high-noise steps that are SDE steps
+             x' ~ N(mean_theta(x), std^2)                                                     `rollout`
+    ratio    rho = exp(log p_theta(x'|x) - log p_old(x'|x)), log p a mean over elements       `sample.log_prob`
+    loss     mean max(-A rho, -A clip(rho, 1-eps, 1+eps)) + beta |mean - mean_ref|^2 / (2 std^2)    `surrogate`, `kl`
+
+Sources: Flow-GRPO (arXiv 2505.05470) and its Fast variant, GRPO-Guard's ratio normalisation (arXiv 2510.22319).
+`sample.transition` gives mean and std for sampling, log-probability and KL alike. Left out: value functions, replay,
+more than one policy update per rollout.
+"""
+
+import torch
+
+from sample import log_prob, transition
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+def advantages(rewards, group_ids, clip=5.0):
+    """Group-relative advantages (N,), float32, of rewards (N,) with group ids (N,).
+
+    NaN marks a masked sample: it gets 0 and leaves its group's statistics. A group whose rewards are all equal, or of
+    which fewer than two are left, has nothing to compare and gets 0.
+    """
+    rewards, out = rewards.float(), torch.zeros(len(rewards), device=rewards.device)
+    for group in torch.unique(group_ids):
+        member = (group_ids == group) & ~rewards.isnan()
+        r = rewards[member]
+        if len(r) > 1 and (r != r[0]).any():
+            out[member] = ((r - r.mean()) / (r.std(correction=0) + 1e-4)).clamp(-clip, clip)
+    return out
+
+
+def normalise_log_ratio(log_ratio, std):
+    """RatioNorm: (log rho - its mean over the batch) * std. The log-ratio's mean is biased below 0 and its scale falls
+    with the step's std; both make clipping one-sided. log_ratio (N,), std the step's."""
+    return (log_ratio - log_ratio.detach().mean()) * std
+
+
+def surrogate(logp, logp_old, advantages, clip):
+    """Clipped policy surrogate, a scalar to minimise: mean of max(-A rho, -A clip(rho, 1-clip, 1+clip))."""
+    ratio = (logp - logp_old).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
+
+
+def kl(mean, mean_ref, std):
+    """KL between two Gaussian steps of the same std, averaged over elements: (B, ...) -> (B,)."""
+    return ((mean.float() - mean_ref.float()).square() / (2 * std * std)).flatten(1).mean(1)
+
+
+# ----------------------------------------------------------------------------------------------------------- rollouts
+
+@torch.no_grad()
+def rollout(velocity, noise, levels, window, eta=.7, kind="flow", generators=None, shared=False, members=1):
+    """Samples with SDE steps on `window` (consecutive step indices) and Euler ODE steps elsewhere.
+
+    velocity(x, sigma) -> v; noise (B, ...); levels (steps + 1,). generators: one torch.Generator per final sample, for
+    its step noise. shared: the noise of a prompt is one sample until the window, where it branches into `members`.
+    -> latents (B or B*members, ...), and per window step what the update needs: x, x_next, log-prob (all float32).
+    """
+    x, steps = noise.float(), []
+    for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
+        if shared and i == window[0]:
+            x = x.repeat_interleave(members, 0)
+        stochastic = i in window
+        mean, std = transition(x, velocity(x, sigma), sigma, sigma_next, eta if stochastic else 0.0, kind)
+        if not stochastic:
+            x = mean
+            continue
+        draw = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(mean.device)
+        x_next = mean + std * draw
+        steps.append(dict(index=i, x=x, x_next=x_next, logp=log_prob(x_next, mean, std)))
+        x = x_next
+    return x, steps
+
+
+def draw_window(generator, steps, size, high):
+    """A random window of `size` consecutive steps among the first `high` (never the last step, where std -> 0)."""
+    high = min(high, steps - 1)
+    if not 1 <= size <= high:
+        raise ValueError(f"a window of {size} steps does not fit into the first {high} of {steps} steps")
+    start = int(torch.randint(high - size + 1, (), generator=generator))
+    return range(start, start + size)
