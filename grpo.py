@@ -34,10 +34,13 @@ def advantages(rewards, group_ids, clip=5.0):
     return out
 
 
-def normalise_log_ratio(log_ratio, std):
-    """RatioNorm: (log rho - its mean over the batch) * std. The log-ratio's mean is biased below 0 and its scale falls
-    with the step's std; both make clipping one-sided. log_ratio (N,), std the step's."""
-    return (log_ratio - log_ratio.detach().mean()) * std
+def normalise_log_ratio(log_ratio, mean, mean_old, std):
+    """GRPO-Guard's RatioNorm: std (log rho + |mean - mean_old|^2 / (2 std^2)), (B,).
+
+    Under the old policy log rho has mean -|mean - mean_old|^2/(2 std^2), a bias below 0, and a scale of |mean -
+    mean_old|/std that depends on the step: both make clipping one-sided. What is left is centred, and alike at all steps.
+    """
+    return (log_ratio + kl(mean, mean_old, std)) * std
 
 
 def surrogate(logp, logp_old, advantages, clip):
@@ -72,7 +75,7 @@ def rollout(velocity, noise, levels, window, eta=.7, kind="flow", generators=Non
             continue
         draw = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(mean.device)
         x_next = mean + std * draw
-        steps.append(dict(index=i, x=x, x_next=x_next, logp=log_prob(x_next, mean, std)))
+        steps.append(dict(index=i, x=x, x_next=x_next, mean=mean, logp=log_prob(x_next, mean, std)))
         x = x_next
     return x, steps
 

@@ -58,10 +58,16 @@ def test_kl_is_that_of_two_gaussians_and_pulls_back():
     assert ((mean - ref) * torch.autograd.grad(kl(mean, ref, std).sum(), mean)[0] >= 0).all()
 
 
-def test_ratio_normalisation_centres_the_log_ratio():
-    x = torch.randn(50) * 3 - 2
-    y = grpo.normalise_log_ratio(x, torch.tensor(.5))
-    assert abs(y.mean()) < 1e-5 and torch.allclose(y, (x - x.mean()) * .5)
+def test_ratio_normalisation_removes_the_bias_and_the_step_scale():
+    g = torch.Generator().manual_seed(0)
+    mean_old, change = torch.randn(20_000, 3, generator=g), torch.tensor([.02, -.03, .01])
+    for std in (torch.tensor(.05), torch.tensor(.5)):
+        x = mean_old + std * torch.randn(mean_old.shape, generator=g)
+        log_ratio = log_prob(x, mean_old + change, std) - log_prob(x, mean_old, std)
+        assert log_ratio.mean() == pytest.approx(float(-(change / std).square().mean() / 2), rel=.1)  # biased below 0
+        fair = grpo.normalise_log_ratio(log_ratio, mean_old + change, mean_old, std)
+        spread = float(change.norm() / 3)
+        assert abs(fair.mean()) < 4 * spread / math.sqrt(20_000) and fair.std() == pytest.approx(spread, rel=.05)
 
 
 # ------------------------------------------------------------------------------------------------------------ rollouts
@@ -115,7 +121,7 @@ def run(noise, window=(1, 2), members=1, shared=False, seed=0, **k):
 def test_rollout_is_ode_outside_its_window_and_stores_only_the_window():
     noise = torch.randn(4, 2)
     (x, steps), levels = run(noise, (1, 3))
-    assert [s["index"] for s in steps] == [1, 2] and set(steps[0]) == {"index", "x", "x_next", "logp"}
+    assert [s["index"] for s in steps] == [1, 2] and set(steps[0]) == {"index", "x", "x_next", "mean", "logp"}
     expected = transition(noise, mixture_velocity(noise, levels[0]), levels[0], levels[1])[0]
     assert torch.equal(steps[0]["x"], expected) and torch.equal(steps[0]["x_next"], steps[1]["x"])
     for s in steps:  # the stored log-prob is recomputed from what is stored
