@@ -556,6 +556,18 @@ TINY_DA3 = dict(dim=128, depth=8, heads=4, out_layers=(2, 3, 5, 7), alt_start=2,
                 gaussians=True, patch_size=8, grid=8, process_res=64)
 
 
+def build_depth():
+    """The tiny Depth Anything, fresh: level cameras, depth near 1, splats of .6 pixels."""
+    da3 = DepthAnything3(DA3Config(**TINY_DA3))
+    with torch.no_grad():
+        for head in (da3.head, da3.gs_head):
+            head.scratch.output_conv2[-1].weight.mul_(.1)
+        da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2
+        da3.cam_dec.fc_qvec.bias.copy_(torch.tensor([0.0, 0, 0, 1]))
+        da3.cam_dec.fc_fov[0].bias.fill_(FOV)
+    return da3
+
+
 def depth_sample(rng, vae, index, seed):
     """A static clip as the model will meet it -> input video, true video (17, 3, 64, 64), depth, poses.
 
@@ -597,13 +609,7 @@ def train_depth(run, minutes, seed=0, clips=3):
     """Depth and cameras first (30 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
     torch.manual_seed(seed)
     vae = load_trained_vae(run)
-    da3 = DepthAnything3(DA3Config(**TINY_DA3))
-    with torch.no_grad():
-        da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2  # splats start at .6 pixels
-        da3.gs_head.scratch.output_conv2[-1].weight.mul_(.1)
-        da3.head.scratch.output_conv2[-1].weight.mul_(.1)
-        da3.cam_dec.fc_qvec.bias.copy_(torch.tensor([0.0, 0, 0, 1]))
-        da3.cam_dec.fc_fov[0].bias.fill_(FOV)
+    da3 = build_depth()
     optimiser = torch.optim.AdamW(da3.parameters(), lr=1e-3, betas=(.9, .98), weight_decay=.01)
     ema, step, spent = {k: v.clone() for k, v in da3.state_dict().items()}, 0, 0.0
     if (run / "depth" / "state.pt").exists():

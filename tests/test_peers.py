@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import ROOT, randomise
 
 import sample as S
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
@@ -133,6 +133,11 @@ def pipeline_psnr(folder, prompt, frames, size, steps, guidance, shift):
 
 def test_pipeline_at_random_weights(checkpoint):
     assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0) > 45
+
+
+def test_pipeline_with_the_shipped_tiny_model():
+    prompt = "push_in a red sphere on a checkered green floor, yellow walls"
+    assert pipeline_psnr(ROOT / "tiny" / "wan", prompt, 17, 64, 20, 2.0, 3.0) > 45
 
 
 # ------------------------------------------------------------------------------------------------- Depth Anything 3
