@@ -3,7 +3,7 @@
     python bench.py [--repeat 7]
 
 Both sides get the same weights, inputs, threads and dtype, and take turns. Needs the "test" extra (diffusers).
-Peak memory is measured in a fresh process per case, as the growth of its peak resident set during the call.
+Peak memory is the growth of a fresh process's peak resident set during the call, the median of three (Linux).
 """
 
 import argparse
@@ -95,8 +95,10 @@ def main():
     compare("VAE training step, 2 clips 17x64x64", train_ours, train_theirs, a.repeat)
     print("\n| peak memory of VAE decode at 256x256 | 21 frames | 81 frames | ratio |\n|---|---|---|---|")
     for side in ("ours", "diffusers"):
-        few, many = (float(subprocess.run([sys.executable, __file__, "--peak", side, str(n)], check=True, capture_output=True,
-                                          text=True).stdout) for n in (21, 81))
+        def measured(n):
+            run = [sys.executable, __file__, "--peak", side, str(n)]
+            return statistics.median(float(subprocess.run(run, check=True, capture_output=True, text=True).stdout) for _ in range(3))
+        few, many = measured(21), measured(81)
         print(f"| {side} | {few:.0f} MiB | {many:.0f} MiB | {many / few:.2f} |", flush=True)
 
 

@@ -162,6 +162,22 @@ class Downsample(nn.Module):
         return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], 2)
 
 
+def upsampled_conv(x, conv):
+    """conv3x3(2x nearest upsampling of x (B, C, H, W)) without making the large picture: each of the four output phases
+    sees only 2x2 different pixels, so it is a 2x2 convolution with merged taps, 4/9 of the work."""
+    B, _, H, W = x.shape
+
+    def merged(weight, dim):  # the three taps along dim, as the even and the odd output pixel meet them
+        a, b, c = weight.unbind(dim)
+        return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+
+    x = F.pad(x, (1, 1, 1, 1))
+    phases = [F.conv2d(x, w, conv.bias)[:, :, i:i + H, j:j + W]
+              for i, rows in enumerate(merged(conv.weight, 2)) for j, w in enumerate(merged(rows, 3))]
+    y = torch.stack([p.permute(0, 2, 3, 1) for p in phases], 3).unflatten(3, (2, 2))  # (B, H, W, 2, 2, C)
+    return y.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)
+
+
 class Upsample(nn.Module):
     """(temporal) Doubles every frame but the clip's first, then doubles the frame's size and halves the channels."""
 
@@ -183,7 +199,7 @@ class Upsample(nn.Module):
                 x = torch.cat([head, x], 2)
             if memory is not None:
                 memory[self] = True
-        return batch_as_frames(self.resample(frames_as_batch(x)), x.shape[0])
+        return batch_as_frames(upsampled_conv(frames_as_batch(x), self.resample[1]), x.shape[0])
 
 
 class MidBlock(nn.Module):
@@ -307,8 +323,8 @@ class VAE(nn.Module):
         return video
 
     def _pieces(self, T, B, pixels):
-        """Latent frames per piece: up to 4, fewer where the widest activation would pass a million pixels."""
-        size = min(max(2 ** 18 // (B * pixels), 1), 4)
+        """Latent frames per piece: up to 4, one where the batch's picture has 256x256 pixels or more."""
+        size = min(max(2 ** 16 // (B * pixels), 1), 4)
         return [min(size, T - i) for i in range(0, T, size)]
 
 
