@@ -733,20 +733,19 @@ def _vae_part(folder):
 
 def _text_part(folder):
     """-> (meta UMT5EncoderModel, weight files, rename, tokenizer folder)."""
-    import transformers
-    original = not (folder / "text_encoder").is_dir()
-    if original:
-        files, rename, tokenizer = [folder / ORIGINAL_TEXT], original_text_key, folder / "google" / "umt5-xxl"
-        config = transformers.UMT5Config(**UMT5_XXL)
+    if (folder / "text_encoder").is_dir():
+        files, rename, tokenizer = _weight_files(folder / "text_encoder", "model"), str, folder / "tokenizer"
+        config = _read_json(folder / "text_encoder" / "config.json")
+    else:
+        files, rename, tokenizer, config = [folder / ORIGINAL_TEXT], original_text_key, folder / "google" / "umt5-xxl", UMT5_XXL
         if not files[0].exists():
             raise ValueError(f"{folder} lacks {ORIGINAL_TEXT}; download the checkpoint again")
-    else:
-        files, rename, tokenizer = _weight_files(folder / "text_encoder", "model"), str, folder / "tokenizer"
-        config = transformers.UMT5Config(**_read_json(folder / "text_encoder" / "config.json"))
     if not tokenizer.is_dir():
         raise ValueError(f"{folder} lacks the tokenizer folder {tokenizer.relative_to(folder)}; download the checkpoint again")
+    _open_tensors(files)  # broken files are named before the slow import
+    import transformers
     with torch.device("meta"):
-        model = transformers.UMT5EncoderModel(config)
+        model = transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
     return model, files, rename, tokenizer
 
 
