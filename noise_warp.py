@@ -49,7 +49,8 @@ def parse_motion(prompt):
     for match in _MOTION.finditer(prompt):
         verb, direction = (g.lower() for g in match.groups() if g)
         motions.append(f"{'move' if verb == 'moving' else verb}_{direction}")
-    stray = _LOOKALIKE.search(prompt)
+    sentences = prompt.split(".")  # only where the camera is spoken of: a scene's blind may well tilt down
+    stray = _LOOKALIKE.search(". ".join([t for t in sentences if "camera" in t.lower()] or sentences[:1]))
     if stray:
         warnings.warn(f"'{stray.group()}' is not a camera motion here; the motions are {', '.join(MOTIONS)}", stacklevel=2)
     return motions or ["fixed"]

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ def test_parse_motion(prompt, motions):
 def test_lookalike_motion_warns_with_the_list():
     with pytest.warns(UserWarning, match="zoom in.*push_in, pull_out"):
         assert parse_motion("Camera zoom in on a tower") == ["fixed"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse_motion("Camera push in. Crocuses push up through snow; the slats tilt down.") == ["push_in"]
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
