@@ -22,13 +22,15 @@ NEAR, FAR, WIDEN = .01, 1e10, .3
 ALPHA_MAX, ALPHA_MIN, CLOSED = .999, 1 / 255, 1e-4
 
 
-def render(gaussians, camera_to_world, intrinsics, height, width, max_pairs=4_000_000):
+def render(gaussians, camera_to_world, intrinsics, height, width, max_pairs=None):
     """-> rgb (V, 3, H, W), depth (V, H, W) expected z-depth (0 where nothing is hit), alpha (V, H, W), float32.
 
     gaussians: means (N, 3), scales (N, 3), rotations (N, 4) as w, x, y, z, harmonics (N, 3, K) with K = 1, 4 or 9,
     opacities (N,). camera_to_world (V, 4, 4), intrinsics (V, 3, 3) in pixels of the rendered size.
-    max_pairs bounds the PyTorch path's working memory, at about 200 bytes a pair without gradients.
+    max_pairs bounds the PyTorch path's working memory, at about 200 bytes a pair without gradients; by default 4 pairs a
+    pixel, at least 100,000: small enough for the cache, and for pixels to close before what they hide is looked at.
     """
+    max_pairs = max_pairs or max(100_000, 4 * height * width)
     if gaussians.means.is_cuda:
         return _gsplat(gaussians, camera_to_world, intrinsics, height, width)
     views = [_view(gaussians, pose, K, height, width, max_pairs) for pose, K in zip(camera_to_world.float(), intrinsics.float())]
@@ -85,30 +87,39 @@ def _view(g, pose, K, H, W, max_pairs):
         shape = (high - low + 1).nan_to_num(0).clamp_min(0)
         shows = (z > NEAR) & (z < FAR) & (g.opacities >= ALPHA_MIN) & (shape.prod(1) > 0)
         order = shows.nonzero().squeeze(1)
-        order = order[z[order].argsort(stable=True)]
-        low, shape = low[order].long(), shape[order].long()
+        order = order.index_select(0, z.index_select(0, order).argsort(stable=True))
+        low, shape = (x.index_select(0, order).long() for x in (low, shape))
         pairs = shape.prod(1).cumsum(0)
     if not len(order):
         return z.new_zeros(3, H, W), z.new_zeros(H, W), z.new_zeros(H, W)
-    rgb = colour(g.harmonics[order], g.means[order], pose[:3, 3])
-    features = torch.cat([rgb, z[order, None]], 1)  # (n, 4)
-    xx, xy, yy = cov[order].unbind(1)
+    rgb = colour(g.harmonics.index_select(0, order), g.means.index_select(0, order), pose[:3, 3])
+    features = torch.cat([rgb, z.index_select(0, order)[:, None]], 1)  # (n, 4)
+    xx, xy, yy = cov.index_select(0, order).unbind(1)
     det = xx * yy - xy * xy
     conic = torch.stack([.5 * yy / det, -xy / det, .5 * xx / det], 1)  # exponent = c0 dx^2 + c1 dx dy + c2 dy^2
-    splats = torch.cat([centre[order], conic, g.opacities[order, None]], 1)  # (n, 6)
+    splats = torch.cat([centre.index_select(0, order), conic, g.opacities.index_select(0, order)[:, None]], 1)  # (n, 6)
 
     total = features.new_zeros(H * W, 4)
     log_T = torch.zeros(H * W, dtype=torch.float64, device=device)  # log transmittance so far
     open_ = torch.ones(H * W, dtype=torch.bool, device=device)
     start = 0
-    while start < len(order):
+    while start < len(order) and open_.any():
         done = int(pairs[start - 1]) if start else 0
         stop = max(start + 1, int(torch.searchsorted(pairs, done + max_pairs, right=True)))
-        total, log_T, open_ = _composite(splats[start:stop], features[start:stop], low[start:stop], shape[start:stop], W, total, log_T, open_)
+        live = start + _reaches_open(open_.view(H, W), low[start:stop], shape[start:stop])
+        if len(live):
+            total, log_T, open_ = _composite(*(x.index_select(0, live) for x in (splats, features, low, shape)), W, total, log_T, open_)
         start = stop
     alpha = (1 - log_T.exp()).to(total.dtype)
     depth = total[:, 3] / alpha.clamp_min(1e-10)
     return total[:, :3].T.reshape(3, H, W), depth.view(H, W), alpha.view(H, W)
+
+
+def _reaches_open(open_, low, shape):
+    """Indices of the boxes that hold an open pixel, by a summed-area table."""
+    table = torch.nn.functional.pad(open_.int().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    (x0, y0), (x1, y1) = low.unbind(1), (low + shape).unbind(1)
+    return (table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]).nonzero().squeeze(1)
 
 
 def _pairs(splats, low, shape, W):
@@ -127,8 +138,8 @@ def _pairs(splats, low, shape, W):
         least = most
         if not len(group):
             continue
-        px, py, c0, c1, c2, opacity = splats[group].T.unbind(0)
-        (x, y), (w, h) = low[group].to(torch.int32).unbind(1), shape[group].to(torch.int32).unbind(1)
+        px, py, c0, c1, c2, opacity = splats.index_select(0, group).unbind(1)
+        (x, y), (w, h) = (box.index_select(0, group).to(torch.int32).unbind(1) for box in (low, shape))
         columns, rows = (torch.arange(int(n.max()), dtype=torch.int32, device=x.device) for n in (w, h))
         dx, dy = x[:, None] + columns + .5 - px[:, None], y[:, None] + rows + .5 - py[:, None]  # (n, columns), (n, rows)
         exponent = ((c1[:, None] * dy)[:, :, None] * dx[:, None] + (c0[:, None] * dx * dx)[:, None]) + (c2[:, None] * dy * dy)[:, :, None]
@@ -137,12 +148,12 @@ def _pairs(splats, low, shape, W):
             counts &= (columns < w[:, None])[:, None] & (rows < h[:, None])[:, :, None]
             index = counts.flatten().nonzero().squeeze(1)
             n = index.div(len(rows) * len(columns), rounding_mode="floor")
-            pixel = (((y[:, None] + rows) * W)[:, :, None] + (x[:, None] + columns)[:, None]).flatten()[index]
-        parts.append((group[n], pixel, opacity[n] * torch.exp(-exponent.flatten()[index])))
+            pixel = (((y[:, None] + rows) * W)[:, :, None] + (x[:, None] + columns)[:, None]).flatten().index_select(0, index)
+        parts.append((group.index_select(0, n), pixel, opacity.index_select(0, n) * torch.exp(-exponent.flatten().index_select(0, index))))
     who, pixel, alpha = (torch.cat(x) for x in zip(*parts))
     if len(parts) > 1:
         order = _stable_order(who)
-        who, pixel, alpha = who[order], pixel[order], alpha[order]
+        who, pixel, alpha = (x.index_select(0, order) for x in (who, pixel, alpha))
     return who, pixel, alpha.clamp(max=ALPHA_MAX)
 
 
@@ -150,22 +161,21 @@ def _composite(splats, features, low, shape, W, total, log_T, open_):
     """Adds Gaussians, given in depth order, behind what the pixels already hold."""
     who, pixel, alpha = _pairs(splats, low, shape, W)
     with torch.no_grad():
-        keep = open_[pixel].nonzero().squeeze(1)
-        keep = keep[_stable_order(pixel[keep])]  # grouped by pixel, nearest first
-        who, pixel = who[keep], pixel[keep].long()
-    alpha = alpha[keep]
+        keep = open_.index_select(0, pixel).nonzero().squeeze(1)
+        keep = keep.index_select(0, _stable_order(pixel.index_select(0, keep)))  # grouped by pixel, nearest first
+        who, pixel = who.index_select(0, keep), pixel.index_select(0, keep).long()
+    alpha = alpha.index_select(0, keep)
     # Transmittance in front of each pair: a running sum of log(1 - alpha) that restarts with every pixel.
     step = torch.log1p(-alpha.double())
     running = step.cumsum(0)
     size = torch.bincount(pixel, minlength=len(log_T))
-    first = (size.cumsum(0) - size)[pixel]
-    before = log_T[pixel] + (running - step) - (running[first] - step[first])
+    at_start = torch.cat([running.new_zeros(1), running]).index_select(0, size.cumsum(0) - size)  # running sum where each pixel starts
+    before = running - step + (log_T - at_start).index_select(0, pixel)
     shown = before + step > math.log(CLOSED)
     weight = torch.where(shown, alpha * before.exp(), 0.0).to(features.dtype)
-    total = total.index_add(0, pixel, weight[:, None] * features[who])
+    total = total.index_add(0, pixel, weight[:, None] * features.index_select(0, who))
     log_T = log_T.index_add(0, pixel, torch.where(shown, step, 0.0))
-    closed = torch.zeros_like(open_)
-    closed[pixel[~shown]] = True
+    closed = torch.zeros_like(open_).index_fill(0, pixel.masked_select(~shown), True)
     return total, log_T, open_ & ~closed
 
 

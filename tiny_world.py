@@ -300,12 +300,12 @@ def train_vae(run, minutes, seed=0):
         if not clips and clock.progress() > .4:
             inflate(vae)
             clips = True
-        long = clips and clock.progress() > .6
+        long = clips and clock.progress() > .5
         frames, scenes = (17, 4) if long else (9, 8) if clips else (1, 16)
         rng = random.Random(f"vae/{seed}/{step}")
         batch = []
         for i in range(scenes):
-            scene = random_scene(f"vae/{seed}", rng.choice(("static", "static", "dynamic")), step * 16 + i)
+            scene = random_scene(f"vae/{seed}", rng.choice(("static", "dynamic")), step * 16 + i)
             if clips:
                 start = rng.randint(0, 17 - frames)
                 batch.append(render(scene, at=range(start, start + frames))["video"])
