@@ -642,8 +642,11 @@ def _open_tensors(files, device="cpu"):
     return tensors
 
 
-def _match(model, files, rename, device="cpu"):
-    """Pairs every tensor of a (meta) model with one in the files, by name and shape. -> {our name: read}"""
+def _match(model, files, rename, device="cpu", unused=frozenset()):
+    """Pairs every tensor of a (meta) model with one in the files, by name and shape. -> {our name: read}
+
+    unused: names that the files may hold and the model has no use for.
+    """
     tensors = _open_tensors(files, device)
     where = Path(files[0]).parent if len(files) > 1 else files[0]
     names = {key: rename(key) for key in model.state_dict(keep_vars=True)}
@@ -652,7 +655,7 @@ def _match(model, files, rename, device="cpu"):
         names["shared.weight"] = "encoder.embed_tokens.weight"
     names = {key: name for key, name in names.items() if key not in tied}
     missing = [name for name in names.values() if name not in tensors]
-    unknown = sorted(set(tensors) - set(names.values()) - tied)
+    unknown = sorted(set(tensors) - set(names.values()) - tied - unused)
     for what, keys in (("lacks", missing), ("has the unknown", unknown)):
         if keys:
             raise ValueError(f"{where} {what} tensor {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")

@@ -217,6 +217,18 @@ def write_video(path, video, fps=16):
     part.rename(path)
 
 
+def read_video(path):
+    """A video file -> (F, 3, H, W) in [0, 1], frames a second."""
+    import imageio.v2 as iio
+    try:
+        with iio.get_reader(path, format="FFMPEG") as reader:
+            fps = reader.get_meta_data()["fps"]
+            frames = [torch.from_numpy(f.copy()) for f in reader]
+    except Exception as e:
+        raise ValueError(f"'{path}' cannot be read as a video ({str(e).strip().splitlines()[0][:120] if str(e) else type(e).__name__})") from None
+    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, fps
+
+
 def contact_sheet(path, videos, columns=6, width=1152):
     """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames evenly spread, small frames enlarged."""
     import imageio.v3 as iio

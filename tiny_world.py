@@ -1,40 +1,27 @@
-"""The tiny world: procedural 3D rooms with exact depth and cameras, and the commands that train the tiny twins.
+"""The tiny world: procedural 3D rooms with exact depth and cameras, on which every tiny twin is trained and measured.
 
 A room with plain walls and a checkered floor, one or two large objects, eleven camera motions. Simple on purpose:
-camera motion, geometry errors and the words of the prompt must be plain to see at 64x64. Everything is known
-exactly, so each pre-trained model of World-R1 gets a *tiny twin*, the same class at a small size:
+camera motion, geometry errors and the words of the prompt must be plain to see at 64x64. Everything is known exactly.
 
-    python tiny_world.py show                    a contact sheet of clips and captions
-    python tiny_world.py vae  --minutes 60       train the causal 3D VAE         -> RUN/vae
-    python tiny_world.py data --clips 8192       render clips and encode them    -> RUN/data
-    python tiny_world.py dit  --minutes 90       train the DiT and text encoder  -> RUN/dit
-    python tiny_world.py depth --minutes 120     train Depth Anything 3            -> RUN/depth
-    python tiny_world.py export                  write RUN's models              -> tiny/wan
+    python tiny_world.py show                    a contact sheet of clips and captions, whole and corrupted
     python tiny_world.py check                   count right colours and directions over 20 samples
+    python tiny_world.py vae | data | dit | depth | critic | preference | export      make a tiny twin (tiny_train.py)
 
-All commands resume from RUN (--run, default runs/tiny) and write a log and a picture every few minutes.
 Left out on purpose: shadows, reflections, textures other than tiles. They cost capacity and teach nothing here.
 """
 
 import argparse
 import dataclasses
-import json
 import math
 import random
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-import splat
-from depth_anything import MEAN, STD, DA3Config, DepthAnything3
-from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
+from model import load_wan
 from noise_warp import FOV, MOTIONS, camera_path
-from sample import contact_sheet, generator, initial_noise, model_defaults, sample
+from sample import contact_sheet, initial_noise, model_defaults, sample
 
 COLOURS = {"red": (.86, .10, .12), "orange": (1.0, .52, .08), "yellow": (.96, .88, .15),
            "green": (.13, .62, .20), "blue": (.13, .30, .90), "purple": (.58, .18, .78)}
@@ -115,14 +102,15 @@ def intrinsics(height, width):
     return torch.tensor([[f, 0, width / 2], [0, f, height / 2], [0, 0, 1]])
 
 
-def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at=None):
+def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at=None, poses=None):
     """Ray casts a scene. -> dict
 
     video (F, 3, H, W) in [0, 1]; poses (F, 4, 4) camera-to-world; and with depth=True also
     depth (F, H, W) z-depth and mask (F, H, W) (0 room, 1.. objects), both exact at pixel centres.
     at: indices of the frames to render, all by default. Supersampling is supersample x supersample rays a pixel.
+    poses: camera-to-world (F, 4, 4) in frame 0's axes instead of the scene's own path.
     """
-    poses = camera_path(scene.motions, frames).float()
+    poses, frames = (camera_path(scene.motions, frames).float(), frames) if poses is None else (poses.float().cpu(), len(poses))
     when = torch.arange(frames) if at is None else torch.as_tensor(at)
     poses, clock = poses[when], when / max(frames - 1, 1)
     colour, _, _ = _cast(scene, poses, clock, height, width, supersample)
@@ -227,458 +215,90 @@ def _hit(obj, o, d, clock):
     return t, shade.nan_to_num(0.0)
 
 
-# ------------------------------------------------------------------------------------------- training, what is common
+# ------------------------------------------------------- what goes wrong: clips, reconstructions and pictures, by strength
 
-def stack(clips):
-    return torch.stack([c["video"] for c in clips])  # (B, F, 3, H, W)
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio of two videos in [0, 1], in dB, one value over everything given."""
-    return -10 * math.log10((a.float() - b.float()).square().mean().item())
+CORRUPTIONS = ("warp", "morph", "swap", "freeze")
 
 
-def save(path, **state):
-    """torch.save to a temporary name, then rename: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
+def corrupt(scene, kind, strength=1.0, seed=0, frames=17):
+    """A clip (F, 3, 64, 64) of the scene, every frame of it clean, that no rigid world and requested path could show.
 
-
-def log(run, **values):
-    line = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "log.txt", "a") as f:
-        f.write(line + "\n")
-    return line
-
-
-class Clock:
-    """Seconds of training so far, across resumes, against a budget in minutes; drives schedules and the bar."""
-
-    def __init__(self, minutes, spent=0.0):
-        self.budget, self.spent, self.start = minutes * 60, spent, time.monotonic()
-
-    def seconds(self):
-        return self.spent + time.monotonic() - self.start
-
-    def progress(self):
-        return min(self.seconds() / self.budget, 1.0)
-
-
-# --------------------------------------------------------------------------------------------------------------- VAE
-
-TINY_VAE = dict(base_dim=16, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, temperal_downsample=(False, True, True))
-
-
-def inflate(vae):
-    """Turns a VAE trained on single frames into one for clips: past slices 0, time convolutions take / repeat a frame."""
-    for m in vae.modules():
-        if isinstance(m, CausalConv3d) and m.kernel_size[0] == 3:
-            m.weight.data[:, :, :2] = 0
-        if isinstance(m, (Downsample, Upsample)) and m.time_conv is not None:
-            w = m.time_conv.weight.data
-            w.zero_(), m.time_conv.bias.data.zero_()
-            w[:, :, 2, 0, 0] = torch.eye(w.shape[1]).repeat(w.shape[0] // w.shape[1], 1)
-
-
-def train_vae(run, minutes, seed=0):
-    """Single frames first (40 % of the time), then inflated to clips of 9 and 17 frames. Loss: L1 + 10 MSE + 1e-4 KL."""
-    torch.manual_seed(seed)
-    vae = VAE(VAEConfig(**TINY_VAE))
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(.9, .95), weight_decay=1e-4)
-    step, spent, clips = 0, 0.0, False
-    if (run / "state.pt").exists():
-        state = torch.load(run / "state.pt", weights_only=True)
-        vae.load_state_dict(state["model"]), optimiser.load_state_dict(state["optimiser"])
-        step, spent, clips = state["step"], state["spent"], state["clips"]
-    clock = Clock(minutes, spent)
-    held_out = stack([render(random_scene("held-out", s, i)) for s in ("static", "dynamic") for i in range(8)])
-    last_log = clock.seconds()
-    bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc="vae")
-    while clock.progress() < 1:
-        if not clips and clock.progress() > .4:
-            inflate(vae)
-            clips = True
-        long = clips and clock.progress() > .5
-        frames, scenes = (17, 4) if long else (9, 8) if clips else (1, 16)
-        rng = random.Random(f"vae/{seed}/{step}")
-        batch = []
-        for i in range(scenes):
-            scene = random_scene(f"vae/{seed}", rng.choice(("static", "dynamic")), step * 16 + i)
-            if clips:
-                start = rng.randint(0, 17 - frames)
-                batch.append(render(scene, at=range(start, start + frames))["video"])
-            else:
-                batch.extend(render(scene, at=rng.sample(range(17), 2))["video"][:, None])
-        video = torch.stack(batch)
-        lr = (3e-3 if not clips else 1.5e-3) * min(1, (step + 1) / 100) * (1 - .95 * max(0, clock.progress() - .5) / .5)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, logvar = vae.moments(video)
-            logvar = logvar.float().clamp(-20, 10)
-            z = mean.float() + torch.randn_like(logvar) * (logvar / 2).exp()
-            error = vae.decode_raw(z).float() - video
-        kl = .5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
-        loss = error.abs().mean() + 10 * error.square().mean() + 1e-4 * kl
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        bar.update(int(clock.seconds()) - bar.n)
-        if clock.seconds() - last_log > 120 or clock.progress() >= 1:
-            last_log = clock.seconds()
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                if clips:
-                    out = torch.cat([vae.decode_raw(vae.moments(v)[0]) for v in held_out.split(4)]).float().clamp(0, 1)
-                else:
-                    out = vae.decode_raw(vae.moments(held_out[:, ::4].flatten(0, 1)[:, None])[0]).float().clamp(0, 1)
-            true = held_out if clips else held_out[:, ::4].flatten(0, 1)[:, None]
-            half = len(true) // 2
-            bar.write(log(run, step=step, seconds=int(clock.seconds()), frames=frames, loss=loss.item(), kl=kl.item(),
-                          grad=norm.item(), static_db=psnr(out[:half], true[:half]), dynamic_db=psnr(out[half:], true[half:])))
-            if clips:
-                contact_sheet(run / "sheet.png", [v for i in (0, 1, 2, 8, 9, 10) for v in (true[i], out[i])])
-            save(run / "state.pt", model=vae.state_dict(), optimiser=optimiser.state_dict(), step=step,
-                 spent=clock.seconds(), clips=clips)
-
-
-def load_trained_vae(run):
-    """The VAE of RUN/vae with the latent statistics of RUN/data, once measured."""
-    state = torch.load(run / "vae" / "state.pt", weights_only=True)
-    statistics = run / "data" / "statistics.json"
-    statistics = json.loads(statistics.read_text()) if statistics.exists() else dict(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
-    vae = VAE(VAEConfig(**TINY_VAE, **{k: tuple(v) for k, v in statistics.items()}))
-    vae.load_state_dict(state["model"])
-    return vae.eval().requires_grad_(False)
-
-
-# --------------------------------------------------------------------------------------------- DiT and text encoder
-
-TINY_DIT = dict(num_attention_heads=8, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=128)
-TINY_TEXT = dict(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, relative_attention_num_buckets=32,
-                 relative_attention_max_distance=128, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-                 layer_norm_epsilon=1e-6, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
-SHARD = 512  # clips a data shard
-
-
-def clip_key(index):
-    """Training clip `index` -> (seed, split, index) of its scene: every fourth is dynamic."""
-    return "dit", "dynamic" if index % 4 == 3 else "static", index
-
-
-def make_data(run, clips, seed=0):
-    """Renders clips and encodes them. Writes RUN/data/statistics.json and shards of normalised float16 latents."""
-    folder = run / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    vae = load_trained_vae(run)
-    if not (folder / "statistics.json").exists():
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            mu = torch.cat([vae.moments(render(random_scene(*clip_key(i)))["video"][None])[0].float() for i in range(256)])
-        per_channel = mu.transpose(0, 1).flatten(1)
-        (folder / "statistics.json").write_text(json.dumps(dict(latents_mean=per_channel.mean(1).tolist(),
-                                                                latents_std=per_channel.std(1).tolist())))
-        vae = load_trained_vae(run)
-    mean, std = vae._statistics("cpu")
-    for start in tqdm(range(0, clips, SHARD), desc="data", unit="shard"):
-        path = folder / f"shard_{start // SHARD:04d}.safetensors"
-        if path.exists():
-            continue
-        parts = []
-        for first in range(start, start + SHARD, 4):
-            video = stack([render(random_scene(*clip_key(i))) for i in range(first, first + 4)])
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                parts.append(((vae.moments(video)[0].float() - mean) / std).half().contiguous())
-        save_file({"latents": torch.cat(parts).contiguous()}, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
-
-
-def make_tokenizer():
-    """Word-level tokenizer of the captions' vocabulary: lower case, spaces / underscores / punctuation separate words."""
-    import tokenizers
-    from tokenizers import normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    words = sorted({w for s in ("static", "dynamic") for i in range(2000)
-                    for w in caption(random_scene("words", s, i), random.Random(i)).lower().replace("_", " ").replace(".", " ").replace(",", " ").split()})
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>"] + words)}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[^a-z0-9<>/]+"), "removed")
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   model_max_length=TEXT_LENGTH)
-
-
-def build_dit():
-    """-> DiT, text encoder, tokenizer, at the tiny sizes with fresh weights."""
-    import transformers
-    tokenizer = make_tokenizer()
-    text_encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=len(tokenizer), **TINY_TEXT))
-    return DiT(DiTConfig(**TINY_DIT)), text_encoder, tokenizer
-
-
-def training_caption(scene, rng):
-    """A fresh phrasing each time; one in ten drops the camera words, one in ten is empty (for guidance)."""
-    draw = rng.random()
-    return "" if draw < .1 else caption(scene, rng, camera=draw > .2)
-
-
-def embed(text_encoder, tokenizer, captions):
-    """Like Wan.encode_text, differentiable, with the padding collapsed as `trim_text` does. -> text, text_padding"""
-    tokens = tokenizer(captions, padding="longest", return_tensors="pt")
-    text = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask.unsqueeze(-1)
-    return F.pad(text, (0, 0, 0, 1)), TEXT_LENGTH - text.shape[1]
-
-
-def train_dit(run, minutes, seed=0, batch=32):
-    """Flow matching, |v - (eps - x0)|^2 with sigma = shift(sigmoid(N(0,1)), 2), on RUN/data; text encoder trained along.
-
-    Muon for the blocks' matrices, AdamW for the rest, EMA weights for pictures and export.
+    warp    the walls swim: a smooth field that changes over time moves pixels by up to 6 strength
+    morph   the first object swells, shrinks and slides as the clip goes on, and is another shape in its second half
+    swap    from some frame on, another room filmed by the same camera is mixed in, by strength
+    freeze  the camera does strength less of its motion than the caption asks for: 1 stands still
     """
-    torch.manual_seed(seed)
-    vae = load_trained_vae(run)
-    dit, text_encoder, tokenizer = build_dit()
-    model = torch.nn.ModuleDict(dict(dit=dit, text=text_encoder))
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ("blocks." in n or "encoder.block." in n) and "relative" not in n]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimisers = [torch.optim.Muon(matrices, lr=2e-3, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=2e-3, betas=(.9, .98), weight_decay=.01)]
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
-    step, spent = 0, 0.0
-    if (run / "dit" / "state.pt").exists():
-        state = torch.load(run / "dit" / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        ema, step, spent = state["ema"], state["step"], state["spent"]
-        for o, s in zip(optimisers, state["optimisers"]):
-            o.load_state_dict(s)
-    latents = torch.cat([load_file(p)["latents"] for p in sorted((run / "data").glob("shard_*.safetensors"))])
-    scenes = [random_scene(*clip_key(i)) for i in tqdm(range(len(latents)), desc="scenes")]
-    held_out = [random_scene("held-out", "static" if i % 4 < 3 else "dynamic", i) for i in range(128)]
-    with torch.no_grad():
-        target = vae.encode(stack([render(s) for s in held_out]))
-    fixed = random.Random(0)
-    held_captions = [caption(s, fixed) for s in held_out]
-    levels = (torch.arange(128) + .5) / 128
-    held_noise = torch.randn(target.shape, generator=generator(seed, "held-out"))
-    clock, last_log, last_sheet = Clock(minutes, spent), 0.0, time.monotonic()
-    bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc="dit")
-
-    def loss_of(x0, noise, sigma, captions):
-        s = sigma.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the CPU's fused bf16 backward is slow
-            text, padding = embed(text_encoder, tokenizer, captions)
-            v = dit((1 - s) * x0 + s * noise, 1000 * sigma, text, padding)
-        return (v.float() - (noise - x0)).square().flatten(1).mean(1)
-
-    running = None
-    while clock.progress() < 1:
-        draw = generator(seed, step, "dit")
-        rng = random.Random(f"{seed}/{step}")
-        index = torch.randint(len(latents), (batch,), generator=draw)
-        u = torch.randn(batch, generator=draw).sigmoid()
-        x0 = latents[index].float()
-        loss = loss_of(x0, torch.randn(x0.shape, generator=draw), 2 * u / (1 + u), [training_caption(scenes[i], rng) for i in index]).mean()
-        scale = min(1, (step + 1) / 100) * (1 - .95 * max(0, clock.progress() - .4) / .6)
-        for o in optimisers:
-            o.zero_grad(set_to_none=True)
-            o.param_groups[0]["lr"] = 2e-3 * scale
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimisers:
-            o.step()
-        step += 1
-        running = loss.item() if running is None else .98 * running + .02 * loss.item()
-        decay = min(.999, step / (step + 10))
-        with torch.no_grad():
-            values = list(model.state_dict().values())
-            torch._foreach_lerp_(list(ema.values()), values, 1 - decay)
-        bar.update(int(clock.seconds()) - bar.n)
-        if clock.seconds() - last_log > 120 or clock.progress() >= 1:
-            last_log = clock.seconds()
-            save(run / "dit" / "state.pt", model=model.state_dict(), ema=ema, step=step, spent=clock.seconds(),
-                 optimisers=[o.state_dict() for o in optimisers])
-            live = {k: v.clone() for k, v in model.state_dict().items()}
-            model.load_state_dict(ema)
-            with torch.no_grad():
-                held = loss_of(target, held_noise, levels, held_captions).mean().item()
-            if time.monotonic() - last_sheet > 300 or clock.progress() >= 1:
-                last_sheet = time.monotonic()
-                wan = Wan(dit, vae, text_encoder, tokenizer)
-                out = sample(wan, held_captions[:6], held_noise[:6], steps=20, guidance=2.0, shift=3.0)
-                pictures = [v for i in range(6) for v in (render(held_out[i])["video"], vae.decode(out[i:i + 1])[0])]
-                contact_sheet(run / "dit" / "sheet.png", pictures, columns=9)
-            model.load_state_dict(live)
-            bar.write(log(run / "dit", step=step, seconds=int(clock.seconds()), train=running, held_out=held))
+    rng = random.Random(f"{seed}/{kind}/{scene.caption}")
+    if kind == "warp":
+        video = render(scene, frames)["video"]
+        g = torch.Generator().manual_seed(rng.randrange(2 ** 31))
+        coarse = F.interpolate(torch.randn(1, 2, 4, 4, 4, generator=g), size=(frames, *video.shape[2:]), mode="trilinear", align_corners=True)[0]
+        field = strength * 12 / video.shape[-1] * (coarse / coarse.abs().amax()).permute(1, 2, 3, 0)  # (F, H, W, 2), in half widths
+        grid = F.affine_grid(torch.eye(2, 3).expand(frames, 2, 3), video.shape, align_corners=False)
+        return F.grid_sample(video, grid + field, mode="bilinear", padding_mode="reflection", align_corners=False)
+    if kind == "morph":
+        other = rng.choice([s for s in SHAPES if s != scene.objects[0].shape])
+        phase, parts = rng.uniform(0, 2 * math.pi), []
+        for f in range(frames):
+            wave = strength * math.sin(2 * math.pi * f / (frames - 1) + phase)
+            o = dataclasses.replace(scene.objects[0])
+            o.size, o.x = o.size * (1 + .4 * wave), o.x + .15 * wave
+            o.shape = other if f > frames / 2 and strength > .5 else o.shape
+            parts.append(render(dataclasses.replace(scene, objects=[o, *scene.objects[1:]]), frames, at=[f])["video"])
+        return torch.cat(parts)
+    if kind == "swap":
+        elsewhere = random_scene(f"{seed}/swap", "static", rng.randrange(10 ** 6))
+        elsewhere.motions = scene.motions
+        a, b = render(scene, frames)["video"], render(elsewhere, frames)["video"]
+        start = rng.randint(frames // 3, 2 * frames // 3)
+        share = strength * (torch.arange(frames) >= start).float().view(-1, 1, 1, 1)
+        return (1 - share) * a + share * b
+    if kind == "freeze":
+        return render(scene, poses=camera_path(scene.motions, frames, 1 - strength))["video"]
+    raise ValueError(f"kind must be one of {', '.join(CORRUPTIONS)}, got '{kind}'")
 
 
-def write_wan(folder, dit, vae, text_encoder, tokenizer, shift, sampling, dtype=torch.bfloat16):
-    """Writes a model as a Diffusers WanPipeline folder. sampling: its defaults for sample.py (frames, steps, ...)."""
-    def write(name, value):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-
-    def component(name, cls, model, **fixed):
-        config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(model.config).items()}
-        write(f"{name}/config.json", {"_class_name": cls, **config, **fixed})
-        save_file({k: v.to(dtype).contiguous() for k, v in model.state_dict().items()},
-                  folder / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-
-    component("vae", "AutoencoderKLWan", vae)
-    component("transformer", "WanTransformer3DModel", dit, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024)
-    text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    write("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000,
-          "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "solver_order": 2,
-          "solver_type": "bh2", "predict_x0": True, "lower_order_final": True, "final_sigmas_type": "zero"})
-    write("model_index.json", {"_class_name": "WanPipeline", "_diffusers_version": "0.35.0",
-          "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-          "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
-          "vae": ["diffusers", "AutoencoderKLWan"]})
-    write("sampling.json", sampling)
+DAMAGE = ("floaters", "billboard", "stretch", "holes")
 
 
-def export(run, folder):
-    """Writes RUN's models (EMA weights) as a Diffusers folder in bfloat16."""
-    vae = load_trained_vae(run)
-    dit, text_encoder, tokenizer = build_dit()
-    state = torch.load(run / "dit" / "state.pt", weights_only=True)["ema"]
-    dit.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("dit.")})
-    text_encoder.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("text.")})
-    write_wan(folder, dit, vae, text_encoder, tokenizer, shift=3.0,
-              sampling=dict(frames=17, height=64, width=64, steps=20, guidance=2.0, fps=8, degradation=0.0))
+def damage(rec, kind, strength, generator):
+    """Breaks a reconstruction's Gaussians: floaters (points leave their surface along the ray), billboard (everything
+    slides to one depth), stretch (splats grow along one axis), holes (splats vanish). strength in [0, 1]."""
+    g, eye = rec.gaussians, rec.camera_to_world[len(rec.camera_to_world) // 2, :3, 3]
+    ray, rand = g.means - eye, torch.rand(len(g.means), generator=generator)
+    means, scales, opacities = g.means, g.scales, g.opacities
+    if kind == "floaters":
+        means = eye + ray * (1 - (rand < .5 * strength).float() * torch.rand(len(rand), generator=generator) * .7)[:, None]
+    elif kind == "billboard":
+        means = eye + ray * (1 + strength * (rec.depth.median() / ray.norm(dim=1) - 1))[:, None]
+    elif kind == "stretch":
+        scales = scales * torch.tensor([1 + 12 * strength, 1, 1])
+    elif kind == "holes":
+        opacities = opacities * (rand > .9 * strength)
+    else:
+        raise ValueError(f"unknown damage '{kind}'")
+    return dataclasses.replace(rec, gaussians=dataclasses.replace(g, means=means, scales=scales, opacities=opacities))
 
 
-# ----------------------------------------------------------------------------------------------------- Depth Anything
-
-TINY_DA3 = dict(dim=128, depth=8, heads=4, out_layers=(2, 3, 5, 7), alt_start=2, features=48, out_channels=(32, 48, 64, 96),
-                gaussians=True, patch_size=8, grid=8, process_res=64)
+DEGRADATIONS = ("blur", "noise", "colour", "fade")
 
 
-def build_depth():
-    """The tiny Depth Anything, fresh: level cameras, depth near 1, splats of .6 pixels."""
-    da3 = DepthAnything3(DA3Config(**TINY_DA3))
-    with torch.no_grad():
-        for head in (da3.head, da3.gs_head):
-            head.scratch.output_conv2[-1].weight.mul_(.1)
-        da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2
-        da3.cam_dec.fc_qvec.bias.copy_(torch.tensor([0.0, 0, 0, 1]))
-        da3.cam_dec.fc_fov[0].bias.fill_(FOV)
-    return da3
-
-
-def depth_sample(rng, vae, index, seed):
-    """A static clip as the model will meet it -> input video, true video (17, 3, 64, 64), depth, poses.
-
-    A third is round-tripped through the VAE and a sixth blurred or noisy: samples of a video model are not renders.
-    """
-    clip = render(random_scene(f"depth/{seed}", "static", index), depth=True)
-    seen, draw = clip["video"], rng.random()
-    if draw < .33:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            seen = vae.decode_raw(vae.moments(seen[None])[0])[0].float().clamp(0, 1)
-    elif draw < .42:
-        seen = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    elif draw < .5:
-        seen = (seen + .05 * torch.randn(seen.shape)).clamp(0, 1)
-    return seen, clip["video"], clip["depth"], clip["poses"]
-
-
-def depth_losses(da3, seen, video, depth, poses, views, targets):
-    """Losses of one clip from the frames `views`: depth, camera, and the re-render of the frames `targets`.
-
-    The world is the reference view's, at the scene's own scale. Depth: |log d - log d*| weighted by the confidence c,
-    minus .1 log c. Camera: L1 of positions, rotation matrices and log focals. Re-render: L1 at the true cameras.
-    """
-    x = (seen[views] - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    d, confidence, pose, K, gaussians = da3.network(x)
-    true = torch.linalg.inv(poses[views[da3.backbone.pretrained.reference]]) @ poses
-    true_K = intrinsics(*video.shape[2:])
-    error = (d.log() - depth[views].log()).abs()
-    losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=(pose - true[views])[:, :3, 3].abs().mean(),
-                  rotation=(pose - true[views])[:, :3, :3].abs().mean(), focal=(K[:, 0, 0].log() - true_K[0, 0].log()).abs().mean()
-                  + (K[:, 1, 1].log() - true_K[1, 1].log()).abs().mean())
-    if len(targets):
-        rgb, _, alpha = splat.render(gaussians, true[targets], true_K.expand(len(targets), -1, -1), *video.shape[2:])
-        losses["render"] = (rgb - video[targets]).abs().mean()
-    return losses
-
-
-def train_depth(run, minutes, seed=0, clips=3):
-    """Depth and cameras first (30 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
-    torch.manual_seed(seed)
-    vae = load_trained_vae(run)
-    da3 = build_depth()
-    optimiser = torch.optim.AdamW(da3.parameters(), lr=1e-3, betas=(.9, .98), weight_decay=.01)
-    ema, step, spent = {k: v.clone() for k, v in da3.state_dict().items()}, 0, 0.0
-    if (run / "depth" / "state.pt").exists():
-        state = torch.load(run / "depth" / "state.pt", weights_only=True)
-        da3.load_state_dict(state["model"]), optimiser.load_state_dict(state["optimiser"])
-        ema, step, spent = state["ema"], state["step"], state["spent"]
-    clock, last_log, mean = Clock(minutes, spent), 0.0, {}
-    bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc="depth")
-    while clock.progress() < 1:
-        rng = random.Random(f"depth/{seed}/{step}")
-        rate = 1e-3 * min(1, (step + 1) / 200) * (1 - .95 * max(0, clock.progress() - .3) / .7)
-        optimiser.param_groups[0]["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        for i in range(clips):
-            data = depth_sample(rng, vae, step * clips + i, seed)
-            views = sorted(rng.sample(range(17), rng.choice((2, 3, 4, 5, 9) if clock.progress() < .3 else (2, 3, 5, 6))))
-            losses = depth_losses(da3, *data, views, rng.sample(range(17), 2) if clock.progress() > .3 else [])
-            total = losses["depth"] + 2 * losses["position"] + 4 * losses["rotation"] + losses["focal"] + 5 * losses.get("render", 0)
-            (total / clips).backward()
-            for k, v in losses.items():
-                mean[k] = .98 * mean[k] + .02 * v.item() if k in mean else v.item()
-        torch.nn.utils.clip_grad_norm_([p for p in da3.parameters() if p.grad is not None], 1.0)
-        optimiser.step()
-        step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.values()), list(da3.state_dict().values()), 1 - min(.998, step / (step + 10)))
-        bar.update(int(clock.seconds()) - bar.n)
-        if clock.seconds() - last_log > 120 or clock.progress() >= 1:
-            last_log = clock.seconds()
-            save(run / "depth" / "state.pt", model=da3.state_dict(), ema=ema, step=step, spent=clock.seconds(), optimiser=optimiser.state_dict())
-            live = {k: v.clone() for k, v in da3.state_dict().items()}
-            da3.load_state_dict(ema)
-            bar.write(log(run / "depth", step=step, seconds=int(clock.seconds()), **mean, **depth_metrics(da3, 8, run / "depth" / "sheet.png")))
-            da3.load_state_dict(live)
-
-
-@torch.no_grad()
-def depth_metrics(da3, count, sheet=None):
-    """On held-out static clips, from frames alone: re-render PSNR at the input views and at odd frames given the even
-    ones (cameras halfway between their neighbours), median rotation error in degrees and direction error of the last
-    frame's translation (moving cameras), depth AbsRel after median scaling."""
-    import statistics
-    inputs, odd, rotation, direction, absrel, rows = [], [], [], [], [], []
-    for i in range(count):
-        clip = render(random_scene("held-out/depth", "static", i), depth=True)
-        video, (H, W) = clip["video"], clip["video"].shape[2:]
-        rec = da3(video)
-        seen = splat.render(rec.gaussians, rec.camera_to_world, rec.intrinsics, H, W)[0]
-        inputs.append(psnr(seen, video))
-        even = da3(video[::2])
-        halfway = torch.stack([even.camera_to_world[:-1], even.camera_to_world[1:]]).mean(0)
-        U, _, Vt = torch.linalg.svd(halfway[:, :3, :3])  # the nearest rotation to the mean
-        halfway[:, :3, :3] = U @ Vt
-        between = splat.render(even.gaussians, halfway, even.intrinsics[:-1], H, W)[0]
-        odd.append(psnr(between, video[1::2]))
-        found = torch.linalg.inv(rec.camera_to_world[:1]) @ rec.camera_to_world
-        cosine = ((clip["poses"][:, :3, :3] * found[:, :3, :3]).sum((1, 2)) - 1) / 2
-        rotation.append(math.degrees(cosine.clamp(-1, 1).acos()[1:].median()))
-        a, b = clip["poses"][-1, :3, 3], found[-1, :3, 3]
-        if a.norm() > .05:
-            direction.append(math.degrees(F.cosine_similarity(a, b, dim=0).clamp(-1, 1).acos()))
-        scaled = rec.depth * (clip["depth"].flatten(1).median(1).values / rec.depth.flatten(1).median(1).values)[:, None, None]
-        absrel.append(((scaled - clip["depth"]).abs() / clip["depth"]).mean().item())
-        rows += [video, seen]
-    if sheet:
-        contact_sheet(sheet, rows[:12], columns=9)
-    middle = statistics.median
-    return dict(input_db=statistics.mean(inputs), odd_db=statistics.mean(odd), rotation_deg=middle(rotation),
-                direction_deg=middle(direction), absrel=statistics.mean(absrel))
+def degrade(image, kind, strength, generator):
+    """An uglier copy of an image (3, H, W): blurred, noisy, colour-shifted or washed out. strength in [0, 1]."""
+    if kind == "blur":
+        x = torch.arange(-6, 7.0)
+        kernel = torch.exp(-x * x / (2 * (.3 + 2.5 * strength) ** 2))
+        kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+        out = F.conv2d(F.pad(image[None], (6, 6, 6, 6), mode="replicate"), kernel, groups=3)
+        return F.conv2d(out, kernel.mT, groups=3)[0]
+    if kind == "noise":
+        return (image + .2 * strength * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+    if kind == "colour":
+        shift = torch.randn(3, 1, 1, generator=generator)
+        return (image + .35 * strength * (shift - shift.mean()) / shift.norm()).clamp(0, 1)
+    if kind == "fade":
+        return image + .8 * strength * (image.mean() - image)
+    raise ValueError(f"unknown degradation '{kind}'")
 
 
 # ----------------------------------------------------------------------------------------------------------- a check
@@ -729,13 +349,16 @@ def check(wan, defaults, count, seed=0, rendered=False, **noise):
     return scenes, videos
 
 
+MADE = ("vae", "data", "dit", "depth", "critic", "preference", "export")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("show", "vae", "data", "dit", "depth", "export", "check"))
+    parser.add_argument("command", choices=("show", "check", *MADE))
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of states, logs and pictures")
-    parser.add_argument("--minutes", type=float, default=60, help="training time, over all resumes")
+    parser.add_argument("--minutes", type=float, default=60, help="of training, over all resumes")
     parser.add_argument("--clips", type=int, default=8192, help="data: clips in all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "wan", help="export: the folder written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="export: the folder written")
     parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="check: the model sampled")
     parser.add_argument("--num", type=int, default=20, help="check: videos")
     parser.add_argument("--no-transport", dest="transport", action="store_false", help="check: plain noise")
@@ -746,23 +369,16 @@ def main():
     a = parser.parse_args()
     if a.command == "show":
         scenes = [random_scene(a.seed, s, i) for s in ("static", "dynamic") for i in range(6)]
-        contact_sheet(a.run / "show.png", [render(s)["video"] for s in scenes])
-        print("\n".join(s.caption for s in scenes), a.run / "show.png", sep="\n")
-    elif a.command == "vae":
-        train_vae(a.run / "vae", a.minutes, a.seed)
-    elif a.command == "data":
-        make_data(a.run, a.clips, a.seed)
-    elif a.command == "dit":
-        train_dit(a.run, a.minutes, a.seed)
-    elif a.command == "depth":
-        train_depth(a.run, a.minutes, a.seed)
-    elif a.command == "export":
-        export(a.run, a.out)
+        contact_sheet(a.run / "show.png", [render(s)["video"] for s in scenes] + [corrupt(s, kind) for s, kind in zip(scenes, CORRUPTIONS)])
+        print("\n".join(s.caption for s in scenes), *CORRUPTIONS, a.run / "show.png", sep="\n")
     elif a.command == "check":
         noise = dict(transport=a.transport, degradation=a.degradation, strength=a.strength)
         scenes, videos = check(None if a.rendered else load_wan(a.model), model_defaults(a.model), a.num, a.seed, a.rendered, **noise)
         contact_sheet(a.run / "check.png", videos)
         print("\n".join(s.caption for s in scenes), a.run / "check.png", sep="\n")
+    else:
+        import tiny_train
+        tiny_train.make(a.command, a.run, a.minutes, a.clips, a.out, a.seed)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import VAE, DiT, DiTConfig, VAEConfig  # noqa: E402
-from tiny_world import make_tokenizer, write_wan  # noqa: E402
+from tiny_train import make_tokenizer, write_wan  # noqa: E402
 
 DIT = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=56, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
 VAE_ = dict(base_dim=4, z_dim=4, num_res_blocks=2, dim_mult=(1, 2, 2, 2), latents_mean=(.1, -.2, .3, 0.), latents_std=(1.1, .9, 1.3, .7))
@@ -42,3 +42,20 @@ def checkpoint(tmp_path_factory):
     write_wan(folder, *random_parts(), shift=3.0, dtype=torch.float32,
               sampling=dict(frames=5, height=16, width=32, steps=2, guidance=2.0, fps=8))
     return folder
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """Folders of the three critics at random weights: depth_anything, qwen3_vl, hpsv3."""
+    import dataclasses
+    from safetensors.torch import save_file
+    from depth_anything import checkpoint_key
+    from tiny_train import build_critic, build_depth, build_preference, write_json
+    root = tmp_path_factory.mktemp("twins")
+    torch.manual_seed(0)
+    da3 = build_depth()
+    (root / "depth_anything").mkdir()
+    save_file({checkpoint_key(k): v.contiguous() for k, v in da3.state_dict().items()}, root / "depth_anything" / "model.safetensors")
+    write_json(root / "depth_anything" / "config.json", dataclasses.asdict(da3.config))
+    build_critic(root / "qwen3_vl"), build_preference(root / "hpsv3")
+    return root

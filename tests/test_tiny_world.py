@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from noise_warp import parse_motion
-from tiny_world import COLOURS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, intrinsics, make_tokenizer, random_scene, render
+from tiny_world import COLOURS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, intrinsics, random_scene, render
 
 
 def test_scenes_are_deterministic_and_differ():
@@ -114,6 +114,7 @@ def test_dynamic_objects_move_while_the_room_stands_still():
 
 
 def test_tokenizer_reads_prompt_forms_alike():
+    from tiny_train import make_tokenizer
     tokenizer = make_tokenizer()
     a, b = (tokenizer(p).input_ids for p in ("push_in a red sphere, blue walls", "Push-in a RED sphere  blue walls."))
     assert a == b and a[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in a
@@ -141,7 +142,7 @@ def test_vae_inflation_keeps_single_frames_and_repeats_them():
     """Inflated, a clip of one repeated frame encodes and decodes like that frame alone."""
     from conftest import VAE_, randomise
     from model import VAE, VAEConfig
-    from tiny_world import inflate
+    from tiny_train import inflate
     vae = randomise(VAE(VAEConfig(**VAE_)))
     inflate(vae)
     frame = torch.rand(1, 1, 3, 16, 16)
@@ -154,7 +155,7 @@ def test_vae_inflation_keeps_single_frames_and_repeats_them():
 def test_depth_training_losses_reach_every_part():
     """One backward pass of the Depth Anything twin gives gradients to backbone, both heads and the camera decoder."""
     import random
-    from tiny_world import build_depth, depth_losses, depth_sample
+    from tiny_train import build_depth, depth_losses, depth_sample
     da3 = build_depth()
     draw = random.Random(0)  # its first number asks for no VAE round trip
     data = depth_sample(draw, None, 0, 0)
