@@ -41,10 +41,6 @@ def test_length():
     assert all(25 <= len(scene_words(r)) <= 60 for r in ROWS)
 
 
-def test_every_motion_is_asked_for():
-    assert {m for r in ROWS for m in r["camera"]} == set(MOTIONS)
-
-
 def nearest(rows, others=None):
     """Jaccard similarity of each row's longer words with its nearest neighbour's."""
     content = [{w for w in scene_words(r) if len(w) > 3} for r in rows]
@@ -74,8 +70,18 @@ def test_test_prompts_share_no_scene_with_train():
     assert nearest([r for r in ROWS if r["split"] == "test"], [r for r in ROWS if r["split"] == "train"])[-1] < .25
 
 
-@pytest.mark.parametrize("split", ["train", "dynamic", "test"])
-def test_categories_are_near_equal(split):
-    counts = collections.Counter(r["category"] for r in ROWS if r["split"] == split)
-    mean = sum(counts.values()) / 5
-    assert len(counts) == 5 and all(abs(n - mean) <= .08 * mean for n in counts.values()), counts
+@pytest.mark.parametrize("split, count", [("train", 3000), ("dynamic", 500), ("test", 300)])
+def test_counts_and_balance(split, count):
+    rows = [r for r in ROWS if r["split"] == split]
+    categories, kinds = (collections.Counter(r[name] for r in rows) for name in ("category", "trajectory"))
+    assert len(rows) == count and len(categories) == 5
+    assert all(abs(n - count / 5) <= .05 * count / 5 for n in categories.values()), categories
+    for kind, share in dict(intra=.4, inter=.3, composite=.2, static=.1).items():
+        assert abs(kinds[kind] / count - share) <= .02, kinds
+    assert {m for r in rows for m in r["camera"]} == set(MOTIONS)
+
+
+def test_no_opening_is_repeated():
+    """No four first words of a scene more than six times in 3,800."""
+    openings = collections.Counter(" ".join(scene_words(r)[:4]) for r in ROWS)
+    assert openings.most_common(1)[0][1] <= 6, openings.most_common(5)
