@@ -260,6 +260,50 @@ def lpips_distance(network, a, b):
     return float(network(a, b, normalize=True).mean())
 
 
+# ------------------------------------------------------------------- motion: watched beside the rewards, never one of them
+
+def motion_magnitude(video, size=32):
+    """How much a video (F, 3, H, W) moves by itself, the camera's share taken out: a float, in percent of its width a frame.
+
+    Optical flow between neighbours (Lucas-Kanade on two pyramid levels, at `size` pixels wide), less the best-fitting
+    quadratic field (what panning, zooming and turning do to a distant scene), mean length over pixels and frames.
+    A still scene filmed by a moving camera reads near 0, but for parallax.
+    """
+    F_, _, H, W = video.shape
+    grey = F.interpolate(video.float().mean(1, keepdim=True), size=(max(8, round(H * size / W)), size), mode="area")
+    flow = lucas_kanade(grey[:-1], grey[1:])  # (F-1, 2, h, w)
+    h, w = flow.shape[2:]
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    basis = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1).view(-1, 6)
+    field = flow.flatten(2).mT  # (F-1, hw, 2)
+    weight = torch.ones_like(field[..., :1])
+    for _ in range(4):  # iteratively reweighted: objects that move must not bend the camera's field
+        B = basis * weight.sqrt()
+        fit = basis @ torch.linalg.solve(B.mT @ B + 1e-4 * torch.eye(6), B.mT @ (weight.sqrt() * field))
+        weight = 1 / (1 + ((field - fit).norm(dim=-1, keepdim=True) / .1).square())
+    return float((field - fit).norm(dim=-1).mean() * 100 / w)
+
+
+def lucas_kanade(a, b, levels=2, window=5, rounds=3):
+    """Dense flow (N, 2, H, W) in pixels from pictures a to b (N, 1, H, W): coarse to fine, least squares in a window."""
+    flow = None
+    for level in reversed(range(levels)):
+        A, B = (F.avg_pool2d(x, 2 ** level) if level else x for x in (a, b))
+        N, _, H, W = A.shape
+        flow = torch.zeros(N, 2, H, W) if flow is None else 2 * F.interpolate(flow, size=(H, W), mode="bilinear", align_corners=False)
+        gy, gx = torch.gradient(A, dim=(2, 3))
+        v, u = torch.meshgrid(torch.arange(H) + .5, torch.arange(W) + .5, indexing="ij")
+        box = lambda x: F.avg_pool2d(x, window, 1, window // 2)  # noqa: E731
+        xx, xy, yy = box(gx * gx) + 1e-4, box(gx * gy), box(gy * gy) + 1e-4
+        for _ in range(rounds):
+            grid = torch.stack([(u + flow[:, 0]) * 2 / W - 1, (v + flow[:, 1]) * 2 / H - 1], -1)
+            error = F.grid_sample(B, grid, mode="bilinear", padding_mode="border", align_corners=False) - A
+            ex, ey = box(error * gx), box(error * gy)
+            step = torch.cat([xy * ey - yy * ex, xy * ex - xx * ey], 1) / (xx * yy - xy * xy)
+            flow = flow + step.clamp(-2, 2)
+    return flow
+
+
 # ------------------------------------------------------------------------------------------------------------- together
 
 class Rewards:

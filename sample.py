@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import load_wan, trim_text
+from model import load_wan, merge_lora, trim_text
 from noise_warp import camera_path, latent_noise, parse_motion
 
 WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16,  # the release's, at 480p
@@ -302,6 +302,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="folder (either layout) or hub id")
+    parser.add_argument("--lora", help="LoRA file of either layout, or a training run's folder; merged into the model")
     parser.add_argument("--out", type=Path, help="the mp4; a contact sheet goes beside it (default out/PROMPT_SEED.mp4)")
     parser.add_argument("--num", type=int, default=1, help="videos of the prompt, sampled as one batch")
     parser.add_argument("--seed", type=int, default=0)
@@ -340,6 +341,8 @@ def main(argv=None):
         check(a)
         path = read_path(a.path, a.frames or model_defaults(a.model)["frames"]) if a.path else None
         wan = load_wan(a.model, a.device, a.dtype)
+        if a.lora:
+            merge_lora(wan.dit, a.lora)
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
