@@ -418,16 +418,21 @@ class Rewards:
         self._term("general", scores, general)
         return scores, seen
 
+    def terms(self, videos, prompts, paths, dynamic=False, progress=False):
+        """As a call, but it is no error when every sample fails."""
+        rows = [self.score(*item, dynamic)[0] for item in tqdm(list(zip(videos, prompts, paths, strict=True)), desc="rewards",
+                                                              unit="video", leave=False, disable=not progress)]
+        out = {name: torch.tensor([row[name] for row in rows]) for name in TERMS}
+        out["three_d"], out["total"] = combine(out, self.weights, dynamic)
+        return out
+
     def __call__(self, videos, prompts, paths, dynamic=False, progress=False):
         """B videos (F, 3, H, W), prompts, requested paths (F, 4, 4) -> {meta, recon, traj, three_d, general, total: (B,)}.
 
         float32; NaN = masked, or not asked for (weight 0, or 3D terms with dynamic=True). A term that is asked for and
         failed masks the total. dynamic: the preference alone, no 3D work. Raises when no sample has a total.
         """
-        rows = [self.score(*item, dynamic)[0] for item in tqdm(list(zip(videos, prompts, paths, strict=True)), desc="rewards",
-                                                              unit="video", leave=False, disable=not progress)]
-        out = {name: torch.tensor([row[name] for row in rows]) for name in TERMS}
-        out["three_d"], out["total"] = combine(out, self.weights, dynamic)
+        out = self.terms(videos, prompts, paths, dynamic, progress)
         if out["total"].isnan().all():
             raise RuntimeError("every sample's reward failed; " + "; ".join(f"{k}: {v}" for k, v in self.reasons.items()))
         return out

@@ -459,7 +459,7 @@ def depth_losses(da3, seen, video, depth, poses, views, targets):
 
 
 def train_depth(run, minutes, seed=0, clips=3):
-    """Depth and cameras first (30 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
+    """Depth and cameras first (40 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
     torch.manual_seed(seed)
     vae, da3 = load_trained_vae(run), build_depth()
 
@@ -468,7 +468,7 @@ def train_depth(run, minutes, seed=0, clips=3):
         for i in range(clips):
             data = depth_sample(rng, vae, step * clips + i, seed)
             views = sorted(rng.sample(range(17), rng.choice((2, 3, 4, 5, 9))))
-            parts = depth_losses(da3, *data, views, rng.sample(range(17), 2) if progress > .3 else [])
+            parts = depth_losses(da3, *data, views, rng.sample(range(17), 1) if progress > .4 else [])
             total = parts["depth"] + 2 * parts["position"] + 4 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
             yield total / clips, {k: v.item() for k, v in parts.items()}
 

@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.tensor
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -183,8 +185,12 @@ def load_prompts(source):
     """
     if source == "tiny":
         from tiny_world import random_scene
-        return {name: [random_scene(f"rl/{name}", "dynamic" if name == "dynamic" else "static", i).caption for i in range(count)]
-                for name, count in (("train", 3000), ("dynamic", 500), ("test", 300))}
+        out, seen = {}, set()
+        for name, count in (("train", 3000), ("dynamic", 500), ("test", 300)):
+            captions = (random_scene(f"rl/{name}", "dynamic" if name == "dynamic" else "static", i).caption for i in itertools.count())
+            out[name] = list(itertools.islice((c for c in captions if name == "train" or c not in seen), count))
+            seen |= set(out[name])
+        return out
     try:
         lines = Path(source).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -243,7 +249,9 @@ class Processes:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            store, *_ = next(dist.rendezvous("env://"))  # torchrun's own, which outlives a restart: addresses of the dead are in it
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world)
 
     def gather(self, value):
         """[value of rank 0, of rank 1, ...] on every rank."""
@@ -386,7 +394,7 @@ def roll_out(policy, step, index, prompt):
 def reward(c, rewards, group, dynamic):
     """Adds the terms (G,), their (standardised) sum and the advantages to a group."""
     G = len(group["videos"])
-    terms = rewards(group["videos"], [group["prompt"]] * G, [group["path"]] * G, dynamic)
+    terms = rewards.terms(group["videos"], [group["prompt"]] * G, [group["path"]] * G, dynamic)
     total = combine(terms, rewards.weights, dynamic, torch.zeros(G))[1] if c.standardise else terms["total"]
     group.update(terms=terms, advantages=advantages(total, torch.zeros(G), c.adv_clip), motion=[motion_magnitude(v) for v in group["videos"]])
 
@@ -478,7 +486,11 @@ def save_checkpoint(policy, folder, step):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     processes.gather(None)  # the folder is there for all
-    dcp.save(policy.state(), checkpoint_id=part, no_dist=processes.world == 1)
+    try:
+        dcp.save(policy.state(), checkpoint_id=part, no_dist=processes.world == 1)
+    except (OSError, dcp.CheckpointException) as e:
+        reason = next((str(x) for x in (*getattr(e, "failures", {}).values(), e) if str(x)), type(e).__name__).splitlines()[0]
+        raise RuntimeError(f"the checkpoint after step {step} could not be written to {folder} ({reason}); older ones are untouched") from None
     processes.gather(None)  # all files are written
     if processes.rank == 0:
         write_json(part / "manifest.json", dict(step=step, files={f.name: digest(f) for f in sorted(part.iterdir())}))
@@ -680,7 +692,7 @@ def main(argv=None):
     processes = Processes(c.device)
     try:
         finished = train(c, processes)
-    except (ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     finally:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, randomise
+from safetensors.torch import save_file
 
 import sample as S
-from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
+from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, add_lora, load_wan, lora_weights
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -119,11 +120,16 @@ def test_original_text_encoder_formula(checkpoint):
         assert relative(wan.encode_text(["a red sphere on a checkered green floor"])[:, :n], expected) < 1e-4
 
 
-def pipeline_psnr(folder, prompt, frames, size, steps, guidance, shift):
+def pipeline_psnr(folder, prompt, frames, size, steps, guidance, shift, lora=None):
+    """PSNR of our sample against WanPipeline's from the same noise; with lora, ours is the model that still wears the
+    adapter, theirs loads its exported file."""
     wan = load_wan(folder)
     pipe = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
     pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        save_file(random_lora(wan.dit), lora / "lora.safetensors")
+        pipe.load_lora_weights(lora, weight_name="lora.safetensors")
     noise = torch.randn(1, wan.dit.config.in_channels, (frames - 1) // 4 + 1, size // 8, size // 8, generator=S.generator(1))
     theirs = pipe(prompt, height=size, width=size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
                   latents=noise.clone(), output_type="pt").frames[0]
@@ -133,6 +139,35 @@ def pipeline_psnr(folder, prompt, frames, size, steps, guidance, shift):
 
 def test_pipeline_at_random_weights(checkpoint):
     assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0) > 45
+
+
+def random_lora(dit):
+    """Wears a random adapter (alpha not its rank) on dit; returns its file's tensors for Diffusers."""
+    for name, p in add_lora(dit, 4, 8.0, S.generator("lora")).items():
+        if name.endswith("lora_B"):
+            with torch.no_grad():
+                p.normal_(std=.05, generator=S.generator(name))
+    return lora_weights(dit)
+
+
+def test_pipeline_loads_our_lora(checkpoint, tmp_path):
+    assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0, tmp_path) > 45
+
+
+def test_lora_against_peft(checkpoint):
+    """PEFT's LoRA on Diffusers' transformer, loaded with our tensors, is our model."""
+    import peft
+    wan = load_wan(checkpoint)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(checkpoint / "transformer")
+    tensors = {k.removeprefix("transformer."): v for k, v in random_lora(wan.dit).items()}
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), theirs)
+    result = peft.set_peft_model_state_dict(theirs, tensors)
+    assert not result.unexpected_keys
+    x, t, text = torch.randn(2, 4, 2, 4, 4), torch.tensor([400.0, 900.0]), torch.randn(2, 512, 32)
+    with torch.no_grad():
+        plain = load_wan(checkpoint).dit(x, t, text)
+        ours = wan.dit(x, t, text)
+        assert relative(ours, theirs(x, t, text).sample) < 1e-4 < relative(ours, plain)
 
 
 def test_pipeline_with_the_shipped_tiny_model():
