@@ -3,6 +3,7 @@
     da3 = load_depth_anything("tiny/depth_anything")       # or a folder / hub id such as depth-anything/DA3-GIANT
     rec = da3(frames)                                      # (F, 3, H, W) in [0, 1]
     rec.depth, rec.confidence, rec.camera_to_world, rec.intrinsics, rec.gaussians
+    python depth_anything.py video.mp4                     # depth video, path, .ply, re-render beside the input
 
 A DINOv2 transformer whose blocks, from `alt_start` on, alternate between attention within a view and over all views;
 a DPT head for depth and confidence; a camera decoder on each view's first token; and (GIANT, tiny) a second DPT
@@ -15,6 +16,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -479,29 +481,78 @@ class DepthAnything3(nn.Module):
         if self.config.gaussians:
             scale = 1.0
             if camera_to_world is not None:
-                scale = min(max(umeyama_scale(camera_to_world[:, :3, 3], pose[:, :3, 3]), 1 / 3), 3.0)
+                scale = pose_scale(camera_to_world, pose)
             gaussians = gaussians_of(self.gs_head(patches, x), depth, pose, K, scale)
         return depth, confidence, pose, K, gaussians
 
     @torch.no_grad()
-    def forward(self, frames, views=None):
+    def forward(self, frames, views=None, camera_to_world=None, intrinsics=None):
         """frames (F, 3, H, W) in [0, 1] -> Reconstruction, in the model's own world axes and scale.
 
-        views: at most this many frames, evenly spread (`.frames` lists them). Attention over all views makes memory and
-        time grow with their number: keep `views` well below the frame count for long or large videos.
+        views: at most this many frames, evenly spread (`.frames` lists them). Attention over all views makes time grow
+        with their square, and memory with their number (`memory_estimate`): keep `views` well below the frame count for
+        long or large videos. camera_to_world (F, 4, 4) and intrinsics (F, 3, 3), in pixels of the frames, if they are
+        known: they guide the model, and the result is in their world and scale.
         """
         if frames.dim() != 4 or frames.shape[1] != 3 or not len(frames):
             raise ValueError(f"frames must be (F, 3, H, W) with F >= 1, got {tuple(frames.shape)}")
-        if not frames.isfinite().all():
-            raise ValueError("frames have NaN or infinite pixels")
         if views is not None and views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
+        if (camera_to_world is None) != (intrinsics is None) or camera_to_world is not None and (
+                camera_to_world.shape != (len(frames), 4, 4) or intrinsics.shape != (len(frames), 3, 3)):
+            raise ValueError("known cameras need both camera_to_world (F, 4, 4) and intrinsics (F, 3, 3), one a frame")
         count = min(views or len(frames), len(frames))
         index = torch.linspace(0, len(frames) - 1, count).round().long()
-        images = preprocess(frames[index], self.config)
         device = self.cam_dec.fc_t.weight.device
-        x = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return Reconstruction(*self.network(x.to(device)), images=images.to(device), frames=index)
+        need, free = memory_estimate(self.config, count, *processed_size(*frames.shape[2:], self.config)), free_memory(device)
+        if need > free:
+            raise ValueError(f"{count} views need about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; ask for fewer views")
+        if not frames.isfinite().all():
+            raise ValueError("frames have NaN or infinite pixels")
+        images = preprocess(frames[index], self.config)
+        x = ((images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).to(device)
+        if camera_to_world is None:
+            return Reconstruction(*self.network(x), images=images.to(device), frames=index)
+        given = camera_to_world[index].float().to(device)
+        K = intrinsics[index].float().to(device) * torch.tensor([x.shape[3] / frames.shape[3], x.shape[2] / frames.shape[2], 1.0], device=device)[:, None]
+        relative = invert(given[:1]) @ given
+        unit = relative[:, :3, 3].norm(dim=1).median().clamp_min(.1)
+        relative[:, :3, 3] /= unit
+        depth, confidence, pose, _, gaussians = self.network(x, relative, K)
+        depth = depth / umeyama_scale(pose[:, :3, 3], given[:, :3, 3])
+        if gaussians is not None:  # they are in the predicted cameras' world at the relative ones' scale; first cameras meet
+            pose[:, :3, 3] *= pose_scale(relative, pose)
+            pose[:, :3, 3] *= unit
+            gaussians = move_gaussians(gaussians, given[0] @ invert(pose[0]), unit)
+        return Reconstruction(depth, confidence, given, K, gaussians, images=images.to(device), frames=index)
+
+
+def pose_scale(given, found):
+    """The scale that takes found positions to given ones, within [1/3, 3], as the Gaussian head was trained with."""
+    return min(max(umeyama_scale(given[:, :3, 3], found[:, :3, 3]), 1 / 3), 3.0)
+
+
+def move_gaussians(g, transform, scale):
+    """Gaussians scaled about the origin, then moved by a rigid (4, 4)."""
+    R, t = transform[:3, :3], transform[:3, 3]
+    turned = matrix_to_quaternion(R @ quaternion_to_matrix(g.rotations[:, [1, 2, 3, 0]]))
+    return Gaussians(scale * g.means @ R.T + t, scale * g.scales, turned[:, [3, 0, 1, 2]], rotate_sh(g.harmonics[None], R[None])[0], g.opacities)
+
+
+def memory_estimate(config, views, height, width):
+    """Bytes a reconstruction takes beyond the weights: the features that four layers keep, the working set of one block,
+    the heads' full-size maps (eight views at a time), and per pixel and view the outputs and Gaussians."""
+    tokens = views * (height // config.patch_size * (width // config.patch_size) + 1)
+    kept = tokens * config.dim * 4 * (2 * 4 + 12)
+    heads = min(views, 8) * height * width * config.features * 4 * 3
+    return kept + heads + views * height * width * 4 * (160 if config.gaussians else 16)
+
+
+def free_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import os
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else float("inf")
 
 
 def resize(images, height, width):
@@ -522,13 +573,17 @@ def resize(images, height, width):
 
 
 def preprocess(frames, config):
-    """Longest side to process_res, then each side to the nearest multiple of the patch size (ties up)."""
+    """Longest side to process_res, then each side to the nearest multiple of the patch size."""
     H, W = frames.shape[2:]
     scale = config.process_res / max(H, W)
-    h, w = max(1, round(H * scale)), max(1, round(W * scale))
-    frames = resize(frames.float().cpu(), h, w)
-    h, w = (max(config.patch_size, (n + config.patch_size // 2) // config.patch_size * config.patch_size) for n in (h, w))
-    return resize(frames, h, w)
+    frames = resize(frames.float().cpu(), max(1, round(H * scale)), max(1, round(W * scale)))
+    return resize(frames, *processed_size(H, W, config))
+
+
+def processed_size(H, W, config):
+    """The size an H x W picture is processed at: sides are multiples of the patch size, ties up."""
+    scale, p = config.process_res / max(H, W), config.patch_size
+    return tuple(max(p, (max(1, round(n * scale)) + p // 2) // p * p) for n in (H, W))
 
 
 def load_depth_anything(path, device="cpu"):
@@ -556,3 +611,96 @@ def load_depth_anything(path, device="cpu"):
 def checkpoint_key(key):
     """The published name of one of our parameters; the ray branch's shared norm is stored once."""
     return "model." + re.sub(r"output_conv2_aux\.[1-3]\.2\.", "output_conv2_aux.0.2.", key)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+def write_ply(path, g):
+    """Gaussians as the binary .ply that 3DGS viewers open: log scales, logit opacity, SH split into f_dc and f_rest."""
+    import numpy as np
+    order = g.opacities.argsort(descending=True).cpu()
+    sh, opacity = g.harmonics.cpu()[order], g.opacities.cpu()[order].clamp(1e-6, 1 - 1e-6)
+    columns = {"x y z": g.means.cpu()[order], "nx ny nz": torch.zeros(len(order), 3), "f_dc_0 f_dc_1 f_dc_2": sh[:, :, 0],
+               " ".join(f"f_rest_{i}" for i in range(3 * (sh.shape[2] - 1))): sh[:, :, 1:].flatten(1), "opacity": opacity.logit()[:, None],
+               "scale_0 scale_1 scale_2": g.scales.cpu()[order].clamp_min(1e-9).log(), "rot_0 rot_1 rot_2 rot_3": g.rotations.cpu()[order]}
+    names = " ".join(columns).split()
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(order)}", *[f"property float {n}" for n in names], "end_header\n"]
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    part.write_bytes("\n".join(header).encode() + torch.cat(list(columns.values()), 1).numpy().astype(np.dtype("<f4")).tobytes())
+    part.rename(path)
+
+
+def plot_paths(paths, size=256):
+    """Camera paths from above and from the right, as one PIL picture (size x 2 size).
+
+    paths: {colour name: camera-to-world (F, 4, 4)}, in one frame and scale. Ticks show where three of the cameras look.
+    """
+    from PIL import Image, ImageDraw
+    picture = Image.new("RGB", (2 * size, size), "white")
+    draw = ImageDraw.Draw(picture)
+    points = torch.cat([p[:, :3, 3] for p in paths.values()]).double().cpu()
+    middle, reach = (points.amax(0) + points.amin(0)) / 2, max(float((points.amax(0) - points.amin(0)).max()), .2)
+    for k, (name, axis) in enumerate((("from above", 0), ("from the right", 1))):
+        draw.text((k * size + 6, 4), name, fill="black")
+
+        def at(v):
+            across = (v[axis] - middle[axis]) if axis == 0 else -(v[1] - middle[1])
+            a, b = float(across) / reach * .7 * size, float(v[2] - middle[2]) / reach * .7 * size
+            return (k * size + size / 2 + a, size / 2 - b) if axis == 0 else (k * size + size / 2 + b, size / 2 - a)
+
+        for ink, poses in paths.items():
+            poses = poses.double().cpu()
+            draw.line([at(p[:3, 3]) for p in poses], fill=ink, width=3)
+            for i in (0, len(poses) // 2, len(poses) - 1):
+                draw.line([at(poses[i, :3, 3]), at(poses[i, :3, 3] + .12 * reach * poses[i, :3, 2])], fill=ink)
+    return picture
+
+
+def colour_depth(depth):
+    """Depth (F, H, W) -> (F, 3, H, W): near is warm and light, far is dark blue, on inverse depth between its 2 % ends."""
+    inverse = 1 / depth.cpu().clamp_min(1e-6)
+    low, high = inverse.flatten()[::7].quantile(.02), inverse.flatten()[::7].quantile(.98)
+    t = ((inverse - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    ramp = torch.tensor([[.05, .03, .20], [.25, .07, .45], [.65, .20, .42], [.95, .45, .22], [.98, .90, .55]])
+    at = t * (len(ramp) - 1)
+    i = at.long().clamp(max=len(ramp) - 2)
+    return (ramp[i] + (at - i)[..., None] * (ramp[i + 1] - ramp[i])).permute(0, 3, 1, 2)
+
+
+def main(argv=None):
+    import argparse
+    import sys
+    import splat
+    from sample import read_video, write_video
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("video", help="an mp4")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "depth_anything"), help="folder or hub id, e.g. depth-anything/DA3-GIANT")
+    parser.add_argument("--views", type=int, help="frames that are reconstructed, evenly spread (default: all)")
+    parser.add_argument("--out", type=Path, help="folder (default: beside the video, NAME_3d)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args(argv)
+    try:
+        video, fps = read_video(a.video)
+        da3 = load_depth_anything(a.model, a.device)
+        rec = da3(video, a.views)
+    except (ValueError, OSError) as e:
+        print(f"depth_anything.py: {e}", file=sys.stderr)
+        return 2
+    out = a.out or Path(a.video).with_name(Path(a.video).stem + "_3d")
+    out.mkdir(parents=True, exist_ok=True)
+    fps = max(1.0, fps * len(rec.frames) / len(video))
+    write_video(out / "depth.mp4", colour_depth(rec.depth), fps)
+    plot_paths({"firebrick": rec.camera_to_world}).save(out / "path.png")
+    if rec.gaussians is not None:
+        write_ply(out / "gaussians.ply", rec.gaussians)
+        rgb, _, _ = splat.render(rec.gaussians, rec.camera_to_world, rec.intrinsics, *rec.depth.shape[1:])
+        write_video(out / "input_and_rerender.mp4", torch.cat([rec.images.cpu(), rgb.cpu()], 3), fps)
+        error = (rgb.clamp(0, 1) - rec.images).square().mean((1, 2, 3))
+        print(f"re-render of {len(rec.frames)} views: {-10 * float(error.mean().log10()):.2f} dB PSNR")
+    travel = (rec.camera_to_world[-1, :3, 3] - rec.camera_to_world[0, :3, 3]).norm() / rec.depth.median()
+    print(f"camera travels {float(travel):.3f} median depths; wrote {', '.join(sorted(f.name for f in out.iterdir()))} to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

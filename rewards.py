@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import splat
-from depth_anything import load_depth_anything
+from depth_anything import load_depth_anything, plot_paths
 from model import _fill, _folder, _match, _read_json
 
 TINY = Path(__file__).parent / "tiny"
@@ -583,17 +583,11 @@ def page(file, video, prompt, path, scores, seen, size=128):
             x = 10 + (2 * k + 1) * size + 6 + digit * (size - 12) // 10
             draw.rectangle((x, top + size - 12 - int(p * (size - 16)), x + (size - 12) // 10 - 3, top + size - 12), fill="steelblue")
             draw.text((x, top + size - 11), str(digit), fill="black")
-    draw.text((10 + 4 * size, top - 18), "camera from above: asked (grey), found (red)", fill="black")
+    draw.text((10 + 4 * size, top - 18), "camera: asked (grey), found (red)", fill="black")
     if rec:
         E, R = (torch.linalg.inv(p[:1]) @ p for p in (path[rec.frames].double(), rec.camera_to_world.double().cpu()))
-        found = R[:, :3, 3] / float(rec.depth.median())
-        centre, unit = (10 + 5 * size, top + size * 3 // 4), size * .9
-        for P, t, ink in ((E, E[:, :3, 3], "grey"), (R, found, "red")):
-            ends = [(centre[0] + unit * float(x), centre[1] - unit * float(z)) for x, z in t[:, [0, 2]]]
-            draw.line(ends, fill=ink, width=3)
-            for k in (0, len(ends) // 2, len(ends) - 1):
-                forward = P[k, :3, 2]
-                draw.line([ends[k], (ends[k][0] + 22 * float(forward[0]), ends[k][1] - 22 * float(forward[2]))], fill=ink)
+        R[:, :3, 3] /= float(rec.depth.median())
+        picture.paste(plot_paths({"grey": E, "firebrick": R}, size), (10 + 4 * size, top))
     part = Path(file).with_name(f".{Path(file).stem}.part.png")
     picture.crop((0, 0, picture.width, top + size + 20)).save(part)
     part.rename(file)

@@ -6,6 +6,7 @@
     python tiny_world.py depth --minutes 120     Depth Anything 3                -> RUN/depth
     python tiny_world.py critic --minutes 20     Qwen3-VL, the meta-view's judge -> RUN/critic
     python tiny_world.py preference --minutes 20 HPSv3                           -> RUN/preference
+    python tiny_world.py train-probe --minutes 20 the classifier of probe.py     -> RUN/probe
     python tiny_world.py export                  RUN's models as they are shipped -> tiny/
 
 Every training is a plain loop that resumes from RUN/NAME/state.pt after a kill and writes a log and a picture every
@@ -30,7 +31,8 @@ from tqdm import tqdm
 import splat
 from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key
 from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan
-from noise_warp import FOV
+from noise_warp import FOV, camera_path
+from probe import export_probe, train_probe
 from rewards import CRITIC_PROMPT, Critic, HPSv3, Preference, digit_score, meta_views, native_intrinsics, published_key, spearman
 from sample import contact_sheet, generator, sample
 from tiny_world import DAMAGE, DEGRADATIONS, caption, corrupt, damage, degrade, intrinsics, random_scene, render
@@ -79,36 +81,48 @@ class Clock:
         return min(self.seconds() / self.budget, 1.0)
 
 
-def fit(run, minutes, model, losses, report, lr, decay_from=.3):
-    """The plain training loop: AdamW, 200 steps of warm-up, linear decay, EMA .998 for reports and export.
+def optimisers_of(model, lr, matrices):
+    """Muon for the matrices (transformer weights), AdamW for the rest; one learning rate for both."""
+    matrices = list(matrices)
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    adam = torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"), adam] if matrices else [adam]
+
+
+def fit(run, minutes, model, losses, report, lr, decay_from=.3, matrices=()):
+    """The plain training loop: 200 steps of warm-up, linear decay, EMA .998 for reports and export.
 
     losses(step, progress) yields (loss, {name: value}) a part of the batch at a time; gradients add up. report() gives
     {name: figure} and may draw, with the model at its EMA weights. Resumes from RUN/state.pt.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
+    optimisers = optimisers_of(model, lr, matrices)
     ema, step, spent = {k: v.clone() for k, v in model.state_dict().items()}, 0, 0.0
     if (run / "state.pt").exists():
         state = torch.load(run / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"]), optimiser.load_state_dict(state["optimiser"])
+        model.load_state_dict(state["model"])
         ema, step, spent = state["ema"], state["step"], state["spent"]
+        for o, saved in zip(optimisers, state["optimisers"]):
+            o.load_state_dict(saved)
     clock, last_log, mean = Clock(minutes, spent), 0.0, {}
     bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc=run.name)
     while clock.progress() < 1:
-        optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * (1 - .95 * max(0, clock.progress() - decay_from) / (1 - decay_from))
-        optimiser.zero_grad(set_to_none=True)
+        for o in optimisers:
+            o.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * (1 - .95 * max(0, clock.progress() - decay_from) / (1 - decay_from))
+            o.zero_grad(set_to_none=True)
         for loss, values in losses(step, clock.progress()):
             loss.backward()
             for k, v in values.items():
                 mean[k] = .98 * mean[k] + .02 * float(v) if k in mean else float(v)
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        optimiser.step()
+        for o in optimisers:
+            o.step()
         step += 1
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - min(.998, step / (step + 10)))
         bar.update(int(clock.seconds()) - bar.n)
         if clock.seconds() - last_log > 120 or clock.progress() >= 1:
             last_log = clock.seconds()
-            save(run / "state.pt", model=model.state_dict(), ema=ema, step=step, spent=clock.seconds(), optimiser=optimiser.state_dict())
+            save(run / "state.pt", model=model.state_dict(), ema=ema, step=step, spent=clock.seconds(), optimisers=[o.state_dict() for o in optimisers])
             live = {k: v.clone() for k, v in model.state_dict().items()}
             model.load_state_dict(ema)
             bar.write(log(run, step=step, seconds=int(clock.seconds()), **mean, **report()))
@@ -296,9 +310,7 @@ def train_dit(run, minutes, seed=0, batch=32):
     dit, text_encoder, tokenizer = build_dit()
     model = torch.nn.ModuleDict(dict(dit=dit, text=text_encoder))
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ("blocks." in n or "encoder.block." in n) and "relative" not in n]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimisers = [torch.optim.Muon(matrices, lr=2e-3, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=2e-3, betas=(.9, .98), weight_decay=.01)]
+    optimisers = optimisers_of(model, 2e-3, matrices)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     step, spent = 0, 0.0
     if (run / "dit" / "state.pt").exists():
@@ -421,58 +433,75 @@ def build_depth():
     return da3
 
 
-def depth_sample(rng, vae, index, seed):
-    """A static clip as the model will meet it -> input video, true video (17, 3, 64, 64), depth, poses.
+def depth_sample(rng, vae, index, seed, views, targets):
+    """A static clip as the model will meet it -> seen frames and depth at `views`, all poses, true frames at `targets`.
 
-    A third is round-tripped through the VAE and a sixth blurred or noisy: samples of a video model are not renders.
+    A fifth is round-tripped through the VAE, another fifth blurred or noisy: samples of a video model are not renders.
     """
-    clip = render(random_scene(f"depth/{seed}", "static", index), depth=True)
-    seen, draw = clip["video"], rng.random()
-    if draw < .33:
+    scene, draw = random_scene(f"depth/{seed}", "static", index), rng.random()
+    if draw < .2:
+        clip = render(scene, depth=True)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            seen = vae.decode_raw(vae.moments(seen[None])[0])[0].float().clamp(0, 1)
-    elif draw < .42:
+            seen = vae.decode_raw(vae.moments(clip["video"][None])[0])[0].float().clamp(0, 1)[views]
+        depth = clip["depth"][views]
+    else:
+        clip = render(scene, depth=True, at=views)
+        seen, depth = clip["video"], clip["depth"]
+    if draw > .9:
         seen = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    elif draw < .5:
+    elif draw > .8:
         seen = (seen + .05 * torch.randn(seen.shape)).clamp(0, 1)
-    return seen, clip["video"], clip["depth"], clip["poses"]
+    truth = render(scene, at=targets)["video"] if targets else seen[:0]
+    return seen, depth, camera_path(scene.motions, 17).float(), truth
 
 
-def depth_losses(da3, seen, video, depth, poses, views, targets):
+def depth_losses(da3, seen, depth, poses, truth, views, targets):
     """Losses of one clip from the frames `views`: depth, camera, and the re-render of the frames `targets`.
 
     The world is the reference view's, at the scene's own scale. Depth: |log d - log d*| weighted by the confidence c,
     minus .1 log c. Camera: L1 of positions, rotation matrices and log focals. Re-render: L1 at the true cameras.
+    Without targets only two views go through the depth head, and none through the Gaussians': all cameras are cheap.
     """
-    x = (seen[views] - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    d, confidence, pose, K, gaussians = da3.network(x)
+    x = (seen - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    size, shown = seen.shape[2:], list(range(len(views)))
+    if targets:
+        d, confidence, pose, K, gaussians = da3.network(x)
+    else:
+        shown = random.sample(shown, 2)
+        features = da3.backbone.pretrained(x, None)
+        pose, K = da3.cam_dec(features[-1][1], *size)
+        d, confidence = da3.head([f[shown] for f, _ in features], x[shown]).unbind(1)
+        d, confidence = d.exp(), confidence.exp() + 1
     true = torch.linalg.inv(poses[views[da3.backbone.pretrained.reference]]) @ poses
-    true_K = intrinsics(*video.shape[2:])
-    error = (d.log() - depth[views].log()).abs()
+    true_K = intrinsics(*size)
+    error = (d.log() - depth[shown].log()).abs()
     losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=(pose - true[views])[:, :3, 3].abs().mean(),
                   rotation=(pose - true[views])[:, :3, :3].abs().mean(), focal=(K[:, 0, 0].log() - true_K[0, 0].log()).abs().mean()
                   + (K[:, 1, 1].log() - true_K[1, 1].log()).abs().mean())
-    if len(targets):
-        rgb, _, alpha = splat.render(gaussians, true[targets], true_K.expand(len(targets), -1, -1), *video.shape[2:])
-        losses["render"] = (rgb - video[targets]).abs().mean()
+    if targets:
+        rgb, _, alpha = splat.render(gaussians, true[targets], true_K.expand(len(targets), -1, -1), *size)
+        losses["render"] = (rgb - truth).abs().mean()
     return losses
 
 
-def train_depth(run, minutes, seed=0, clips=3):
-    """Depth and cameras first (40 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
+def train_depth(run, minutes, seed=0, clips=4):
+    """Depth and cameras first (60 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
     torch.manual_seed(seed)
     vae, da3 = load_trained_vae(run), build_depth()
 
     def losses(step, progress):
         rng = random.Random(f"depth/{seed}/{step}")
+        random.seed(step)
         for i in range(clips):
-            data = depth_sample(rng, vae, step * clips + i, seed)
             views = sorted(rng.sample(range(17), rng.choice((2, 3, 4, 5, 9))))
-            parts = depth_losses(da3, *data, views, rng.sample(range(17), 1) if progress > .4 else [])
-            total = parts["depth"] + 2 * parts["position"] + 4 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
+            targets = rng.sample(range(17), 1) if progress > .6 else []
+            data = depth_sample(rng, vae, step * clips + i, seed, views, targets)
+            parts = depth_losses(da3, *data, views, targets)
+            total = parts["depth"] + 4 * parts["position"] + 8 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
             yield total / clips, {k: v.item() for k, v in parts.items()}
 
-    fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3)
+    blocks = [p for n, p in da3.backbone.named_parameters() if p.dim() == 2 and "blocks." in n]
+    fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks)
 
 
 @torch.no_grad()
@@ -518,7 +547,7 @@ def load_trained_depth(run):
 
 # ----------------------------------------------------------------------------------------------------- the two critics
 
-TINY_TEXT_MODEL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+TINY_TEXT_MODEL = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
                        max_position_embeddings=1024, tie_word_embeddings=True)
 PREFERENCE_PROMPT = ("Rate this picture from a generated video. Is it sharp, clean and true in colour, with clear edges and even "
                      "surfaces? Does it show what was asked: {text_prompt}? The overall rating is <|Reward|>")
@@ -557,8 +586,8 @@ def build_critic(folder):
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
     config = transformers.Qwen3VLConfig(
         text_config=dict(**TINY_TEXT_MODEL, head_dim=32, vocab_size=len(tokenizer), rope_parameters=rope),
-        vision_config=dict(depth=4, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2,
-                           out_hidden_size=128, num_position_embeddings=64, deepstack_visual_indexes=[1, 2]), tie_word_embeddings=True, **ids)
+        vision_config=dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2,
+                           out_hidden_size=96, num_position_embeddings=64, deepstack_visual_indexes=[1]), tie_word_embeddings=True, **ids)
     model = transformers.Qwen3VLForConditionalGeneration(config)
     model.save_pretrained(folder), processor.save_pretrained(folder)
     return Critic(folder)
@@ -574,7 +603,7 @@ def build_preference(folder):
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
     config = transformers.Qwen2VLConfig(
         text_config=dict(**TINY_TEXT_MODEL, vocab_size=len(tokenizer), rope_parameters=rope),
-        vision_config=dict(depth=4, embed_dim=96, hidden_size=128, mlp_ratio=2, num_heads=4, patch_size=8), **ids)
+        vision_config=dict(depth=3, embed_dim=64, hidden_size=96, mlp_ratio=2, num_heads=4, patch_size=8), **ids)
     model = HPSv3(config)
     config.save_pretrained(folder), processor.save_pretrained(folder)
     write_json(folder / "hpsv3.json", dict(instruction=PREFERENCE_PROMPT, image_pixels=64 * 64))
@@ -717,7 +746,7 @@ def export_preference(run, folder):
 def export(run, out):
     """Writes every twin that RUN has trained, in bfloat16: out/wan, depth_anything, qwen3_vl, hpsv3."""
     for name, write, folder in (("dit", export_wan, "wan"), ("depth", export_depth, "depth_anything"),
-                                ("critic", export_critic, "qwen3_vl"), ("preference", export_preference, "hpsv3")):
+                                ("critic", export_critic, "qwen3_vl"), ("preference", export_preference, "hpsv3"), ("probe", export_probe, "probe")):
         if (run / name / "state.pt").exists():
             write(run, out / folder)
             print(out / folder)
@@ -730,4 +759,5 @@ def make(what, run, minutes, clips, out, seed):
     elif what == "data":
         make_data(run, clips, seed)
     else:
-        dict(vae=train_vae, dit=train_dit, depth=train_depth, critic=train_critic, preference=train_preference)[what](run, minutes, seed)
+        {"vae": train_vae, "dit": train_dit, "depth": train_depth, "critic": train_critic, "preference": train_preference,
+         "train-probe": train_probe}[what](run, minutes, seed)

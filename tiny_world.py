@@ -4,8 +4,8 @@ A room with plain walls and a checkered floor, one or two large objects, eleven 
 camera motion, geometry errors and the words of the prompt must be plain to see at 64x64. Everything is known exactly.
 
     python tiny_world.py show                    a contact sheet of clips and captions, whole and corrupted
-    python tiny_world.py check                   count right colours and directions over 20 samples
-    python tiny_world.py vae | data | dit | depth | critic | preference | export      make a tiny twin (tiny_train.py)
+    python tiny_world.py probe --num 200         what of 200 unseen prompts the shipped model gets right (probe.py)
+    python tiny_world.py vae | data | dit | depth | critic | preference | train-probe | export    make the twins (tiny_train.py)
 
 Left out on purpose: shadows, reflections, textures other than tiles. They cost capacity and teach nothing here.
 """
@@ -14,12 +14,13 @@ import argparse
 import dataclasses
 import math
 import random
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import load_wan
+from model import load_wan, merge_lora
 from noise_warp import FOV, MOTIONS, camera_path
 from sample import contact_sheet, initial_noise, model_defaults, sample
 
@@ -301,85 +302,85 @@ def degrade(image, kind, strength, generator):
     raise ValueError(f"unknown degradation '{kind}'")
 
 
-# ----------------------------------------------------------------------------------------------------------- a check
+# ------------------------------------------------------------------------------------------------------ samples, scored
 
-def region_colour(region):
-    """The palette colour nearest in hue to the mean of pixels (..., 3, h, w)."""
-    mean = region.movedim(-3, -1).reshape(-1, 3).mean(0)
-    chroma = {name: torch.tensor(c) - sum(c) / 3 for name, c in COLOURS.items()}
-    own = mean - mean.mean()
-    return max(chroma, key=lambda name: F.cosine_similarity(own, chroma[name], dim=0).item())
+def captions(num, seed=0):
+    """Unseen static scenes, whose captions always name the camera."""
+    return [random_scene(f"unseen/{seed}", "static", i) for i in range(num)]
 
 
-def sideways(video, reach=20):
-    """Pixels the scene moves to the right from the first to the middle frame: the shift that matches them best."""
-    a, b = video[0], video[len(video) // 2]
-    W = a.shape[-1]
+def sample_prompts(wan, defaults, prompts, seed=0, batch=20, **noise):
+    """One video (F, 3, H, W) a prompt, from the seed's i-th noise. noise: of `initial_noise`."""
+    d, videos = defaults, []
+    for first in range(0, len(prompts), batch):
+        part = prompts[first:first + batch]
+        start = torch.cat([initial_noise(wan, p, d["frames"], d["height"], d["width"], [first + i], seed, **noise)[0] for i, p in enumerate(part)])
+        latents = sample(wan, part, start, d["steps"], d["guidance"], d.get("shift"), progress=True)
+        videos += [wan.vae.decode(x[None])[0] for x in latents]
+    return videos
 
-    def mismatch(s):
-        return (a[..., max(0, -s):W - max(0, s)] - b[..., max(0, s):W + min(0, s)]).square().mean().item()
 
-    return min(range(-reach, reach + 1), key=mismatch)
-
-
-def check(wan, defaults, count, seed=0, rendered=False, **noise):
-    """Samples unseen static captions and counts: wall colour, floor colour, left/right direction. Prints a line each.
-
-    The colours are read off the top and bottom rows, the direction off the best sideways shift; `rendered` scores the
-    renderer's own clips instead, which shows how far such crude readings can be trusted. noise: of `initial_noise`.
-    """
-    scenes = [random_scene(f"check/{seed}", "static", i) for i in range(count)]
-    for i, scene in enumerate(scenes):  # half of them move sideways, so that the direction is counted often enough
-        if i % 2:
-            scene.motions = [("move_left", "move_right", "pan_left", "pan_right")[i // 2 % 4]]
-            scene.caption = caption(scene, random.Random(i))
-    if rendered:
-        videos = [render(s)["video"] for s in scenes]
+def probe_command(a):
+    import probe
+    judge = probe.load_probe(Path(__file__).parent / "tiny" / "probe" if a.probe is None else a.probe)
+    if a.rendered:
+        return probe.table(probe.on_renders(judge, a.num, a.seed, progress=True))
+    if a.prompts:
+        from train import load_prompts
+        prompts = load_prompts(a.prompts)["test"][:a.num]
     else:
-        d = defaults
-        start = torch.cat([initial_noise(wan, s.caption, d["frames"], d["height"], d["width"], [i], seed, **noise)[0] for i, s in enumerate(scenes)])
-        latents = [sample(wan, [s.caption for s in scenes[i:i + 20]], start[i:i + 20], d["steps"], d["guidance"], progress=True)
-                   for i in range(0, count, 20)]
-        videos = [wan.vae.decode(x[None])[0] for x in torch.cat(latents)]
-    wall = [region_colour(v[..., :10, :]) == s.wall for v, s in zip(videos, scenes)]
-    floor = [region_colour(v[..., -8:, :]) == s.floor for v, s in zip(videos, scenes)]
-    moves = [(sideways(v) > 0) == s.motions[0].endswith("left") for v, s in zip(videos, scenes) if s.motions[0][:4] in ("move", "pan_") and len(s.motions) == 1]
-    for name, right in (("wall colour", wall), ("floor colour", floor), ("left/right", moves)):
-        print(f"{name}: {sum(right)} of {len(right)} right")
-    return scenes, videos
+        prompts = [s.caption for s in captions(a.num, a.seed)]
+    [probe.asked(p) for p in prompts]  # an unreadable prompt is an error before any sampling
+    wan, defaults = load_wan(a.model), model_defaults(a.model)
+    if a.lora:
+        merge_lora(wan.dit, a.lora)
+    defaults |= {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, shift=a.shift).items() if v is not None}
+    degradation = defaults["degradation"] if a.degradation is None else a.degradation
+    videos = sample_prompts(wan, defaults, prompts, a.seed, transport=a.transport, degradation=degradation, strength=a.strength)
+    probe.table(probe.scores(probe.read(judge, videos), prompts))
+    contact_sheet(a.run / "probe.png", videos[:20])
+    print(*prompts[:20], a.run / "probe.png", sep="\n")
 
 
-MADE = ("vae", "data", "dit", "depth", "critic", "preference", "export")
+MADE = ("vae", "data", "dit", "depth", "critic", "preference", "train-probe", "export")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("show", "check", *MADE))
+    parser.add_argument("command", choices=("show", "probe", *MADE))
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of states, logs and pictures")
     parser.add_argument("--minutes", type=float, default=60, help="of training, over all resumes")
     parser.add_argument("--clips", type=int, default=8192, help="data: clips in all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="export: the folder written")
-    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="check: the model sampled")
-    parser.add_argument("--num", type=int, default=20, help="check: videos")
-    parser.add_argument("--no-transport", dest="transport", action="store_false", help="check: plain noise")
-    parser.add_argument("--degradation", type=float, default=0.0, help="check: fresh noise mixed in")
-    parser.add_argument("--strength", type=float, default=1.0, help="check: of the noise's camera path")
-    parser.add_argument("--rendered", action="store_true", help="check: score the renderer's own clips instead")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="probe: the model sampled")
+    parser.add_argument("--lora", help="probe: LoRA file or run folder merged into the model")
+    parser.add_argument("--probe", type=Path, help="probe: its folder (default tiny/probe)")
+    parser.add_argument("--prompts", help="probe: file of prompts (default: captions of unseen scenes)")
+    parser.add_argument("--num", type=int, default=200, help="probe: videos")
+    parser.add_argument("--steps", type=int, help="probe: sampling steps (default: the model's, as for guidance, shift, degradation)")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--shift", type=float)
+    parser.add_argument("--no-transport", dest="transport", action="store_false", help="probe: plain noise")
+    parser.add_argument("--degradation", type=float, help="probe: fresh noise mixed in")
+    parser.add_argument("--strength", type=float, default=1.0, help="probe: of the noise's camera path")
+    parser.add_argument("--rendered", action="store_true", help="probe: score the renderer's own clips instead")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     if a.command == "show":
         scenes = [random_scene(a.seed, s, i) for s in ("static", "dynamic") for i in range(6)]
         contact_sheet(a.run / "show.png", [render(s)["video"] for s in scenes] + [corrupt(s, kind) for s, kind in zip(scenes, CORRUPTIONS)])
         print("\n".join(s.caption for s in scenes), *CORRUPTIONS, a.run / "show.png", sep="\n")
-    elif a.command == "check":
-        noise = dict(transport=a.transport, degradation=a.degradation, strength=a.strength)
-        scenes, videos = check(None if a.rendered else load_wan(a.model), model_defaults(a.model), a.num, a.seed, a.rendered, **noise)
-        contact_sheet(a.run / "check.png", videos)
-        print("\n".join(s.caption for s in scenes), a.run / "check.png", sep="\n")
+    elif a.command == "probe":
+        try:
+            probe_command(a)
+        except (ValueError, OSError) as e:
+            print(f"tiny_world.py: {e}", file=sys.stderr)
+            return 2
     else:
         import tiny_train
         tiny_train.make(a.command, a.run, a.minutes, a.clips, a.out, a.seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import depth_anything as D
-from depth_anything import SIZES, DA3Config, DepthAnything3, load_depth_anything
+from depth_anything import SIZES, DA3Config, DepthAnything3, Gaussians, load_depth_anything, move_gaussians
+from noise_warp import camera_path
 
 CONFIG = dict(dim=32, depth=6, heads=2, out_layers=(2, 3, 4, 5), alt_start=2, features=16, out_channels=(8, 8, 16, 16), gaussians=True,
               patch_size=8, grid=8, process_res=32)
@@ -130,3 +131,67 @@ def test_umeyama_scale():
     line = torch.arange(5.0)[:, None] * torch.tensor([1.0, 2, 3])
     assert D.umeyama_scale(.5 * line, line) == pytest.approx(.5, rel=1e-5)
     assert D.umeyama_scale(a, torch.zeros(6, 3)) == 1.0
+
+
+def test_known_cameras_put_the_result_in_their_world(folder):
+    """The same cameras in other axes, farther apart by a factor: the reconstruction turns and grows with them."""
+    da3 = load_depth_anything(folder)
+    frames = torch.rand(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    path = camera_path(["orbit_left", "push_in"], 4).float()
+    path[:, :3, 3] *= 3  # distances from the first camera above .1, below which the model's scale is clamped
+    K = torch.tensor([[40.0, 0, 24], [0, 40, 16], [0, 0, 1]]).repeat(4, 1, 1)
+    world = camera_path(["pull_left"], 5)[4].float()
+    moved = path.clone()
+    moved[:, :3, 3] *= 5
+    moved = world @ moved
+    a, b = (da3(frames, camera_to_world=p, intrinsics=K) for p in (path, moved))
+    assert torch.allclose(a.camera_to_world, path) and torch.allclose(b.camera_to_world, moved)
+    assert torch.allclose(b.depth, 5 * a.depth, rtol=1e-3)
+    assert torch.allclose(b.gaussians.means, 5 * a.gaussians.means @ world[:3, :3].T + world[:3, 3], rtol=1e-3, atol=1e-2 * float(a.depth.max()))
+    assert torch.allclose(b.gaussians.scales, 5 * a.gaussians.scales, rtol=1e-3)
+    assert not torch.allclose(a.depth, da3(frames).depth)  # they are used
+    fx = a.depth.shape[2] / 48 * 40
+    assert torch.allclose(a.intrinsics[:, 0, 0], torch.full((4,), fx))
+    with pytest.raises(ValueError, match="known cameras need both"):
+        da3(frames, camera_to_world=path)
+
+
+def test_moved_gaussians_look_the_same_from_the_moved_camera():
+    from splat import render
+    g = torch.Generator().manual_seed(1)
+    r = lambda *s: torch.rand(*s, generator=g)  # noqa: E731
+    splats = Gaussians(torch.stack([r(50) - .5, r(50) - .5, r(50) + 1], 1), r(50, 3) * .1 + .02, torch.nn.functional.normalize(r(50, 4) - .5, dim=1), r(50, 3, 9) - .3, r(50))
+    K, pose, world = torch.tensor([[[20.0, 0, 10], [0, 20, 10], [0, 0, 1]]]), torch.eye(4), camera_path(["orbit_left"], 5)[4].float()
+    moved = world @ pose
+    assert (render(splats, pose[None], K, 20, 20)[0] - render(move_gaussians(splats, world, 1.0), moved[None], K, 20, 20)[0]).abs().max() < 1e-4
+    doubled = pose.clone()
+    big = render(move_gaussians(splats, torch.eye(4), 2.0), doubled[None], K, 20, 20)
+    assert (big[0] - render(splats, pose[None], K, 20, 20)[0]).abs().max() < 1e-4
+
+
+def test_more_views_than_memory_is_an_error(folder):
+    da3 = load_depth_anything(folder)
+    with pytest.raises(ValueError, match="1000000 views need about .* ask for fewer views"):
+        da3(torch.zeros(1, 3, 64, 64).expand(10 ** 6, -1, -1, -1))
+
+
+def test_command_line_writes_pictures_and_a_ply_that_reads_back(folder, tmp_path, capsys):
+    import numpy as np
+    from depth_anything import main
+    from sample import read_video, write_video
+    video = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 32, 48)
+    write_video(tmp_path / "a.mp4", video, 8)
+    assert main([str(tmp_path / "a.mp4"), "--model", str(folder), "--views", "3"]) == 0
+    out = tmp_path / "a_3d"
+    assert {f.name for f in out.iterdir()} == {"depth.mp4", "path.png", "gaussians.ply", "input_and_rerender.mp4"} and "dB PSNR" in capsys.readouterr().out
+    header, body = (out / "gaussians.ply").read_bytes().split(b"end_header\n", 1)
+    names = [line.split()[2].decode() for line in header.splitlines() if line.startswith(b"property")]
+    count = int(next(line.split()[2] for line in header.splitlines() if line.startswith(b"element")))
+    data = np.frombuffer(body, "<f4").reshape(count, len(names))
+    assert names[:6] == ["x", "y", "z", "nx", "ny", "nz"] and names[-8:] == ["opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
+    assert len(names) == 62 - 21 and np.isfinite(data).all()  # degree 2: 8 of the 15 coefficients a colour of degree 3
+    rec = load_depth_anything(folder)(read_video(tmp_path / "a.mp4")[0], 3)
+    order = rec.gaussians.opacities.argsort(descending=True)
+    assert np.allclose(data[:, :3], rec.gaussians.means[order], atol=1e-5) and np.allclose(np.exp(data[:, -7:-4]), rec.gaussians.scales[order], rtol=1e-4)
+    assert np.allclose(1 / (1 + np.exp(-data[:, -8])), rec.gaussians.opacities[order], atol=1e-4)
+    assert main([str(tmp_path / "none.mp4"), "--model", str(folder)]) == 2 and "cannot be read" in capsys.readouterr().err

@@ -122,22 +122,6 @@ def test_tokenizer_reads_prompt_forms_alike():
     assert all(c in tokenizer.get_vocab() for c in COLOURS)
 
 
-def test_the_shipped_model_follows_its_prompts(capsys):
-    """Wall and floor colours and left/right moves in most samples, by readings that are right on every render."""
-    import json
-    from conftest import ROOT
-    from model import load_wan
-    from sample import model_defaults
-    from tiny_world import check
-    folder = ROOT / "tiny" / "wan"
-    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 20e6
-    for rendered, least in ((True, 1.0), (False, .6)):
-        check(None if rendered else load_wan(folder), model_defaults(folder), 16, rendered=rendered)
-        counts = [line.split(": ")[1].split() for line in capsys.readouterr().out.splitlines()]
-        assert len(counts) == 3 and all(int(right) >= least * int(total) for right, _, total, _ in counts), counts
-    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "WanPipeline"
-
-
 def test_vae_inflation_keeps_single_frames_and_repeats_them():
     """Inflated, a clip of one repeated frame encodes and decodes like that frame alone."""
     from conftest import VAE_, randomise
@@ -158,7 +142,7 @@ def test_depth_training_losses_reach_every_part():
     from tiny_train import build_depth, depth_losses, depth_sample
     da3 = build_depth()
     draw = random.Random(0)  # its first number asks for no VAE round trip
-    data = depth_sample(draw, None, 0, 0)
+    data = depth_sample(draw, None, 0, 0, [0, 5, 9], [3, 7])
     losses = depth_losses(da3, *data, [0, 5, 9], [3, 7])
     assert set(losses) == {"depth", "position", "rotation", "focal", "render"} and all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
