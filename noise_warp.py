@@ -139,12 +139,23 @@ def path_flow(path, height, width, depth=1.0, fov=FOV):
 
 # ------------------------------------------------------------------------------------------------------ the transport
 
-def _frames(flow, K, generator):
-    """Yields F noise frames (H*W, K), each the one before carried along `flow` (F-1, 2, H, W). See transport_noise."""
+def draw(rows, samples, channels, generator, device):
+    """White noise (rows, samples * channels). generator: one for all, or a list with one a sample: then no sample's
+    noise depends on which others are drawn beside it."""
+    if not isinstance(generator, (list, tuple)):
+        return torch.randn(rows, samples * channels, generator=generator, device=device)
+    return torch.cat([torch.randn(rows, channels, generator=g, device=device) for g in generator], 1)
+
+
+def _frames(flow, samples, channels, generator):
+    """Yields F noise frames (H*W, samples * channels), each the one before carried along `flow` (F-1, 2, H, W). See
+    transport_noise."""
     _, _, H, W = flow.shape
-    N = H * W
+    N, K = H * W, samples * channels
     device = flow.device
-    noise = torch.randn(N, K, generator=generator, device=device)
+    if isinstance(generator, (list, tuple)) and len(generator) != samples:
+        raise ValueError(f"{samples} samples need as many generators, got {len(generator)}")
+    noise = draw(N, samples, channels, generator, device)
     yield noise
     grid = torch.stack(torch.meshgrid(torch.arange(W, device=device), torch.arange(H, device=device), indexing="xy")).flatten(1).float()
     offset, density = torch.zeros(2, N, device=device), torch.ones(N, device=device)
@@ -181,7 +192,7 @@ def _frames(flow, K, generator):
         values = noise.index_select(0, source)
         if len(split):
             owner = source[split]
-            extra = torch.randn(len(split), K, generator=generator, device=device)
+            extra = draw(len(split), samples, channels, generator, device)
             mean = torch.zeros(N, K, device=device).index_add_(0, owner, extra)
             n = copies[owner].unsqueeze(1)
             values[split] = values[split] / n.sqrt() + extra - mean[owner] / n
@@ -189,7 +200,7 @@ def _frames(flow, K, generator):
         merge = (crowd[target] > 1).nonzero().squeeze(1)
         values[merge] *= (share[merge] / square[target[merge]].sqrt()).unsqueeze(1)
         noise = torch.zeros(N, K, device=device).index_add_(0, target, values)
-        noise[fresh] = torch.randn(len(fresh), K, generator=generator, device=device)
+        noise[fresh] = draw(len(fresh), samples, channels, generator, device)
 
         offset = torch.zeros(2, N, device=device).index_add_(1, target, residue * share) / total.clamp_min(1e-20)
         density = torch.where(crowd > 0, total, 1.0)
@@ -212,7 +223,7 @@ def transport_noise(flow, channels, samples=1, generator=None):
     if not flow.isfinite().all():
         raise ValueError("flow has NaN or infinite values")
     H, W = flow.shape[2:]
-    frames = [f.view(H, W, samples, channels) for f in _frames(flow, samples * channels, generator)]
+    frames = [f.view(H, W, samples, channels) for f in _frames(flow, samples, channels, generator)]
     return torch.stack(frames).permute(3, 4, 0, 1, 2).contiguous()
 
 
@@ -221,7 +232,8 @@ def latent_noise(path, frames, height, width, samples=1, generator=None, channel
 
     height, width: the latents'. The noise moves at `multiple` times that size along the flow between the frames that
     the latent frames end on (0, 4, 8, ...), then each multiple x multiple patch is averaged and rescaled to unit
-    variance. degradation d in [0, 1] mixes in fresh noise: sqrt(1-d^2) transported + d fresh.
+    variance. degradation d in [0, 1] mixes in fresh noise, ((1-d) transported + d fresh) / sqrt((1-d)^2 + d^2), as in
+    Go-with-the-Flow. generator: one, or a list with one a sample.
     """
     if len(path) != frames or frames % 4 != 1:
         raise ValueError(f"the path must have as many frames as the video, 4k+1; got {len(path)} poses for {frames} frames")
@@ -230,12 +242,41 @@ def latent_noise(path, frames, height, width, samples=1, generator=None, channel
     m = multiple
     flow = path_flow(path[::4], height * m, width * m)
     out = torch.empty(samples, channels, len(path[::4]), height, width)
-    for f, noise in enumerate(_frames(flow, samples * channels, generator)):
+    for f, noise in enumerate(_frames(flow, samples, channels, generator)):
         coarse = noise.view(height, m, width, m, samples, channels).mean((1, 3)) * m
         out[:, :, f] = coarse.permute(2, 3, 0, 1)
     if degradation:
-        out = math.sqrt(1 - degradation ** 2) * out + degradation * torch.randn(out.shape, generator=generator)
+        fresh = draw(out[0, 0].numel(), samples, channels, generator, "cpu").view(*out.shape[2:], samples, channels)
+        out = ((1 - degradation) * out + degradation * fresh.permute(3, 4, 0, 1, 2)) / math.hypot(1 - degradation, degradation)
     return out
+
+
+def released_push(base, transported, strength=.35, steps=8, kernel=9):
+    """The way World-R1's released code uses the transported noise: sampling starts from the white `base`, and after
+    each of the first steps the low-passed difference is pushed in. -> push(x, step) for `sample(..., after_step=)`.
+
+    delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the mean and
+    std that x had; w falls linearly from 1 to .1 and sums to 1. All statistics are per sample.
+    """
+    if base.shape != transported.shape or base.dim() != 5:
+        raise ValueError(f"base and transported noise must both be (B, C, T, h, w), got {tuple(base.shape)} and {tuple(transported.shape)}")
+    delta = torch.nn.functional.avg_pool2d((transported - base).flatten(0, 2)[:, None], kernel, 1, kernel // 2).view_as(base)
+    weights = torch.linspace(1, .1, steps)
+
+    def statistics(x):
+        return x.mean((1, 2, 3, 4), keepdim=True), x.std((1, 2, 3, 4), keepdim=True)
+
+    delta, weights = delta / (statistics(delta)[1] + 1e-6), weights / weights.sum()
+
+    def push(x, step):
+        if step >= steps:
+            return x
+        mean, std = statistics(x)
+        y = x + strength * float(weights[step]) * std * delta.to(x)
+        new_mean, new_std = statistics(y)
+        return (y - new_mean) / (new_std + 1e-6) * std + mean
+
+    return push
 
 
 # ----------------------------------------------------------------------------------------------------------- a picture

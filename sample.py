@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from model import load_wan, merge_lora, trim_text
-from noise_warp import camera_path, latent_noise, parse_motion
+from noise_warp import camera_path, latent_noise, parse_motion, released_push
 
 WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16,  # the release's, at 480p
                     degradation=.35)  # World-R1's released value
@@ -93,14 +93,15 @@ def log_prob(x_next, mean, std):
 
 # ---------------------------------------------------------------------------------------------------------- ODE solvers
 
-def euler(velocity, x, levels):
-    """x at levels[0] -> x at levels[-1]. velocity(x, sigma) -> v."""
-    for sigma, sigma_next in zip(levels, levels[1:]):
+def euler(velocity, x, levels, after_step=lambda x, i: x):
+    """x at levels[0] -> x at levels[-1]. velocity(x, sigma) -> v. after_step(x, i) may change x after step i."""
+    for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
         x, _ = transition(x, velocity(x, sigma), sigma, sigma_next)
+        x = after_step(x, i)
     return x
 
 
-def unipc(velocity, x, levels):
+def unipc(velocity, x, levels, after_step=lambda x, i: x):
     """UniPC of order 2 in data prediction with B(h) = e^h - 1: each new x0 first corrects the step that led to it.
 
     With lambda = log((1-sigma)/sigma), h = lambda_next - lambda, k = expm1(-h), both parts take the form
@@ -138,7 +139,7 @@ def unipc(velocity, x, levels):
             x = step(last, i - 1, m0, m_prev if second_order else None, m)
         m_prev, m0, last = m0, m, x
         second_order = 0 < i < n - 1
-        x = step(x, i, m0, m_prev if second_order else None)
+        x = after_step(step(x, i, m0, m_prev if second_order else None), i)
     return x
 
 
@@ -167,10 +168,11 @@ def guided_velocity(wan, text, negative=None, guidance=1.0):
 
 
 @torch.no_grad()
-def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unipc", negative="", progress=False):
+def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unipc", negative="", progress=False, after_step=None):
     """Noise (B, C, T, h, w), N(0, 1) per element -> latents of the same shape, float32, for B prompts.
 
-    shift: of the schedule; None takes the model's scheduler_config, else 5.0 (Wan's for text-to-video).
+    shift: of the schedule; None takes the model's scheduler_config, else 5.0 (Wan's for text-to-video). after_step(x, i)
+    may change the latents after step i (`noise_warp.released_push`).
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got '{solver}'")
@@ -186,7 +188,7 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
             v = velocity(x, sigma)
             bar.update()
             return v
-        return SOLVERS[solver](counted, noise.float().to(wan.device), levels)
+        return SOLVERS[solver](counted, noise.float().to(wan.device), levels, *([after_step] if after_step else []))
 
 
 def initial_noise(wan, prompt, frames, height, width, members, seed, transport=True, strength=1.0, degradation=0.0, path=None):
@@ -201,7 +203,7 @@ def initial_noise(wan, prompt, frames, height, width, members, seed, transport=T
     draws = [generator(seed, 0, 0, member, "noise") for member in members]
     if not transport:
         return torch.stack([torch.randn(C, (frames - 1) // 4 + 1, h, w, generator=g) for g in draws]), path
-    return torch.cat([latent_noise(path, frames, h, w, 1, g, C, degradation) for g in draws]), path
+    return latent_noise(path, frames, h, w, len(draws), draws, C, degradation), path
 
 
 # -------------------------------------------------------------------------------------------------------- video files
@@ -266,6 +268,8 @@ def check(a):
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if a.guidance is not None and not math.isfinite(a.guidance):
         raise ValueError(f"--guidance must be a finite number, got {a.guidance}; 1 turns guidance off")
+    if a.released and not a.transport:
+        raise ValueError("--released pushes transported noise in, and --no-transport asks for none; give one of them")
     if a.shift is not None and not (math.isfinite(a.shift) and a.shift > 0):
         raise ValueError(f"--shift must be a positive number, got {a.shift}")
     if not math.isfinite(a.strength):
@@ -315,6 +319,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--solver", choices=list(SOLVERS), default="unipc")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--no-transport", dest="transport", action="store_false", help="plain noise, not carried along the camera path")
+    parser.add_argument("--released", action="store_true", help="as World-R1's released code: white noise, the transported pushed in over 8 steps")
     parser.add_argument("--strength", type=float, default=1.0, help="scales the camera path of the noise")
     parser.add_argument("--degradation", type=float, help="fresh noise mixed into the transported, 0 to 1; default: the model's")
     parser.add_argument("--path", help="JSON list of 4x4 camera-to-world matrices, one a frame, instead of the prompt's path")
@@ -351,8 +356,13 @@ def main(argv=None):
             setattr(a, name, value)
     if a.compile:
         wan.dit = torch.compile(wan.dit)
-    noise, _ = initial_noise(wan, a.prompt, a.frames, a.height, a.width, range(a.num), a.seed, a.transport, a.strength, a.degradation, path)
-    latents = sample(wan, [a.prompt] * a.num, noise, a.steps, a.guidance, a.shift, a.solver, a.negative, progress=True)
+    size = (a.frames, a.height, a.width, range(a.num), a.seed)
+    noise, _ = initial_noise(wan, a.prompt, *size, a.transport, a.strength, a.degradation, path)
+    push = None
+    if a.released:
+        base, _ = initial_noise(wan, a.prompt, *size, transport=False)
+        noise, push = base, released_push(base, noise)
+    latents = sample(wan, [a.prompt] * a.num, noise, a.steps, a.guidance, a.shift, a.solver, a.negative, progress=True, after_step=push)
     videos = [wan.vae.decode(latent[None])[0] for latent in latents]
     for i, video in enumerate(videos):
         path = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")

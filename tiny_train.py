@@ -428,7 +428,9 @@ def build_depth():
         for head in (da3.head, da3.gs_head):
             head.scratch.output_conv2[-1].weight.mul_(.1)
         da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2
-        da3.cam_dec.fc_qvec.bias.copy_(torch.tensor([0.0, 0, 0, 1]))
+        for layer in (da3.cam_dec.fc_t, da3.cam_dec.fc_qvec):  # from the identity: pushing noise down would kill its ReLUs
+            layer.weight.zero_(), layer.bias.zero_()
+        da3.cam_dec.fc_qvec.bias[3] = 1
         da3.cam_dec.fc_fov[0].bias.fill_(FOV)
     return da3
 
@@ -459,7 +461,8 @@ def depth_losses(da3, seen, depth, poses, truth, views, targets):
     """Losses of one clip from the frames `views`: depth, camera, and the re-render of the frames `targets`.
 
     The world is the reference view's, at the scene's own scale. Depth: |log d - log d*| weighted by the confidence c,
-    minus .1 log c. Camera: L1 of positions, rotation matrices and log focals. Re-render: L1 at the true cameras.
+    minus .1 log c. Camera: smooth L1 (quadratic below .1) of positions and rotation matrices, where plain L1's median
+    is "no motion"; L1 of log focals. Re-render: L1 at the true cameras.
     Without targets only two views go through the depth head, and none through the Gaussians': all cameras are cheap.
     """
     x = (seen - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -475,8 +478,8 @@ def depth_losses(da3, seen, depth, poses, truth, views, targets):
     true = torch.linalg.inv(poses[views[da3.backbone.pretrained.reference]]) @ poses
     true_K = intrinsics(*size)
     error = (d.log() - depth[shown].log()).abs()
-    losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=(pose - true[views])[:, :3, 3].abs().mean(),
-                  rotation=(pose - true[views])[:, :3, :3].abs().mean(), focal=(K[:, 0, 0].log() - true_K[0, 0].log()).abs().mean()
+    losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=F.smooth_l1_loss(pose[:, :3, 3], true[views][:, :3, 3], beta=.1),
+                  rotation=F.smooth_l1_loss(pose[:, :3, :3], true[views][:, :3, :3], beta=.1), focal=(K[:, 0, 0].log() - true_K[0, 0].log()).abs().mean()
                   + (K[:, 1, 1].log() - true_K[1, 1].log()).abs().mean())
     if targets:
         rgb, _, alpha = splat.render(gaussians, true[targets], true_K.expand(len(targets), -1, -1), *size)
@@ -497,7 +500,7 @@ def train_depth(run, minutes, seed=0, clips=4):
             targets = rng.sample(range(17), 1) if progress > .6 else []
             data = depth_sample(rng, vae, step * clips + i, seed, views, targets)
             parts = depth_losses(da3, *data, views, targets)
-            total = parts["depth"] + 4 * parts["position"] + 8 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
+            total = parts["depth"] + 20 * parts["position"] + 40 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
             yield total / clips, {k: v.item() for k, v in parts.items()}
 
     blocks = [p for n, p in da3.backbone.named_parameters() if p.dim() == 2 and "blocks." in n]

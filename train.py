@@ -381,7 +381,7 @@ def roll_out(policy, step, index, prompt):
     G, purpose = c.members, ("dynamic" if step % (c.main_steps + c.dynamic_steps) >= c.main_steps else "train")
     path = camera_path(parse_motion(prompt), c.frames, c.strength)
     draws = [generator(c.seed, step, purpose, index, member, "noise") for member in range(1 if c.shared else G)]
-    noise = torch.cat([latent_noise(path, c.frames, c.height // 8, c.width // 8, 1, g, wan.dit.config.in_channels, c.degradation) for g in draws])
+    noise = latent_noise(path, c.frames, c.height // 8, c.width // 8, len(draws), draws, wan.dit.config.in_channels, c.degradation)
     window = draw_window(generator(c.seed, step, purpose, index, "window"), c.steps, c.window, c.high)
     levels = sigmas(c.steps, wan.shift or 5.0)
     one, many = policy.velocity(prompt, len(noise)), policy.velocity(prompt, G)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noise_warp import FOV, MOTIONS, MOVE, ORBIT, PAN, PUSH, camera_path, latent_noise, main, parse_motion, path_flow, transport_noise
+from noise_warp import FOV, MOTIONS, MOVE, ORBIT, PAN, PUSH, camera_path, latent_noise, main, parse_motion, path_flow, released_push, transport_noise
 
 
 @pytest.mark.parametrize("prompt, motions", [
@@ -253,7 +253,7 @@ def test_latent_noise_shape_seed_and_degradation():
     make = lambda seed=0, **k: latent_noise(path, 17, 8, 8, samples=2, generator=torch.Generator().manual_seed(seed), **k)  # noqa: E731
     clean, again, half, gone = make(), make(), make(degradation=.6), make(degradation=1.0)
     assert clean.shape == (2, 16, 5, 8, 8) and torch.equal(clean, again) and not torch.equal(clean, make(1))
-    assert (clean * half).mean() == pytest.approx(.8, abs=.03) and abs((clean * gone).mean()) < .03
+    assert (clean * half).mean() == pytest.approx(.4 / math.hypot(.4, .6), abs=.03) and abs((clean * gone).mean()) < .03
     assert half.var() == pytest.approx(1, abs=.03)
     with pytest.raises(ValueError, match="17 poses for 21 frames"):
         latent_noise(path, 21, 8, 8)
@@ -264,3 +264,29 @@ def test_latent_noise_shape_seed_and_degradation():
 def test_picture(tmp_path, capsys):
     assert main(["push in, then pan left", "--show", str(tmp_path / "a" / "b.png")]) == 0
     assert (tmp_path / "a" / "b.png").stat().st_size > 10000 and "push_in, pan_left" in capsys.readouterr().out
+
+
+def test_one_generator_a_sample_makes_samples_independent_of_their_company():
+    path = camera_path(["orbit_left", "push_in"], 9)
+    make = lambda seeds: [torch.Generator().manual_seed(s) for s in seeds]  # noqa: E731
+    group = latent_noise(path, 9, 6, 8, 3, make([5, 6, 7]), 4, .3)
+    assert torch.equal(group[1:2], latent_noise(path, 9, 6, 8, 1, make([6]), 4, .3))
+    assert torch.equal(group[:1], latent_noise(path, 9, 6, 8, 1, torch.Generator().manual_seed(5), 4, .3))
+    with pytest.raises(ValueError, match="3 samples need as many generators"):
+        latent_noise(path, 9, 6, 8, 3, make([1]), 4)
+
+
+def test_released_push_moves_white_noise_towards_the_transported():
+    """Correlation with the blurred difference rises with every step, statistics stay, and after the last step nothing moves."""
+    path = camera_path(["pan_left"], 17)
+    moved, base = latent_noise(path, 17, 12, 16, 2, torch.Generator().manual_seed(0)), torch.randn(2, 16, 5, 12, 16, generator=torch.Generator().manual_seed(1))
+    push, x, seen = released_push(base, moved, steps=4), base, []
+    low = torch.nn.functional.avg_pool2d((moved - base).flatten(0, 2)[:, None], 9, 1, 4).view_as(base)
+    for i in range(4):
+        x = push(x, i)
+        seen.append(torch.corrcoef(torch.stack([x.flatten(), low.flatten()]))[0, 1].item())
+    assert seen == sorted(seen) and seen[-1] > seen[0] + .05
+    assert torch.allclose(x.mean((1, 2, 3, 4)), base.mean((1, 2, 3, 4)), atol=1e-4) and torch.allclose(x.std((1, 2, 3, 4)), base.std((1, 2, 3, 4)), rtol=1e-4)
+    assert torch.equal(push(x, 4), x)
+    with pytest.raises(ValueError, match="must both be"):
+        released_push(base, moved[:, :3])
