@@ -59,6 +59,7 @@ class Config:
     runs: str = "runs"  # folder of runs
     model: str = str(TINY / "wan")  # folder in either layout, or hub id
     prompts: str = "tiny"  # "tiny": the procedural captions; else a file: prompts.jsonl's schema, or one prompt a line
+    train_prompts: int = 0  # train on the first so many of them; 0: on all
     frames: int = 0  # 0: the model's default, as for height, width and sampling_steps
     height: int = 0
     width: int = 0
@@ -565,6 +566,7 @@ def train(c, processes):
     """Runs to c.total_steps, from the newest checkpoint if there is one. -> False if it was asked to stop (SIGTERM)."""
     check(c, processes.world)
     prompts = load_prompts(c.prompts)
+    prompts["train"] = prompts["train"][:c.train_prompts or None]
     rewards = Rewards(c.depth_anything, c.critic, c.preference, c.lpips, c.views, c.first,
                       weights={name: getattr(c, name) for name in TERMS}, device=processes.device).load()
     folder = open_run(c, processes)
