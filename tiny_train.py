@@ -15,6 +15,7 @@ not World-R1's subject: the losses are the usual ones, each in the docstring of 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -81,21 +82,27 @@ class Clock:
         return min(self.seconds() / self.budget, 1.0)
 
 
-def optimisers_of(model, lr, matrices):
-    """Muon for the matrices (transformer weights), AdamW for the rest; one learning rate for both."""
-    matrices = list(matrices)
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    adam = torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)
-    return [torch.optim.Muon(matrices, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"), adam] if matrices else [adam]
+def optimisers_of(model, lr, matrices=(), slow=()):
+    """Muon for the matrices (transformer weights), AdamW for the rest, at a tenth of the rate for the `slow` ones."""
+    kind = {id(p): "matrices" for p in matrices} | {id(p): "slow" for p in slow}
+    of = lambda name: [p for p in model.parameters() if kind.get(id(p)) == name]  # noqa: E731
+    groups = [dict(params=of(None), scale=1.0)] + ([dict(params=of("slow"), scale=.1)] if slow else [])
+    adam = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), weight_decay=.01)
+    return [torch.optim.Muon([dict(params=of("matrices"), scale=1.0)], lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"), adam] if matrices else [adam]
 
 
-def fit(run, minutes, model, losses, report, lr, decay_from=.3, matrices=()):
+def set_rate(optimisers, lr):
+    for group in (g for o in optimisers for g in o.param_groups):
+        group["lr"] = lr * group["scale"]
+
+
+def fit(run, minutes, model, losses, report, lr, decay_from=.3, matrices=(), slow=()):
     """The plain training loop: 200 steps of warm-up, linear decay, EMA .998 for reports and export.
 
     losses(step, progress) yields (loss, {name: value}) a part of the batch at a time; gradients add up. report() gives
     {name: figure} and may draw, with the model at its EMA weights. Resumes from RUN/state.pt.
     """
-    optimisers = optimisers_of(model, lr, matrices)
+    optimisers = optimisers_of(model, lr, matrices, slow)
     ema, step, spent = {k: v.clone() for k, v in model.state_dict().items()}, 0, 0.0
     if (run / "state.pt").exists():
         state = torch.load(run / "state.pt", weights_only=True)
@@ -106,8 +113,8 @@ def fit(run, minutes, model, losses, report, lr, decay_from=.3, matrices=()):
     clock, last_log, mean = Clock(minutes, spent), 0.0, {}
     bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc=run.name)
     while clock.progress() < 1:
+        set_rate(optimisers, lr * min(1, (step + 1) / 200) * (1 - .95 * max(0, clock.progress() - decay_from) / (1 - decay_from)))
         for o in optimisers:
-            o.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * (1 - .95 * max(0, clock.progress() - decay_from) / (1 - decay_from))
             o.zero_grad(set_to_none=True)
         for loss, values in losses(step, clock.progress()):
             loss.backward()
@@ -347,9 +354,9 @@ def train_dit(run, minutes, seed=0, batch=32):
         x0 = latents[index].float()
         loss = loss_of(x0, torch.randn(x0.shape, generator=draw), 2 * u / (1 + u), [training_caption(scenes[i], rng) for i in index]).mean()
         scale = min(1, (step + 1) / 100) * (1 - .95 * max(0, clock.progress() - .4) / .6)
+        set_rate(optimisers, 2e-3 * scale)
         for o in optimisers:
             o.zero_grad(set_to_none=True)
-            o.param_groups[0]["lr"] = 2e-3 * scale
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimisers:
@@ -462,7 +469,7 @@ def depth_losses(da3, seen, depth, poses, truth, views, targets):
 
     The world is the reference view's, at the scene's own scale. Depth: |log d - log d*| weighted by the confidence c,
     minus .1 log c. Camera: smooth L1 (quadratic below .1) of positions and rotation matrices, where plain L1's median
-    is "no motion"; L1 of log focals. Re-render: L1 at the true cameras.
+    is "no motion", and of log focals. Re-render: L1 at the true cameras.
     Without targets only two views go through the depth head, and none through the Gaussians': all cameras are cheap.
     """
     x = (seen - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -478,9 +485,10 @@ def depth_losses(da3, seen, depth, poses, truth, views, targets):
     true = torch.linalg.inv(poses[views[da3.backbone.pretrained.reference]]) @ poses
     true_K = intrinsics(*size)
     error = (d.log() - depth[shown].log()).abs()
-    losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=F.smooth_l1_loss(pose[:, :3, 3], true[views][:, :3, 3], beta=.1),
-                  rotation=F.smooth_l1_loss(pose[:, :3, :3], true[views][:, :3, :3], beta=.1), focal=(K[:, 0, 0].log() - true_K[0, 0].log()).abs().mean()
-                  + (K[:, 1, 1].log() - true_K[1, 1].log()).abs().mean())
+    near = functools.partial(F.smooth_l1_loss, beta=.1)
+    losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=near(pose[:, :3, 3], true[views][:, :3, 3]),
+                  rotation=near(pose[:, :3, :3], true[views][:, :3, :3]),
+                  focal=near(K.diagonal(dim1=1, dim2=2)[:, :2].log(), true_K.diagonal()[:2].log().expand(len(K), -1)))
     if targets:
         rgb, _, alpha = splat.render(gaussians, true[targets], true_K.expand(len(targets), -1, -1), *size)
         losses["render"] = (rgb - truth).abs().mean()
@@ -504,7 +512,8 @@ def train_depth(run, minutes, seed=0, clips=4):
             yield total / clips, {k: v.item() for k, v in parts.items()}
 
     blocks = [p for n, p in da3.backbone.named_parameters() if p.dim() == 2 and "blocks." in n]
-    fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks)
+    fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks,
+        slow=list(da3.cam_dec.parameters()))  # its input is large and nearly constant: at full rate its ReLUs die
 
 
 @torch.no_grad()
