@@ -435,8 +435,10 @@ def build_depth():
         for head in (da3.head, da3.gs_head):
             head.scratch.output_conv2[-1].weight.mul_(.1)
         da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2
-        for layer in (da3.cam_dec.fc_t, da3.cam_dec.fc_qvec):  # from the identity: pushing noise down would kill its ReLUs
+        for layer in (da3.cam_dec.fc_t, da3.cam_dec.fc_qvec, da3.cam_dec.fc_fov[0]):  # the identity, whatever comes in
             layer.weight.zero_(), layer.bias.zero_()
+        for layer in (da3.cam_dec.backbone[0], da3.cam_dec.backbone[2]):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         da3.cam_dec.fc_qvec.bias[3] = 1
         da3.cam_dec.fc_fov[0].bias.fill_(FOV)
     return da3
@@ -513,7 +515,7 @@ def train_depth(run, minutes, seed=0, clips=4):
 
     blocks = [p for n, p in da3.backbone.named_parameters() if p.dim() == 2 and "blocks." in n]
     fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks,
-        slow=list(da3.cam_dec.parameters()))  # its input is large and nearly constant: at full rate its ReLUs die
+        slow=list(da3.cam_dec.backbone.parameters()))  # its input is large and nearly constant: at full rate its ReLUs die
 
 
 @torch.no_grad()

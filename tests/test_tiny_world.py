@@ -3,8 +3,11 @@ import math
 import pytest
 import torch
 
+import probe
+from depth_anything import Gaussians, Reconstruction
 from noise_warp import parse_motion
-from tiny_world import COLOURS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, intrinsics, random_scene, render
+from tiny_world import (COLOURS, CORRUPTIONS, DAMAGE, DEGRADATIONS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, corrupt, damage, degrade, intrinsics,
+                        random_scene, render)
 
 
 def test_scenes_are_deterministic_and_differ():
@@ -148,3 +151,82 @@ def test_depth_training_losses_reach_every_part():
     sum(losses.values()).backward()
     for part in (da3.backbone.pretrained.blocks[0].attn.qkv, da3.head.projects[0], da3.gs_head.projects[0], da3.cam_dec.fc_t):
         assert part.weight.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong, graded
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corruption_grows_with_strength_and_frames_stay_clean(kind):
+    scene = random_scene("corrupt", "static", 3)
+    scene.motions = ["orbit_left"]
+    true = render(scene)["video"]
+    errors = [(corrupt(scene, kind, s, 5) - true).abs().mean().item() for s in (.01, .5, 1.0)]
+    assert errors[0] < .02 and errors[0] < errors[1] < errors[2] and errors[2] > .01
+    assert torch.equal(corrupt(scene, kind, .7, 5), corrupt(scene, kind, .7, 5))
+    video = corrupt(scene, kind, 1.0, 5)
+    assert video.shape == true.shape and video.isfinite().all() and 0 <= video.min() and video.max() <= 1
+
+
+def test_freeze_is_the_camera_standing_still():
+    scene = random_scene("corrupt", "static", 3)
+    video = corrupt(scene, "freeze", 1.0)
+    assert (video - video[:1]).abs().max() == 0
+    with pytest.raises(ValueError, match="kind must be one of"):
+        corrupt(scene, "melt")
+
+
+def test_degradations_and_damage_grow_with_strength():
+    image = render(random_scene("ugly", "static", 1), at=[0])["video"][0]
+    g = torch.Generator()
+    for kind in DEGRADATIONS:
+        errors = [(degrade(image, kind, s, g.manual_seed(0)) - image).square().mean().item() for s in (.2, .6, 1.0)]
+        assert errors == sorted(errors) and errors[2] > 3 * errors[0], kind
+    n = 200
+    r = torch.rand(n, 3, generator=g.manual_seed(1))
+    gaussians = Gaussians(r - .5 + torch.tensor([0, 0, 1.5]), torch.full((n, 3), .01), torch.tensor([1.0, 0, 0, 0]).repeat(n, 1), torch.zeros(n, 3, 9), torch.full((n,), .9))
+    rec = Reconstruction(torch.full((2, 4, 4), 1.5), torch.ones(2, 4, 4), torch.eye(4).repeat(2, 1, 1), torch.eye(3).repeat(2, 1, 1), gaussians, torch.zeros(2, 3, 4, 4), torch.arange(2))
+    for kind in DAMAGE:
+        def change(s):
+            b = damage(rec, kind, s, g.manual_seed(2)).gaussians
+            return float((b.means - gaussians.means).norm(dim=1).mean() + (b.scales - gaussians.scales).abs().mean() + (b.opacities - gaussians.opacities).abs().mean())
+        assert change(0.0) < 1e-6 < change(.3) < change(1.0), kind
+    assert torch.equal(gaussians.means, r - .5 + torch.tensor([0, 0, 1.5]))  # the original is untouched
+
+
+def test_render_from_given_cameras():
+    scene = random_scene("poses", "static", 2)
+    own = render(scene, depth=True)
+    again = render(scene, poses=own["poses"], depth=True)
+    assert torch.equal(own["video"], again["video"]) and torch.equal(own["depth"], again["depth"])
+
+
+# -------------------------------------------------------------------------------------------------------------- the probe
+
+def test_the_probe_asks_what_the_caption_asks():
+    for split in ("static", "dynamic"):
+        for i in range(200):
+            s = random_scene("asked", split, i)
+            assert probe.asked(s.caption) == probe.labels(s.wall, s.floor, {o.colour: o.shape for o in s.objects}, s.motions), s.caption
+    with pytest.raises(ValueError, match="cannot read what this prompt asks for"):
+        probe.asked("push_in a mountain lake")
+
+
+def test_probe_scores_count_each_attribute():
+    prompts = ["push_in a red sphere on a checkered green floor, blue walls", "Camera pan left, then pull out. A red box and a blue cylinder, green checkered floor, yellow walls."]
+    right = [probe.asked(p) for p in prompts]
+    assert all(all(v) for v in probe.scores(right, prompts).values())
+    wrong = [dict(r) for r in right]
+    wrong[0]["wall"] = probe.NAMES.index("green")
+    wrong[1]["purple object"] = 1  # an object nobody asked for
+    wrong[1]["second motion"] = probe.MOTIONS.index("fixed")
+    assert probe.scores(wrong, prompts) == dict(wall=[False, True], floor=[True, True], objects=[True, False], motion=[True, False], all=[False, False])
+
+
+def test_probe_files_round_trip(tmp_path):
+    torch.manual_seed(0)
+    judge = probe.Probe(8)
+    video = torch.rand(2, 17, 3, 64, 64)
+    assert {h: tuple(x.shape) for h, x in judge(video).items()} == {h: (2, n) for h, n in probe.HEADS.items()}
+    assert len(probe.read(judge, list(video))) == 2
+    with pytest.raises(ValueError, match="train-probe"):
+        probe.load_probe(tmp_path)
