@@ -135,7 +135,7 @@ def reference_view(tokens):
     def off_middle(m):
         return ((m - m.min()) / (m.max() - m.min() + 1e-8) - .5).abs()
 
-    return int((off_middle(similarity) + off_middle(tokens.norm(dim=-1)) + off_middle(unit.var(-1))).argmin())
+    return (off_middle(similarity) + off_middle(tokens.norm(dim=-1)) + off_middle(unit.var(-1))).argmin()
 
 
 class PatchEmbed(nn.Module):
@@ -168,35 +168,41 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, x, camera_token=None):
-        """(V, 3, H, W) -> for each of the four out_layers: patch features (V, N, 2D), first token (V, 2D)."""
+        """(B, V, 3, H, W) -> for each of the four out_layers: patch features (B, V, N, 2D), first tokens (B, V, 2D).
+
+        camera_token (B, V, D) of known cameras. `.reference` (B,) holds each scene's reference view afterwards.
+        """
         c = self.config
-        V, _, H, W = x.shape
+        B, V, _, H, W = x.shape
         h, w = H // c.patch_size, W // c.patch_size
-        x = torch.cat([self.cls_token.expand(V, -1, -1), self.patch_embed(x)], 1) + self.positions(h, w)  # (V, 1+N, D)
+        x = torch.cat([self.cls_token.expand(B * V, -1, -1), self.patch_embed(x.flatten(0, 1))], 1) + self.positions(h, w)
+        x = x.unflatten(0, (B, V))  # (B, V, 1+N, D)
 
         grid = torch.cartesian_prod(torch.arange(h), torch.arange(w)) + 1
         grid = torch.cat([torch.zeros(1, 2, dtype=grid.dtype), grid]).to(x.device)  # the first token sits at (0, 0)
         within = rope2d(grid, c.dim // c.heads)
         across = rope2d(grid.clamp(max=1).repeat(V, 1), c.dim // c.heads)  # over views every patch sits at (1, 1)
-        order = None
-        local, taken, self.reference = x, [], 0
+        scene, order = torch.arange(B, device=x.device)[:, None], None
+        local, taken, self.reference = x, [], torch.zeros(B, dtype=torch.long, device=x.device)
         for i, block in enumerate(self.blocks):
             if i == c.alt_start - 1 and V >= 3 and camera_token is None:
-                self.reference = reference_view(x[:, 0])  # kept for training: poses are learnt relative to it
-                order = torch.tensor([self.reference] + [v for v in range(V) if v != self.reference], device=x.device)
-                x, local = x[order], local[order]
+                self.reference = torch.stack([reference_view(tokens) for tokens in x[:, :, 0]])
+                views = torch.arange(V, device=x.device).expand(B, V)
+                order = torch.where(views == self.reference[:, None], -1, views).argsort(1)  # the reference first
+                x, local = x[scene, order], local[scene, order]
             if i == c.alt_start:
                 token = camera_token
                 if token is None:
-                    token = torch.cat([self.camera_token[0, :1], self.camera_token[0, 1:].expand(V - 1, -1)])
-                x = torch.cat([token.to(x.dtype).unsqueeze(1), x[:, 1:]], 1)
+                    token = torch.cat([self.camera_token[:, :1], self.camera_token[:, 1:].expand(-1, V - 1, -1)], 1).expand(B, -1, -1)
+                x = torch.cat([token.to(x.dtype).unsqueeze(2), x[:, :, 1:]], 2)
             if i >= c.alt_start and i % 2:
-                x = block(x.flatten(0, 1).unsqueeze(0), across).view_as(x)
+                x = block(x.flatten(1, 2), across).view_as(x)
             else:
-                x = local = block(x, within if i >= c.alt_start else None)
+                x = local = block(x.flatten(0, 1), within if i >= c.alt_start else None).view_as(x)
             if i in c.out_layers:
-                taken.append((local, x) if order is None else (local[order.argsort()], x[order.argsort()]))
-        return [(torch.cat([a[:, 1:], self.norm(b[:, 1:])], -1), torch.cat([a[:, 0], b[:, 0]], -1)) for a, b in taken]
+                back = order.argsort(1) if order is not None else None
+                taken.append((local, x) if order is None else (local[scene, back], x[scene, back]))
+        return [(torch.cat([a[:, :, 1:], self.norm(b[:, :, 1:])], -1), torch.cat([a[:, :, 0], b[:, :, 0]], -1)) for a, b in taken]
 
 
 class Backbone(nn.Module):
@@ -472,11 +478,11 @@ class DepthAnything3(nn.Module):
         H, W = x.shape[2:]
         token = None if camera_to_world is None else self.cam_enc(camera_to_world, intrinsics, H, W)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            features = self.backbone.pretrained(x, token)
-        patches = [f.float() for f, _ in features]
+            features = self.backbone.pretrained(x[None], None if token is None else token[None])
+        patches = [f[0].float() for f, _ in features]
         log_depth, log_confidence = self.head(patches, x).unbind(1)
         depth, confidence = log_depth.exp(), log_confidence.exp() + 1
-        pose, K = self.cam_dec(features[-1][1].float(), H, W)
+        pose, K = self.cam_dec(features[-1][1][0].float(), H, W)
         gaussians = None
         if self.config.gaussians:
             scale = 1.0

@@ -437,6 +437,7 @@ def build_depth():
         da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2
         for layer in (da3.cam_dec.fc_t, da3.cam_dec.fc_qvec, da3.cam_dec.fc_fov[0]):  # the identity, whatever comes in
             layer.weight.zero_(), layer.bias.zero_()
+        torch.nn.init.normal_(da3.backbone.pretrained.pos_embed, std=.5)
         for layer in (da3.cam_dec.backbone[0], da3.cam_dec.backbone[2]):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         da3.cam_dec.fc_qvec.bias[3] = 1
@@ -444,78 +445,84 @@ def build_depth():
     return da3
 
 
-def depth_sample(rng, vae, index, seed, views, targets):
-    """A static clip as the model will meet it -> seen frames and depth at `views`, all poses, true frames at `targets`.
+def depth_sample(rng, vae, index, seed, views):
+    """A static clip as the model will meet it -> seen frames (V, 3, 64, 64), exact depth at `views`, scene.
 
-    A fifth is round-tripped through the VAE, another fifth blurred or noisy: samples of a video model are not renders.
+    One in eight is round-tripped through the VAE, a fifth blurred or noisy: samples of a video model are not renders.
     """
     scene, draw = random_scene(f"depth/{seed}", "static", index), rng.random()
-    if draw < .2:
-        clip = render(scene, depth=True)
+    clip = render(scene, depth=True, at=None if draw < .125 else views)
+    seen, depth = (clip["video"], clip["depth"]) if draw >= .125 else (clip["video"][views], clip["depth"][views])
+    if draw < .125:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             seen = vae.decode_raw(vae.moments(clip["video"][None])[0])[0].float().clamp(0, 1)[views]
-        depth = clip["depth"][views]
-    else:
-        clip = render(scene, depth=True, at=views)
-        seen, depth = clip["video"], clip["depth"]
-    if draw > .9:
+    elif draw > .9:
         seen = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
     elif draw > .8:
         seen = (seen + .05 * torch.randn(seen.shape)).clamp(0, 1)
-    truth = render(scene, at=targets)["video"] if targets else seen[:0]
-    return seen, depth, camera_path(scene.motions, 17).float(), truth
+    return seen, depth, scene
 
 
-def depth_losses(da3, seen, depth, poses, truth, views, targets):
-    """Losses of one clip from the frames `views`: depth, camera, and the re-render of the frames `targets`.
+def normalised(images):
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
-    The world is the reference view's, at the scene's own scale. Depth: |log d - log d*| weighted by the confidence c,
-    minus .1 log c. Camera: smooth L1 (quadratic below .1) of positions and rotation matrices, where plain L1's median
-    is "no motion", and of log focals. Re-render: L1 at the true cameras.
-    Without targets only two views go through the depth head, and none through the Gaussians': all cameras are cheap.
-    """
-    x = (seen - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    size, shown = seen.shape[2:], list(range(len(views)))
-    if targets:
-        d, confidence, pose, K, gaussians = da3.network(x)
-    else:
-        shown = random.sample(shown, 2)
-        features = da3.backbone.pretrained(x, None)
-        pose, K = da3.cam_dec(features[-1][1], *size)
-        d, confidence = da3.head([f[shown] for f, _ in features], x[shown]).unbind(1)
-        d, confidence = d.exp(), confidence.exp() + 1
-    true = torch.linalg.inv(poses[views[da3.backbone.pretrained.reference]]) @ poses
-    true_K = intrinsics(*size)
-    error = (d.log() - depth[shown].log()).abs()
+
+def geometry_losses(d, confidence, true_depth, pose, K, true):
+    """Depth: |log d - log d*| weighted by the confidence c, minus .1 log c. Cameras: smooth L1 (quadratic below .1) of
+    positions and rotation matrices, where plain L1's median is "no motion", and of log focals."""
     near = functools.partial(F.smooth_l1_loss, beta=.1)
-    losses = dict(depth=(confidence * error - .1 * confidence.log()).mean(), position=near(pose[:, :3, 3], true[views][:, :3, 3]),
-                  rotation=near(pose[:, :3, :3], true[views][:, :3, :3]),
-                  focal=near(K.diagonal(dim1=1, dim2=2)[:, :2].log(), true_K.diagonal()[:2].log().expand(len(K), -1)))
-    if targets:
-        rgb, _, alpha = splat.render(gaussians, true[targets], true_K.expand(len(targets), -1, -1), *size)
-        losses["render"] = (rgb - truth).abs().mean()
-    return losses
+    true_K = intrinsics(64, 64)
+    return dict(depth=(confidence * (d.log() - true_depth.log()).abs() - .1 * confidence.log()).mean(), position=near(pose[..., :3, 3], true[..., :3, 3]),
+                rotation=near(pose[..., :3, :3], true[..., :3, :3]), focal=near(K.diagonal(dim1=1, dim2=2)[:, :2].log(), true_K.diagonal()[:2].log().expand(len(K), -1)))
 
 
-def train_depth(run, minutes, seed=0, clips=4):
-    """Depth and cameras first (60 % of the time), then the Gaussians' re-render as well. 2 to 9 views a clip."""
+def camera_step(da3, seen, depth, poses, rng):
+    """Losses of B clips at once, (B, V, 3, 64, 64): all cameras, and the depth of one view each; no Gaussians. The world is
+    the reference view's, at the scene's own scale. -> losses"""
+    B, V = seen.shape[:2]
+    features = da3.backbone.pretrained(normalised(seen))
+    pose, K = da3.cam_dec(features[-1][1].flatten(0, 1), 64, 64)
+    scene, view = torch.arange(B), torch.tensor([rng.randrange(V) for _ in range(B)])
+    d, confidence = da3.head([f[scene, view] for f, _ in features], seen[scene, view]).unbind(1)
+    true = torch.linalg.inv(poses[scene, da3.backbone.pretrained.reference])[:, None] @ poses
+    return geometry_losses(d.exp(), confidence.exp() + 1, depth[scene, view], pose, K, true.flatten(0, 1))
+
+
+def render_step(da3, seen, depth, poses, views, scene, target):
+    """Losses of one clip: as above for all views, and the L1 of the frame `target` re-rendered at its true camera."""
+    d, confidence, pose, K, gaussians = da3.network(normalised(seen))
+    world = torch.linalg.inv(poses[views[da3.backbone.pretrained.reference[0]]]) @ poses
+    losses = geometry_losses(d, confidence, depth, pose, K, world[views])
+    rgb = splat.render(gaussians, world[target:target + 1], intrinsics(64, 64)[None], 64, 64)[0]
+    return losses | dict(render=(rgb - render(scene, at=[target])["video"]).abs().mean())
+
+
+def train_depth(run, minutes, seed=0, batch=16):
+    """Cameras and depth first, `batch` clips of as many views at once (60 % of the time); then with the Gaussians' re-render,
+    three clips a step. 2 to 9 views a clip."""
     torch.manual_seed(seed)
     vae, da3 = load_trained_vae(run), build_depth()
 
+    def total(parts):
+        return parts["depth"] + 20 * parts["position"] + 40 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
+
     def losses(step, progress):
         rng = random.Random(f"depth/{seed}/{step}")
-        random.seed(step)
-        for i in range(clips):
-            views = sorted(rng.sample(range(17), rng.choice((2, 3, 4, 5, 9))))
-            targets = rng.sample(range(17), 1) if progress > .6 else []
-            data = depth_sample(rng, vae, step * clips + i, seed, views, targets)
-            parts = depth_losses(da3, *data, views, targets)
-            total = parts["depth"] + 20 * parts["position"] + 40 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
-            yield total / clips, {k: v.item() for k, v in parts.items()}
+        V, together = rng.choice((2, 3, 4, 5, 5, 9)), progress <= .6
+        count = batch if together else 3
+        choose = [sorted(rng.sample(range(17), V)) for _ in range(count)]
+        data = [depth_sample(rng, vae, step * batch + i, seed, views) for i, views in enumerate(choose)]
+        paths = [camera_path(scene.motions, 17).float() for *_, scene in data]
+        if together:
+            parts = camera_step(da3, torch.stack([x for x, _, _ in data]), torch.stack([d for _, d, _ in data]), torch.stack([p[v] for p, v in zip(paths, choose)]), rng)
+            yield total(parts), {k: v.item() for k, v in parts.items()}
+            return
+        for (seen, depth, scene), path, views in zip(data, paths, choose):
+            parts = render_step(da3, seen, depth, path, views, scene, rng.randrange(17))
+            yield total(parts) / count, {k: v.item() for k, v in parts.items()}
 
     blocks = [p for n, p in da3.backbone.named_parameters() if p.dim() == 2 and "blocks." in n]
-    fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks,
-        slow=list(da3.cam_dec.backbone.parameters()))  # its input is large and nearly constant: at full rate its ReLUs die
+    fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks, decay_from=.5)
 
 
 @torch.no_grad()

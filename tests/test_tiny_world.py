@@ -140,17 +140,37 @@ def test_vae_inflation_keeps_single_frames_and_repeats_them():
 
 
 def test_depth_training_losses_reach_every_part():
-    """One backward pass of the Depth Anything twin gives gradients to backbone, both heads and the camera decoder."""
+    """A backward pass of each step of the Depth Anything twin's training reaches backbone, heads and camera decoder."""
     import random
-    from tiny_train import build_depth, depth_losses, depth_sample
-    da3 = build_depth()
-    draw = random.Random(0)  # its first number asks for no VAE round trip
-    data = depth_sample(draw, None, 0, 0, [0, 5, 9], [3, 7])
-    losses = depth_losses(da3, *data, [0, 5, 9], [3, 7])
-    assert set(losses) == {"depth", "position", "rotation", "focal", "render"} and all(v.isfinite() for v in losses.values())
-    sum(losses.values()).backward()
-    for part in (da3.backbone.pretrained.blocks[0].attn.qkv, da3.head.projects[0], da3.gs_head.projects[0], da3.cam_dec.fc_t):
-        assert part.weight.grad.abs().sum() > 0
+    from noise_warp import camera_path
+    from tiny_train import build_depth, camera_step, depth_sample, render_step
+    rng = random.Random(0)  # its first numbers ask for no VAE round trip
+    for together in (True, False):
+        da3 = build_depth()
+        data = [depth_sample(rng, None, i, 0, [0, 5, 9]) for i in range(2)]
+        paths = [camera_path(scene.motions, 17).float() for *_, scene in data]
+        if together:
+            losses = camera_step(da3, torch.stack([x for x, _, _ in data]), torch.stack([d for _, d, _ in data]), torch.stack([p[[0, 5, 9]] for p in paths]), rng)
+        else:
+            losses = render_step(da3, *data[0][:2], paths[0], [0, 5, 9], data[0][2], 3)
+        assert set(losses) == {"depth", "position", "rotation", "focal"} | (set() if together else {"render"}) and all(v.isfinite() for v in losses.values())
+        sum(losses.values()).backward()
+        for part in (da3.backbone.pretrained.blocks[0].attn.qkv, da3.head.projects[0], da3.cam_dec.fc_t) + (() if together else (da3.gs_head.projects[0],)):
+            assert part.weight.grad.abs().sum() > 0
+
+
+def test_depth_batches_are_their_clips():
+    """The network on two clips at once is the network on each."""
+    from tiny_train import build_depth
+    vit = build_depth().backbone.pretrained
+    x = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        both = vit(x)
+        reference = vit.reference.tolist()
+        for i in range(2):
+            alone = vit(x[i:i + 1])
+            assert vit.reference.tolist() == reference[i:i + 1]
+            assert all(torch.allclose(a[i], b[0], atol=1e-4) for pair, other in zip(both, alone) for a, b in zip(pair, other))
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong, graded
