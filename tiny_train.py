@@ -448,12 +448,14 @@ def build_depth():
 def depth_sample(rng, vae, index, seed, views):
     """A static clip as the model will meet it -> seen frames (V, 3, 64, 64), exact depth at `views`, scene.
 
-    One in eight is round-tripped through the VAE, a fifth blurred or noisy: samples of a video model are not renders.
+    One in 16 is round-tripped through the VAE, a fifth blurred or noisy, half not antialiased: samples of a video model
+    are not renders.
     """
     scene, draw = random_scene(f"depth/{seed}", "static", index), rng.random()
-    clip = render(scene, depth=True, at=None if draw < .125 else views)
-    seen, depth = (clip["video"], clip["depth"]) if draw >= .125 else (clip["video"][views], clip["depth"][views])
-    if draw < .125:
+    trip = draw < 1 / 16
+    clip = render(scene, depth=True, at=None if trip else views, supersample=rng.choice((1, 2)))
+    seen, depth = (clip["video"][views], clip["depth"][views]) if trip else (clip["video"], clip["depth"])
+    if trip:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             seen = vae.decode_raw(vae.moments(clip["video"][None])[0])[0].float().clamp(0, 1)[views]
     elif draw > .9:
@@ -476,10 +478,13 @@ def geometry_losses(d, confidence, true_depth, pose, K, true):
                 rotation=near(pose[..., :3, :3], true[..., :3, :3]), focal=near(K.diagonal(dim1=1, dim2=2)[:, :2].log(), true_K.diagonal()[:2].log().expand(len(K), -1)))
 
 
-def camera_step(da3, seen, depth, poses, rng):
-    """Losses of B clips at once, (B, V, 3, 64, 64): all cameras, and the depth of one view of every
-    second clip; no Gaussians. The world is
-    the reference view's, at the scene's own scale. -> losses"""
+def camera_step(da3, room, seen, depth, poses, rng):
+    """Losses of B clips at once, (B, V, 3, 64, 64): all cameras, and the depth of one view of every second clip; no
+    Gaussians. The world is the reference view's, at the scene's own scale.
+
+    room: a linear layer on each view's token half-way up, asked for the camera's place in the room. The tiny room is
+    always the same, so one view tells it; without this stepping stone, relative cameras sat on a plateau for 5,000 clips.
+    """
     B, V = seen.shape[:2]
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # twice as fast; the later phase is in float32
         features = [(f.float(), t.float()) for f, t in da3.backbone.pretrained(normalised(seen))]
@@ -488,7 +493,9 @@ def camera_step(da3, seen, depth, poses, rng):
     view = torch.tensor([rng.randrange(V) for _ in scene])
     d, confidence = da3.head([f[scene, view] for f, _ in features], seen[scene, view]).unbind(1)
     true = torch.linalg.inv(poses[torch.arange(B), da3.backbone.pretrained.reference])[:, None] @ poses
-    return geometry_losses(d.exp(), confidence.exp() + 1, depth[scene, view], pose, K, true.flatten(0, 1))
+    place = torch.cat([2 * poses[..., :3, 3], (poses[..., :3, :3] - torch.eye(3)).flatten(2)], 2)
+    losses = geometry_losses(d.exp(), confidence.exp() + 1, depth[scene, view], pose, K, true.flatten(0, 1))
+    return losses | dict(room=(room(features[2][1][..., :da3.config.dim]) - place).square().mean())
 
 
 def render_step(da3, seen, depth, poses, views, scene, target):
@@ -504,10 +511,10 @@ def train_depth(run, minutes, seed=0, batch=16):
     """Cameras and depth first, `batch` clips of as many views at once (60 % of the time); then with the Gaussians' re-render,
     three clips a step. 2 to 9 views a clip."""
     torch.manual_seed(seed)
-    vae, da3 = load_trained_vae(run), build_depth()
+    vae, da3, room = load_trained_vae(run), build_depth(), torch.nn.Linear(TINY_DA3["dim"], 12)
 
     def total(parts):
-        return parts["depth"] + 20 * parts["position"] + 40 * parts["rotation"] + parts["focal"] + 5 * parts.get("render", 0)
+        return parts["depth"] + 20 * parts["position"] + 40 * parts["rotation"] + parts["focal"] + 20 * parts.get("room", 0) + 5 * parts.get("render", 0)
 
     def losses(step, progress):
         rng = random.Random(f"depth/{seed}/{step}")
@@ -517,7 +524,7 @@ def train_depth(run, minutes, seed=0, batch=16):
         data = [depth_sample(rng, vae, step * batch + i, seed, views) for i, views in enumerate(choose)]
         paths = [camera_path(scene.motions, 17).float() for *_, scene in data]
         if together:
-            parts = camera_step(da3, torch.stack([x for x, _, _ in data]), torch.stack([d for _, d, _ in data]), torch.stack([p[v] for p, v in zip(paths, choose)]), rng)
+            parts = camera_step(da3, room, torch.stack([x for x, _, _ in data]), torch.stack([d for _, d, _ in data]), torch.stack([p[v] for p, v in zip(paths, choose)]), rng)
             yield total(parts), {k: v.item() for k, v in parts.items()}
             return
         for (seen, depth, scene), path, views in zip(data, paths, choose):
@@ -525,7 +532,7 @@ def train_depth(run, minutes, seed=0, batch=16):
             yield total(parts) / count, {k: v.item() for k, v in parts.items()}
 
     blocks = [p for n, p in da3.backbone.named_parameters() if p.dim() == 2 and "blocks." in n]
-    fit(run / "depth", minutes, da3, losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks, decay_from=.5)
+    fit(run / "depth", minutes, torch.nn.ModuleDict(dict(da3=da3, room=room)), losses, lambda: depth_metrics(da3, 8, run / "depth" / "sheet.png"), lr=1e-3, matrices=blocks, decay_from=.5)
 
 
 @torch.no_grad()
@@ -565,7 +572,8 @@ def depth_metrics(da3, count, sheet=None):
 
 def load_trained_depth(run):
     da3 = build_depth()
-    da3.load_state_dict(torch.load(run / "depth" / "state.pt", weights_only=True)["ema"])
+    state = torch.load(run / "depth" / "state.pt", weights_only=True)["ema"]
+    da3.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("da3.")})
     return da3.eval().requires_grad_(False)
 
 
