@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -74,7 +75,7 @@ class Config:
     window: int = 2  # consecutive SDE steps, the ones that are trained
     high: int = 5  # the window lies within the first `high` steps
     shared: bool = False  # one ODE prefix a prompt, branching at the window, instead of independent initial noises
-    strength: float = 1.0  # of the camera path that transports the noise
+    strength: float = 1.0  # of the camera path that is asked for, and that transports the noise
     degradation: float = -1.0  # fresh noise mixed into the transported; -1: the model's default
     # rewards
     depth_anything: str = str(TINY / "depth_anything")
@@ -129,7 +130,7 @@ REAL = dict(prompts=str(ROOT / "prompts.jsonl"), groups=48, members=8, steps=50,
 PRESETS = {  # groups, members, 832x480x81 from the paper; LoRA, AdamW, clip, KL, EMA, steps, phases from the released configuration
     "tiny": {},
     "small": dict(REAL, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
-    "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers", groups=96, parallel="fsdp", offload=True, strength=.40 / .35),
+    "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers", groups=96, parallel="fsdp", offload=True),
 }
 
 
@@ -284,6 +285,7 @@ class Policy:
         self.c, self.processes = c, processes
         self.wan = load_wan(c.model, processes.device, getattr(torch, c.dtype))
         dit, self.frozen = self.wan.dit, None
+        self.embedding = functools.lru_cache(c.groups + 1)(lambda prompt: self.wan.encode_text([prompt]))  # once a prompt and step
         if c.full:
             dit.float()
             self.frozen = copy.deepcopy(dit).requires_grad_(False) if c.kl else None
@@ -306,8 +308,8 @@ class Policy:
     def velocity(self, prompt, count, reference=False):
         """-> velocity(x, sigma) of `count` videos of one prompt. reference: of the untouched model."""
         wan = self.wan
-        text = wan.encode_text([prompt]).expand(count, -1, -1)
-        negative = wan.encode_text([""]).expand(count, -1, -1) if self.c.guidance != 1 else None
+        text = self.embedding(prompt).expand(count, -1, -1)
+        negative = self.embedding("").expand(count, -1, -1) if self.c.guidance != 1 else None
         if reference and self.frozen is not None:
             wan = copy.copy(wan)
             wan.dit = self.frozen
@@ -389,7 +391,7 @@ def roll_out(policy, step, index, prompt):
     latents, transitions = rollout(lambda x, s: (one if len(x) < G else many)(x, s), noise.to(wan.device), levels, window, c.eta, c.sde,
                                    [generator(c.seed, step, purpose, index, member, "sde") for member in range(G)], c.shared, G)
     videos = [wan.vae.decode(x[None])[0].cpu() for x in latents]
-    return dict(index=index, prompt=prompt, path=camera_path(parse_motion(prompt), c.frames), levels=levels, videos=videos, transitions=transitions)
+    return dict(index=index, prompt=prompt, path=path, levels=levels, videos=videos, transitions=transitions)
 
 
 def reward(c, rewards, group, dynamic):
@@ -439,7 +441,8 @@ def evaluate(policy, rewards, prompts, folder, batch=8):
         if k % processes.world != processes.rank and not policy.sharded and c.parallel != "fsdp":
             continue
         part = prompts[start:start + batch]
-        noise, paths = zip(*[initial_noise(wan, p, c.frames, c.height, c.width, [start + i], c.seed, degradation=c.degradation) for i, p in enumerate(part)])
+        noise, paths = zip(*[initial_noise(wan, p, c.frames, c.height, c.width, [start + i], c.seed, strength=c.strength, degradation=c.degradation)
+                              for i, p in enumerate(part)])
         latents = sample(wan, part, torch.cat(noise), defaults["steps"], defaults["guidance"])
         if k % processes.world != processes.rank:
             continue  # under FSDP every rank runs the model, and one scores
