@@ -8,8 +8,9 @@ One step:  groups of prompts -> transported noise -> rollouts with a short SDE w
 dynamic phase trains on moving scenes with the preference reward alone (periodic decoupling).
 
 Processes share the work by groups, and every random draw is keyed by (seed, step, prompt, member, purpose): the same
-run on 1, 2 or 8 processes makes the same videos. Gradients of replicated parameters are summed in one all-reduce per
-optimiser step: what DDP does, without hooks that need a backward pass from a rank whose groups may all be masked.
+run on 1, 2 or 8 processes makes the same videos. Gradients of replicated parameters are summed in float64, in one
+all-reduce per optimiser step: what DDP does, without hooks that need a backward pass from a rank whose groups may all be
+masked, and without the order of the sum showing in the weights.
 With --parallel fsdp, FSDP2 shards the frozen weights block by block, and LoRA stays replicated; with --full the
 trained weights are sharded as well.
 
@@ -302,6 +303,7 @@ class Policy:
         self.sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.trained.values())
         self.optimiser = torch.optim.AdamW(self.trained.values(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, eps=1e-8)
         self.average = {n: p.detach().clone() for n, p in self.trained.items()}
+        self.sums = {} if self.sharded else {n: torch.zeros_like(p, dtype=torch.float64) for n, p in self.trained.items()}
         for p in self.trained.values():  # Adam's state from the start, so that a checkpoint always has the same tensors
             self.optimiser.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
@@ -318,13 +320,25 @@ class Policy:
     def untouched(self):
         return contextlib.nullcontext() if self.c.full else lora_off(self.wan.dit)
 
+    def collect(self):
+        """Moves a group's gradients into float64 sums: then neither the order of the groups nor the processes they ran on
+        shows in the float32 gradient, which Adam would magnify. (Sharded gradients are summed by FSDP, in float32.)"""
+        if not self.sharded:
+            for n, p in self.trained.items():
+                if p.grad is not None:
+                    self.sums[n] += p.grad
+                    p.grad = None
+
     def gradients(self):
         """Sums gradients over processes and clips them. -> their norm, the same on every rank or an error."""
-        for p in self.trained.values():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
         if not self.sharded:
-            self.processes.add([p.grad for p in self.trained.values()])
+            self.processes.add(list(self.sums.values()))
+        for n, p in self.trained.items():
+            if not self.sharded:
+                p.grad = self.sums[n].to(p.dtype)
+                self.sums[n].zero_()
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.c.grad_clip)
         norm = float(norm.full_tensor() if self.sharded else norm)
         if len(set(self.processes.gather(norm))) > 1:
@@ -426,6 +440,7 @@ def update(policy, groups, share):
             ratio = log_ratio.detach().exp()
             notes.append(dict(ratio=ratio.mean().item(), ratio_max=ratio.max().item(), drift=(logp - t["logp"]).detach().abs().max().item(),
                               clipped=((ratio - 1).abs() > c.clip).float().mean().item(), kl=distance.item(), loss=loss.item()))
+        policy.collect()
     return notes
 
 

@@ -58,8 +58,8 @@ def largest_difference(a, b):
 def test_any_number_of_processes_makes_the_same_run(arguments, tmp_path):
     base = [*arguments, "--runs", str(tmp_path)]
     jobs = {"one": (1, []), "two": (2, []), "four": (4, []), "sharded": (2, ["--parallel", "fsdp"]),
-            "full": (1, ["--full", "--lr", "1e-3"]), "full two": (2, ["--full", "--lr", "1e-3"]),
-            "full sharded": (2, ["--full", "--lr", "1e-3", "--parallel", "fsdp"])}
+            "full": (1, ["--full", "--lr", "1e-4"]), "full two": (2, ["--full", "--lr", "1e-4"]),
+            "full sharded": (2, ["--full", "--lr", "1e-4", "--parallel", "fsdp"])}
     codes, err = run([dict(args=[*base, "--name", name, *more], world=world) for name, (world, more) in jobs.items()])
     assert codes == [[0] * world for world, _ in jobs.values()], err[-3000:]
     for first, others in (("one", ("two", "four", "sharded")), ("full", ("full two", "full sharded"))):
