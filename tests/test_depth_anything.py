@@ -195,3 +195,25 @@ def test_command_line_writes_pictures_and_a_ply_that_reads_back(folder, tmp_path
     assert np.allclose(data[:, :3], rec.gaussians.means[order], atol=1e-5) and np.allclose(np.exp(data[:, -7:-4]), rec.gaussians.scales[order], rtol=1e-4)
     assert np.allclose(1 / (1 + np.exp(-data[:, -8])), rec.gaussians.opacities[order], atol=1e-4)
     assert main([str(tmp_path / "none.mp4"), "--model", str(folder)]) == 2 and "cannot be read" in capsys.readouterr().err
+
+
+def test_the_shipped_twin_finds_cameras_and_depth():
+    """On held-out rooms, from nine frames alone: rotations, direction of travel, depth up to scale."""
+    import math
+    from conftest import ROOT
+    from tiny_world import random_scene, render
+    da3 = load_depth_anything(ROOT / "tiny" / "depth_anything")
+    angles, directions, depths = [], [], []
+    for i, motion in enumerate(("pan_left", "orbit_right", "move_left", "push_in", "pull_right")):
+        scene = random_scene("shipped", "static", i)
+        scene.motions = [motion]
+        clip = render(scene, depth=True)
+        rec = da3(clip["video"], 9)
+        found, true = (torch.linalg.inv(p[:1]) @ p for p in (rec.camera_to_world, clip["poses"][rec.frames]))
+        cosine = ((found[:, :3, :3] * true[:, :3, :3]).sum((1, 2)) - 1) / 2
+        angles.append(math.degrees(cosine.clamp(-1, 1).acos()[1:].median()))
+        if true[-1, :3, 3].norm() > .1:
+            directions.append(torch.nn.functional.cosine_similarity(found[-1, :3, 3], true[-1, :3, 3], dim=0).item())
+        depth = clip["depth"][rec.frames]
+        depths.append(((rec.depth * depth.median() / rec.depth.median() - depth).abs() / depth).mean().item())
+    assert sorted(angles)[2] < 2 and min(directions) > math.cos(math.radians(15)) and sum(depths) / 5 < .10, (angles, directions, depths)
