@@ -114,7 +114,7 @@ def halfway(poses):
     """Cameras midway between consecutive ones: mean position, and the rotation nearest to the mean of the two."""
     mean = (poses[:-1] + poses[1:]) / 2
     U, _, Vt = torch.linalg.svd(mean[:, :3, :3])
-    mean[:, :3, :3] = U @ torch.diag_embed(torch.stack([torch.ones(len(mean)), torch.ones(len(mean)), torch.linalg.det(U @ Vt).cpu()], 1)).to(U) @ Vt
+    mean[:, :3, :3] = U @ Vt  # a mean of two rotations less than half a turn apart has a positive determinant
     return mean
 
 
@@ -186,7 +186,8 @@ def folder_videos(folder, prompts):
 def sampled_videos(a):
     """-> [(name, load, prompt)] of videos sampled from a model, each batch of 10 when its first video is asked for. They
     are written to OUT/videos as well."""
-    from model import load_wan, merge_lora
+    from lora import merge_lora
+    from model import load_wan
     prompts = load_prompts(a.prompts or ("tiny" if Path(a.model).resolve() == (TINY / "wan").resolve() else Path(__file__).parent / "prompts.jsonl"))
     prompts = prompts[a.split][:a.num]
     wan, d = load_wan(a.model, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32), model_defaults(a.model)

@@ -20,6 +20,7 @@ import argparse
 import functools
 import math
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -247,7 +248,8 @@ def load_lpips(trunk="alex", device="cpu"):
     if trunk not in ("alex", "random"):
         raise ValueError(f"the LPIPS trunk must be alex or random, got '{trunk}'")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips asks torchvision in words that it deprecates
             torch.manual_seed(0)
             return lpips.LPIPS(net="alex", pnet_rand=trunk == "random", verbose=False).to(device).requires_grad_(False)
     except OSError as e:

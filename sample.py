@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import load_wan, merge_lora, trim_text
+from lora import merge_lora
+from model import load_wan, trim_text
 from noise_warp import camera_path, latent_noise, parse_motion, released_push
 
 WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16,  # the release's, at 480p

@@ -37,6 +37,7 @@ from probe import export_probe, train_probe
 from rewards import CRITIC_PROMPT, Critic, HPSv3, Preference, digit_score, meta_views, native_intrinsics, published_key, spearman
 from sample import contact_sheet, generator, sample
 from tiny_world import DAMAGE, DEGRADATIONS, caption, corrupt, damage, degrade, intrinsics, random_scene, render
+from train import write_json
 
 # ------------------------------------------------------------------------------------------- training, what is common
 
@@ -54,11 +55,6 @@ def save(path, **state):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
-
-
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def log(run, **values):
@@ -541,6 +537,7 @@ def depth_metrics(da3, count, sheet=None):
     ones (cameras halfway between their neighbours), median rotation error in degrees and direction error of the last
     frame's translation (moving cameras), depth AbsRel after median scaling."""
     import statistics
+    from eval import halfway
     inputs, odd, rotation, direction, absrel, rows = [], [], [], [], [], []
     for i in range(count):
         clip = render(random_scene("held-out/depth", "static", i), depth=True)
@@ -549,10 +546,7 @@ def depth_metrics(da3, count, sheet=None):
         seen = splat.render(rec.gaussians, rec.camera_to_world, rec.intrinsics, H, W)[0]
         inputs.append(psnr(seen, video))
         even = da3(video[::2])
-        halfway = torch.stack([even.camera_to_world[:-1], even.camera_to_world[1:]]).mean(0)
-        U, _, Vt = torch.linalg.svd(halfway[:, :3, :3])  # the nearest rotation to the mean
-        halfway[:, :3, :3] = U @ Vt
-        between = splat.render(even.gaussians, halfway, even.intrinsics[:-1], H, W)[0]
+        between = splat.render(even.gaussians, halfway(even.camera_to_world), even.intrinsics[:-1], H, W)[0]
         odd.append(psnr(between, video[1::2]))
         found = torch.linalg.inv(rec.camera_to_world[:1]) @ rec.camera_to_world
         cosine = ((clip["poses"][:, :3, :3] * found[:, :3, :3]).sum((1, 2)) - 1) / 2

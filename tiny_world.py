@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import load_wan, merge_lora
+from lora import merge_lora
+from model import load_wan
 from noise_warp import FOV, MOTIONS, camera_path
 from sample import contact_sheet, initial_noise, model_defaults, sample
 
@@ -304,8 +305,8 @@ def degrade(image, kind, strength, generator):
 
 # ------------------------------------------------------------------------------------------------------ samples, scored
 
-def captions(num, seed=0):
-    """Unseen static scenes, whose captions always name the camera."""
+def unseen_scenes(num, seed=0):
+    """Static scenes no training saw; their captions always name the camera."""
     return [random_scene(f"unseen/{seed}", "static", i) for i in range(num)]
 
 
@@ -329,8 +330,9 @@ def probe_command(a):
         from train import load_prompts
         prompts = load_prompts(a.prompts)["test"][:a.num]
     else:
-        prompts = [s.caption for s in captions(a.num, a.seed)]
-    [probe.asked(p) for p in prompts]  # an unreadable prompt is an error before any sampling
+        prompts = [s.caption for s in unseen_scenes(a.num, a.seed)]
+    for p in prompts:
+        probe.asked(p)  # an unreadable prompt is an error before any sampling
     wan, defaults = load_wan(a.model), model_defaults(a.model)
     if a.lora:
         merge_lora(wan.dit, a.lora)

@@ -46,7 +46,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from grpo import advantages, draw_window, kl, normalise_log_ratio, rollout, surrogate
-from model import add_lora, load_wan, lora_off, lora_weights
+from lora import add_lora, lora_off, lora_weights
+from model import load_wan
 from noise_warp import camera_path, latent_noise, parse_motion
 from rewards import TERMS, TINY, Rewards, combine, motion_magnitude
 from sample import contact_sheet, generator, guided_velocity, initial_noise, log_prob, model_defaults, sample, sigmas, transition, write_video
@@ -491,6 +492,7 @@ def digest(file):
 
 
 def write_json(file, value):
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.rename(file)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -156,9 +157,13 @@ def test_table_holds_ours_and_the_papers(scored, tmp_path):
 
 def test_a_model_is_sampled_and_scored(scored, checkpoint, tmp_path, capsys):
     *_, where = scored
-    assert main(["metrics", "--model", str(checkpoint), "--prompts", "tiny", "--num", "2", "--out", str(tmp_path), "--views", "3", "--frames", "5", *where]) in (0, 1)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and len(list((tmp_path / "videos").glob("*.mp4"))) == 2
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoint, model)
+    (model / "sampling.json").write_text(json.dumps(dict(frames=5, height=32, width=32, steps=2, guidance=2.0, fps=8)))
+    assert main(["metrics", "--model", str(model), "--prompts", "tiny", "--num", "2", "--out", str(out), "--views", "3", *where]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["size"] for r in rows] == ["5x32x32"] * 2 and all(math.isfinite(r[k]) for r in rows for k in ("psnr", "psnr_held_out", "three_d"))
+    assert len(list((out / "videos").glob("*.mp4"))) == 2
 
 
 def test_prompts_are_matched_by_id_or_by_order(tmp_path):

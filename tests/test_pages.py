@@ -172,8 +172,12 @@ def test_report_in_a_browser(reported, browser, tmp_path):
     assert colours["light"] != colours["dark"] and colours["light"][0] != colours["light"][1] != colours["dark"][1]
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth + 1")  # a phone's width, no sideways scroll
     button = browser.find_element("id", "play")
+    playing = button.get_attribute("aria-pressed")
     button.send_keys("\n")
-    assert button.text in ("Play all", "Pause all") and console(browser) == []
+    assert button.get_attribute("aria-pressed") == ("false" if playing == "true" else "true")
+    assert button.text == ("Play all" if playing == "true" else "Pause all")
+    wait(browser, f"[...document.querySelectorAll('video')].every(v => v.paused === {playing})")
+    assert console(browser) == []
 
 
 def test_charts_leave_gaps_and_survive_constants():

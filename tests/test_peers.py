@@ -8,7 +8,8 @@ from conftest import ROOT, randomise
 from safetensors.torch import save_file
 
 import sample as S
-from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, add_lora, load_wan, lora_weights
+from lora import add_lora, lora_weights
+from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
 
 diffusers = pytest.importorskip("diffusers")
 
