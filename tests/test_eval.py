@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-import eval as E
 from eval import camera_errors, folder_videos, halfway, interval, main, mvcs, psnr, ssim, table
 from noise_warp import camera_path
 from sample import write_video

@@ -3,10 +3,8 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
