@@ -19,7 +19,11 @@ from model import _open_tensors, original_dit_key
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trainable float32 low-rank one; .scale = 0 turns it off (the reference model)."""
+    """A frozen linear layer plus a trainable low-rank one; .scale = 0 turns it off (the reference model).
+
+    The low-rank weights are float32 and are multiplied in the frozen layer's dtype: a float32 copy of every input would
+    double what a bfloat16 block keeps for its backward pass.
+    """
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -31,7 +35,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.scale:
-            y = y + (F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+            y = y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
         return y
 
 

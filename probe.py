@@ -1,17 +1,22 @@
-"""The probe: reads off a tiny-world clip what a prompt asks for, and so scores a video model against its prompts.
+"""The tiny world's judges, none of them a reward: does a clip show what its prompt asks, and could a rigid room look so?
 
     python tiny_world.py probe --num 200                     the shipped model on 200 unseen prompts
     python tiny_world.py probe --num 200 --rendered          the renderer's own clips: how far the readings can be trusted
-    python tiny_world.py train-probe --minutes 20            how it was made -> RUN/probe
+    python tiny_world.py probe --guidance 1 2 3 --steps 10 20    one row for every combination
+    python tiny_world.py train-probe --minutes 20            how the classifier was made -> RUN/probe
 
-A small 3D convolutional classifier, trained on fresh renders (some blurred or noisy, for samples are not renders), with
-a softmax for each of: the wall's colour, the floor's colour, each palette colour's object (none, sphere, box, cylinder),
-and the camera motion of the first and of the second half of the clip. It is a judge outside the rewards: training a
-policy on the rewards must not make these readings worse.
+The probe is a small 3D convolutional classifier, trained on fresh renders (some blurred or noisy, for samples are not
+renders), with a softmax for each of: the wall's colour, the floor's colour, each palette colour's object (none, sphere,
+box, cylinder), and the camera motion of the first and of the second half of the clip. `reprojection` needs no training:
+it asks how well one rigid scene, seen from the cameras the prompt asks for, explains the clip. Training a policy on the
+rewards must not make these readings worse.
 """
 
+import itertools
+import math
 import random
 import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -19,8 +24,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from noise_warp import MOTIONS, parse_motion
-from tiny_world import COLOURS, SHAPES, degrade, random_scene, render
+from lora import merge_lora
+from model import load_vae, load_wan
+from noise_warp import MOTIONS, camera_path, parse_motion
+from sample import contact_sheet, model_defaults
+from tiny_world import COLOURS, SHAPES, degrade, intrinsics, random_scene, render, sample_prompts, unseen_scenes
 
 NAMES, FORMS = list(COLOURS), ("none", *SHAPES)
 HEADS = {"wall": len(NAMES), "floor": len(NAMES), **{f"{c} object": len(FORMS) for c in NAMES}, "first motion": len(MOTIONS), "second motion": len(MOTIONS)}
@@ -113,7 +121,7 @@ def train_probe(run, minutes, seed=0, batch=24):
         with torch.autocast("cpu", torch.bfloat16):
             logits = probe(torch.stack(clips))
         parts = {h: F.cross_entropy(x.float(), torch.tensor([w[h] for w in want])) for h, x in logits.items()}
-        yield sum(parts.values()), {h.replace(" ", "_"): v.item() for h, v in parts.items() if "object" not in h}
+        yield sum(parts.values()), {f"{h.replace(' ', '_')}_loss": v.item() for h, v in parts.items() if "object" not in h}
 
     def report():
         return {k: sum(v) / len(v) for k, v in on_renders(probe, 128).items()}
@@ -121,11 +129,11 @@ def train_probe(run, minutes, seed=0, batch=24):
     fit(run / "probe", minutes, probe, losses, report, lr=1e-3)
 
 
-def on_renders(probe, num, seed=0, progress=False):
+def on_renders(probe, num):
     """Scores of held-out renders of the static split."""
     probe.eval()
-    scenes = [random_scene(f"held-out/probe/{seed}", "static", i) for i in range(num)]
-    found = [read(probe, [render(s)["video"]])[0] for s in tqdm(scenes, disable=not progress, desc="probe", unit="clip")]
+    scenes = [random_scene("held-out/probe", "static", i) for i in range(num)]
+    found = read(probe, [render(s)["video"] for s in scenes])
     probe.train()
     return scores(found, [s.caption for s in scenes])
 
@@ -136,9 +144,131 @@ def export_probe(run, folder):
     save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, folder / "probe.safetensors")
 
 
-def table(result):
-    """Prints one line a reading: right of all, share and its 95 % Wilson interval."""
-    for name, right in result.items():
-        n, p, z = len(right), sum(right) / len(right), 1.96
-        middle, half = (p + z * z / 2 / n) / (1 + z * z / n), z * (p * (1 - p) / n + z * z / 4 / n / n) ** .5 / (1 + z * z / n)
-        print(f"{name:8} {sum(right):4} of {n}  {p:.3f} [{middle - half:.3f}, {middle + half:.3f}]")
+def reprojection(video, poses, gap=1, depths=48, window=5):
+    """How far a clip (F, 3, H, W) is from any rigid scene filmed from `poses` (F, 4, 4): 0 is perfect, in colour units.
+
+    Plane sweep: every pixel of every second frame t is looked up in frame t + gap at each of `depths` inverse depths (.3 to 6 scene
+    units), the colour differences are averaged over a window x window square, and the best depth counts. Mean over
+    pixels and pairs; pixels no depth keeps in view are left out. Even a render is above 0: edges, and what is hidden.
+    """
+    F_, _, H, W = video.shape
+    K = intrinsics(H, W)
+    v, u = torch.meshgrid(torch.arange(H) + .5, torch.arange(W) + .5, indexing="ij")
+    rays = torch.linalg.inv(K) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)  # (3, N)
+    z = 1 / torch.linspace(1 / 6, 1 / .3, depths)
+    total = count = 0.0
+    for t in range(0, F_ - gap, 2):
+        move = (torch.linalg.inv(poses[t + gap].double()) @ poses[t].double()).float()  # camera t -> camera t + gap
+        x = K @ (z.view(-1, 1, 1) * (move[:3, :3] @ rays) + move[:3, 3:])  # (D, 3, N)
+        ndc = (x[:, :2] / x[:, 2:].clamp_min(1e-6) * torch.tensor([2 / W, 2 / H]).view(2, 1) - 1).mT.view(depths, H, W, 2)
+        seen = ((ndc.abs() <= 1).all(-1) & (x[:, 2] > 1e-6).view(depths, H, W)).float()
+        there = F.grid_sample(video[t + gap].expand(depths, -1, -1, -1), ndc, align_corners=False, padding_mode="border")
+        difference = (there - video[t]).abs().mean(1) * seen
+        cost, share = (F.avg_pool2d(a[:, None], window, 1, window // 2)[:, 0] for a in (difference, seen))
+        best = torch.where((seen > 0) & (share > .5), cost / share.clamp_min(1e-6), torch.inf).amin(0)
+        total, count = total + float(best[best.isfinite()].sum()), count + int(best.isfinite().sum())
+    return total / count
+
+
+def wilson(right, z=1.96):
+    """Share of True and its 95 % interval -> "p [low, high]"."""
+    n, p = len(right), sum(right) / len(right)
+    middle, half = (p + z * z / 2 / n) / (1 + z * z / n), z * (p * (1 - p) / n + z * z / 4 / n / n) ** .5 / (1 + z * z / n)
+    return f"{p:.3f} [{middle - half:.3f}, {middle + half:.3f}]"
+
+
+def row(name, videos, prompts, judge):
+    """Prints one line of the table: the probe's shares, and the mean re-projection error of neighbours and at 4 frames' gap."""
+    found = scores(read(judge, videos), prompts)
+    paths = [camera_path(parse_motion(p), len(v)) for p, v in zip(prompts, videos)]
+    errors = [sum(reprojection(v, path, gap) for v, path in zip(videos, paths)) / len(videos) for gap in (1, 4)]
+    print(f"| {name} | " + " | ".join(wilson(x) for x in found.values()) + f" | {errors[0]:.4f} | {errors[1]:.4f} |", flush=True)
+
+
+HEADER = "| | wall | floor | objects | motion | all | re-projection, 1 frame | 4 frames |\n|---|---|---|---|---|---|---|---|"
+
+
+def command(a):
+    """`tiny_world.py probe`: samples a model for every combination of the given settings, and prints a row each."""
+    judge = load_probe(Path(__file__).parent / "tiny" / "probe" if a.probe is None else a.probe)
+    if a.prompts:
+        from train import load_prompts
+        prompts = load_prompts(a.prompts)["test"][:a.num]
+    else:
+        scenes = unseen_scenes(a.num, a.seed)
+        prompts = [s.caption for s in scenes]
+    for p in prompts:
+        asked(p)  # an unreadable prompt is an error before any sampling
+    if a.rendered:
+        if a.prompts:
+            raise ValueError("--rendered scores the unseen scenes' own clips; drop --prompts")
+        print(HEADER)
+        return row("rendered", [render(s)["video"] for s in tqdm(scenes, desc="render", unit="clip")], prompts, judge)
+    wan, defaults = load_wan(a.model), model_defaults(a.model)
+    if a.lora:
+        merge_lora(wan.dit, a.lora)
+    settings = {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, shift=a.shift, strength=a.strength, degradation=a.degradation).items() if v}
+    print(HEADER)
+    for values in itertools.product(*settings.values()):
+        given = dict(zip(settings, values))
+        noise = dict(transport=a.transport, strength=given.get("strength", 1.0), degradation=given.get("degradation", defaults["degradation"]))
+        videos = sample_prompts(wan, defaults | given, prompts, a.seed, **noise)
+        row(", ".join(f"{k} {v:g}" for k, v in given.items()) or ("defaults" if a.transport else "plain noise"), videos, prompts, judge)
+    contact_sheet(a.run / "probe.png", videos[:20])
+    print("", *prompts[:20], a.run / "probe.png", sep="\n")
+
+
+def compare(a, scale=2):
+    """`tiny_world.py compare`: an animated picture of unseen scenes, each clip as rendered beside its prompt's sample.
+
+    The first --num unseen scenes and the seed's first noise, nothing picked; the prompts are printed in reading order.
+    """
+    import imageio.v3 as iio
+    wan, defaults = load_wan(a.model), model_defaults(a.model)
+    scenes = unseen_scenes(a.num, a.seed)
+    videos = sample_prompts(wan, defaults, [s.caption for s in scenes], a.seed, degradation=defaults["degradation"])
+    pairs = [torch.cat([F.pad(x, (0, 2), value=1.0) for x in (render(s)["video"], v)], 3) for s, v in zip(scenes, videos)]
+    pairs += [torch.ones_like(pairs[0])] * (-len(pairs) % 3)
+    sheet = torch.cat([torch.cat([F.pad(x, (0, 6, 0, 6), value=1.0) for x in pairs[i:i + 3]], 3) for i in range(0, len(pairs), 3)], 2)
+    frames = (sheet.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    file = a.run / "compare.webp"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(file, frames.numpy(), duration=1000 // defaults["fps"], loop=0, quality=80)
+    print(*[f"{i}. {s.caption}" for i, s in enumerate(scenes, 1)], file, sep="\n")
+
+
+# ------------------------------------------------------------------------------------------------------- the VAE, scored
+
+def blocks(video):
+    """A clip as the VAE's latents cut it: frame 0, then every four frames, in 8x8 squares. -> (N, 192), (M, 768)"""
+    cut = lambda x, t: x.unfold(0, t, t).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5, 6).flatten(3).flatten(0, 2)  # noqa: E731
+    return cut(video[:1], 1), cut(video[1:], 4)
+
+
+def pca_codec(clips, components):
+    """Fits the best linear codec of the latents' shape. -> error(video): the sum of squared errors of its round trip."""
+    bases = []
+    for part in zip(*[blocks(c) for c in clips]):
+        x = torch.cat(part).double()
+        mean = x.mean(0)
+        bases.append((mean, torch.linalg.eigh((x - mean).T @ (x - mean))[1][:, -components:]))
+
+    def error(video):
+        return sum(float(((x - mean) - (x - mean) @ V @ V.T).square().sum()) for x, (mean, V) in zip([b.double() for b in blocks(video)], bases))
+
+    return error
+
+
+@torch.no_grad()
+def score_vae(a):
+    """`tiny_world.py score-vae`: PSNR of held-out clips through the VAE and through a PCA codec of the same latent shape,
+    fitted to 128 other clips of that split and length."""
+    from tiny_train import psnr
+    vae = load_vae(Path(a.model) / "vae")
+    print("| split | frames | clips | VAE, dB | PCA of the same shape, dB |\n|---|---|---|---|---|")
+    for split, frames in itertools.product(("static", "dynamic"), (17, 33)):
+        codec = pca_codec([render(random_scene("pca", split, i), frames)["video"] for i in range(128)], vae.config.z_dim)
+        true = [render(random_scene("held-out/score-vae", split, i), frames)["video"] for i in range(a.num)]
+        found = [vae.decode(vae.encode(v[None]))[0] for v in tqdm(true, desc=f"{split} {frames}", unit="clip")]
+        linear = -10 * math.log10(sum(codec(v) for v in true) / sum(v.numel() for v in true))
+        print(f"| {split} | {frames} | {len(true)} | {psnr(torch.stack(found), torch.stack(true)):.2f} | {linear:.2f} |", flush=True)

@@ -520,13 +520,20 @@ def validate(rewards, num=200, seed=0, levels=5):
             key = kind if strength else "", strength
             if key not in memory:
                 video = corrupt(scene, kind, strength, i) if strength else clip
-                memory[key] = rewards.score(video, scene.caption, path)
+                scores, seen = rewards.score(video, scene.caption, path)
+                memory[key] = scores, seen, video, seen["rec"]
             return memory[key]
 
         kind = CORRUPTIONS[i % 3]  # freeze is a rigid world: the path's business, not the re-render's
         note("recon: clip against corrupted", kind, lambda s: terms(kind, s)[0]["recon"])
         every = CORRUPTIONS[i % 4]
         note("total: clip against corrupted", every, lambda s: sum(terms(every, s)[0][t] for t in TERMS))
+
+        def where_asked(video, rec, K):  # the twin's units are the room's
+            asked = rec.camera_to_world[:1] @ (torch.linalg.inv(path[rec.frames[:1]]) @ path[rec.frames]).float()
+            return 1 - lpips_distance(rewards.lpips, splat.render(rec.gaussians, asked, K, 64, 64)[0].clamp(0, 1), video[rec.frames])
+
+        note("re-render where the prompt asked", every, lambda s: where_asked(*terms(every, s)[2:], terms(every, s)[1]["K"]))
         note("traj: motion against weaker motion", "freeze", lambda s: terms("freeze", s)[0]["traj"])
         rec, K = terms("", 0.0)[1]["rec"], terms("", 0.0)[1]["K"]
         broken = DAMAGE[i % 4]

@@ -75,21 +75,29 @@ def colour(harmonics, means, position):
     return (torch.einsum("nck,nk->nc", harmonics, basis) + .5).clamp_min(0)
 
 
+@torch.no_grad()
+def boxes(centre, z, cov, opacities, height, width):
+    """Which Gaussians can show, front to back, and the boxes of pixel centres within their reach.
+
+    -> order (n,) indices, low (n, 2) the boxes' first pixels x, y, shape (n, 2); shape.prod(1) pixel-Gaussian pairs each.
+    """
+    # alpha = o exp(-r^2/2) >= 1/255 up to r = sqrt(2 log(255 o)) deviations
+    reach = (2 * (opacities / ALPHA_MIN).clamp_min(1e-9).log()).clamp_min(0).sqrt()
+    rx, ry = reach * cov[:, 0].sqrt(), reach * cov[:, 2].sqrt()
+    low = torch.stack([(centre[:, 0] - rx - .5).ceil(), (centre[:, 1] - ry - .5).ceil()], 1).clamp_min(0)
+    high = torch.stack([(centre[:, 0] + rx - .5).floor().clamp(max=width - 1), (centre[:, 1] + ry - .5).floor().clamp(max=height - 1)], 1)
+    shape = (high - low + 1).nan_to_num(0).clamp_min(0)
+    shows = (z > NEAR) & (z < FAR) & (opacities >= ALPHA_MIN) & (shape.prod(1) > 0)
+    order = shows.nonzero().squeeze(1)
+    order = order.index_select(0, z.index_select(0, order).argsort(stable=True))
+    return order, *(x.index_select(0, order).long() for x in (low, shape))
+
+
 def _view(g, pose, K, H, W, max_pairs):
     device = g.means.device
     centre, z, cov = project(g.means, g.scales, g.rotations, pose, K, H, W)
-    with torch.no_grad():  # which Gaussians can show, and the box of pixel centres within their reach
-        # alpha = o exp(-r^2/2) >= 1/255 up to r = sqrt(2 log(255 o)) deviations
-        reach = (2 * (g.opacities / ALPHA_MIN).clamp_min(1e-9).log()).clamp_min(0).sqrt()
-        rx, ry = reach * cov[:, 0].sqrt(), reach * cov[:, 2].sqrt()
-        low = torch.stack([(centre[:, 0] - rx - .5).ceil(), (centre[:, 1] - ry - .5).ceil()], 1).clamp_min(0)
-        high = torch.stack([(centre[:, 0] + rx - .5).floor().clamp(max=W - 1), (centre[:, 1] + ry - .5).floor().clamp(max=H - 1)], 1)
-        shape = (high - low + 1).nan_to_num(0).clamp_min(0)
-        shows = (z > NEAR) & (z < FAR) & (g.opacities >= ALPHA_MIN) & (shape.prod(1) > 0)
-        order = shows.nonzero().squeeze(1)
-        order = order.index_select(0, z.index_select(0, order).argsort(stable=True))
-        low, shape = (x.index_select(0, order).long() for x in (low, shape))
-        pairs = shape.prod(1).cumsum(0)
+    order, low, shape = boxes(centre, z, cov, g.opacities, H, W)
+    pairs = shape.prod(1).cumsum(0)
     if not len(order):
         return z.new_zeros(3, H, W), z.new_zeros(H, W), z.new_zeros(H, W)
     rgb = colour(g.harmonics.index_select(0, order), g.means.index_select(0, order), pose[:3, 3])

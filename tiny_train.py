@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import splat
-from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key
+from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key, load_depth_anything
 from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan
 from noise_warp import FOV, camera_path
 from probe import export_probe, train_probe
@@ -539,7 +539,7 @@ def depth_metrics(da3, count, sheet=None):
     import statistics
     from eval import halfway
     inputs, odd, rotation, direction, absrel, rows = [], [], [], [], [], []
-    for i in range(count):
+    for i in tqdm(range(count), desc="held-out clips", unit="clip", leave=False):
         clip = render(random_scene("held-out/depth", "static", i), depth=True)
         video, (H, W) = clip["video"], clip["video"].shape[2:]
         rec = da3(video)
@@ -562,6 +562,12 @@ def depth_metrics(da3, count, sheet=None):
     middle = statistics.median
     return dict(input_db=statistics.mean(inputs), odd_db=statistics.mean(odd), rotation_deg=middle(rotation),
                 direction_deg=middle(direction), absrel=statistics.mean(absrel))
+
+
+def score_depth(a):
+    """`tiny_world.py score-depth`: the figures above on --num held-out clips."""
+    for name, value in depth_metrics(load_depth_anything(a.model), a.num, a.run / "score-depth.png").items():
+        print(f"{name:14} {value:.3f}")
 
 
 def load_trained_depth(run):
@@ -661,7 +667,7 @@ def critic_examples(da3, index, seed):
     scene = random_scene(f"critic/{seed}", "static", index)
     clip = render(scene, depth=True)
     video = corrupt(scene, rng.choice(("warp", "morph", "swap")), rng.random(), index) if rng.random() < .5 else clip["video"]
-    rec = da3(video, 9)
+    rec = da3(video, rng.choice((3, 5, 9)))
     rec.true_scale = clip["depth"][rec.frames].median() / rec.depth.median()
     views = meta_views(rec)
     truth = render(scene, poses=true_poses(rec, clip["poses"], views.clone()))["video"]
@@ -672,7 +678,7 @@ def critic_examples(da3, index, seed):
     return torch.cat(shown), torch.cat([grade(x, truth) for x in shown])
 
 
-def train_critic(run, minutes, seed=0, clips=1500, batch=32):
+def train_critic(run, minutes, seed=0, clips=400, batch=32):
     """Cross-entropy of the digit token. The pictures of `clips` reconstructions are made once, into RUN/critic/data.pt."""
     torch.manual_seed(seed)
     folder, file = run / "critic", run / "critic" / "data.pt"

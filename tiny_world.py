@@ -5,6 +5,8 @@ camera motion, geometry errors and the words of the prompt must be plain to see 
 
     python tiny_world.py show                    a contact sheet of clips and captions, whole and corrupted
     python tiny_world.py probe --num 200         what of 200 unseen prompts the shipped model gets right (probe.py)
+    python tiny_world.py compare --num 12        an animated picture: unseen scenes as rendered, and as sampled
+    python tiny_world.py score-vae --num 64      the VAE against a linear codec; score-depth: Depth Anything's twin
     python tiny_world.py vae | data | dit | depth | critic | preference | train-probe | export    make the twins (tiny_train.py)
 
 Left out on purpose: shadows, reflections, textures other than tiles. They cost capacity and teach nothing here.
@@ -20,10 +22,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lora import merge_lora
-from model import load_wan
 from noise_warp import FOV, MOTIONS, camera_path
-from sample import contact_sheet, initial_noise, model_defaults, sample
+from sample import contact_sheet, initial_noise, sample
 
 COLOURS = {"red": (.86, .10, .12), "orange": (1.0, .52, .08), "yellow": (.96, .88, .15),
            "green": (.13, .62, .20), "blue": (.13, .30, .90), "purple": (.58, .18, .78)}
@@ -321,50 +321,28 @@ def sample_prompts(wan, defaults, prompts, seed=0, batch=20, **noise):
     return videos
 
 
-def probe_command(a):
-    import probe
-    judge = probe.load_probe(Path(__file__).parent / "tiny" / "probe" if a.probe is None else a.probe)
-    if a.rendered:
-        return probe.table(probe.on_renders(judge, a.num, a.seed, progress=True))
-    if a.prompts:
-        from train import load_prompts
-        prompts = load_prompts(a.prompts)["test"][:a.num]
-    else:
-        prompts = [s.caption for s in unseen_scenes(a.num, a.seed)]
-    for p in prompts:
-        probe.asked(p)  # an unreadable prompt is an error before any sampling
-    wan, defaults = load_wan(a.model), model_defaults(a.model)
-    if a.lora:
-        merge_lora(wan.dit, a.lora)
-    defaults |= {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, shift=a.shift).items() if v is not None}
-    degradation = defaults["degradation"] if a.degradation is None else a.degradation
-    videos = sample_prompts(wan, defaults, prompts, a.seed, transport=a.transport, degradation=degradation, strength=a.strength)
-    probe.table(probe.scores(probe.read(judge, videos), prompts))
-    contact_sheet(a.run / "probe.png", videos[:20])
-    print(*prompts[:20], a.run / "probe.png", sep="\n")
-
-
+SCORED = ("probe", "compare", "score-vae", "score-depth")
 MADE = ("vae", "data", "dit", "depth", "critic", "preference", "train-probe", "export")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("show", "probe", *MADE))
+    parser.add_argument("command", choices=("show", *SCORED, *MADE))
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of states, logs and pictures")
     parser.add_argument("--minutes", type=float, default=60, help="of training, over all resumes")
     parser.add_argument("--clips", type=int, default=8192, help="data: clips in all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="export: the folder written")
-    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="probe: the model sampled")
+    parser.add_argument("--model", help="the model scored (default: the shipped one)")
     parser.add_argument("--lora", help="probe: LoRA file or run folder merged into the model")
     parser.add_argument("--probe", type=Path, help="probe: its folder (default tiny/probe)")
     parser.add_argument("--prompts", help="probe: file of prompts (default: captions of unseen scenes)")
-    parser.add_argument("--num", type=int, default=200, help="probe: videos")
-    parser.add_argument("--steps", type=int, help="probe: sampling steps (default: the model's, as for guidance, shift, degradation)")
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--shift", type=float)
+    parser.add_argument("--num", type=int, help="videos scored (default: probe 200, compare 12, score-vae and score-depth 64)")
+    parser.add_argument("--steps", type=int, nargs="+", help="probe: sampling steps; several values of an option make a row each (default: the model's)")
+    parser.add_argument("--guidance", type=float, nargs="+", help="probe: classifier-free guidance")
+    parser.add_argument("--shift", type=float, nargs="+", help="probe: shift of the noise schedule")
     parser.add_argument("--no-transport", dest="transport", action="store_false", help="probe: plain noise")
-    parser.add_argument("--degradation", type=float, help="probe: fresh noise mixed in")
-    parser.add_argument("--strength", type=float, default=1.0, help="probe: of the noise's camera path")
+    parser.add_argument("--degradation", type=float, nargs="+", help="probe: fresh noise mixed in")
+    parser.add_argument("--strength", type=float, nargs="+", help="probe: of the noise's camera path")
     parser.add_argument("--rendered", action="store_true", help="probe: score the renderer's own clips instead")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -372,9 +350,14 @@ def main():
         scenes = [random_scene(a.seed, s, i) for s in ("static", "dynamic") for i in range(6)]
         contact_sheet(a.run / "show.png", [render(s)["video"] for s in scenes] + [corrupt(s, kind) for s, kind in zip(scenes, CORRUPTIONS)])
         print("\n".join(s.caption for s in scenes), *CORRUPTIONS, a.run / "show.png", sep="\n")
-    elif a.command == "probe":
+    elif a.command in SCORED:
+        import probe
+        import tiny_train
+        run, num = {"probe": (probe.command, 200), "compare": (probe.compare, 12), "score-vae": (probe.score_vae, 64), "score-depth": (tiny_train.score_depth, 64)}[a.command]
+        a.num = a.num or num
+        a.model = a.model or Path(__file__).parent / "tiny" / ("depth_anything" if a.command == "score-depth" else "wan")
         try:
-            probe_command(a)
+            run(a)
         except (ValueError, OSError) as e:
             print(f"tiny_world.py: {e}", file=sys.stderr)
             return 2

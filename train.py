@@ -120,6 +120,7 @@ class Config:
     device: str = ""  # cuda when there is one
     dtype: str = ""  # of the frozen weights: bfloat16 on CUDA, else float32
     parallel: str = "ddp"  # ddp | fsdp
+    batch: int = 0  # videos of a group that go through the model at once; 0: all
     checkpointing: bool = False  # recompute activations in the backward pass
     compile: bool = False
     offload: bool = False  # keep the reward models on the CPU while the policy works
@@ -128,7 +129,7 @@ class Config:
 
 REAL = dict(prompts=str(ROOT / "prompts.jsonl"), groups=48, members=8, steps=50, guidance=5.0, high=25, critic="Qwen/Qwen3-VL-4B-Instruct",
             depth_anything="depth-anything/DA3-GIANT", preference="MizzenAI/HPSv3", lpips="alex", views=21, first=8, standardise=False,
-            lr=1e-4, clip=1e-3, kl=.004, updates=2, total_steps=600, eval_every=50, eval_prompts=32, checkpointing=True)
+            lr=1e-4, clip=1e-3, kl=.004, updates=2, total_steps=600, eval_every=50, eval_prompts=32, batch=1, checkpointing=True)
 PRESETS = {  # groups, members, 832x480x81 from the paper; LoRA, AdamW, clip, KL, EMA, steps, phases from the released configuration
     "tiny": {},
     "small": dict(REAL, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
@@ -174,6 +175,8 @@ def check(c, world):
         raise ValueError(f"--parallel fsdp needs --groups to be a multiple of processes x updates = {world * c.updates}, got {c.groups}")
     if c.groups % c.updates:
         raise ValueError(f"--groups must be a multiple of --updates, got {c.groups} and {c.updates}")
+    if c.batch < 0 or c.batch and c.members % c.batch:
+        raise ValueError(f"--members must be a multiple of --batch, got {c.members} and {c.batch}")
     if c.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
     draw_window(generator(0), c.steps, c.window, c.high)
@@ -309,14 +312,15 @@ class Policy:
             self.optimiser.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
     def velocity(self, prompt, count, reference=False):
-        """-> velocity(x, sigma) of `count` videos of one prompt. reference: of the untouched model."""
-        wan = self.wan
-        text = self.embedding(prompt).expand(count, -1, -1)
-        negative = self.embedding("").expand(count, -1, -1) if self.c.guidance != 1 else None
+        """-> velocity(x, sigma) of `count` videos of one prompt, c.batch at a time. reference: of the untouched model."""
+        wan, size = self.wan, min(count, self.c.batch or count)
+        text = self.embedding(prompt).expand(size, -1, -1)
+        negative = self.embedding("").expand(size, -1, -1) if self.c.guidance != 1 else None
         if reference and self.frozen is not None:
             wan = copy.copy(wan)
             wan.dit = self.frozen
-        return guided_velocity(wan, text, negative, self.c.guidance)
+        once = guided_velocity(wan, text, negative, self.c.guidance)
+        return lambda x, sigma: torch.cat([once(part, sigma) for part in x.split(size)])
 
     def untouched(self):
         return contextlib.nullcontext() if self.c.full else lora_off(self.wan.dit)
@@ -420,26 +424,27 @@ def reward(c, rewards, group, dynamic):
 def update(policy, groups, share):
     """Adds the gradients of some groups' window transitions, each group weighing `share`. -> statistics per transition."""
     c, notes = policy.c, []
+    G, size = c.members, min(c.members, c.batch or c.members)
     for group in groups:
-        G = c.members
-        A = group["advantages"].to(policy.wan.device)
-        velocity = policy.velocity(group["prompt"], G)
-        for t in group["transitions"]:
+        for t, first in itertools.product(group["transitions"], range(0, G, size)):
+            part = slice(first, first + size)
+            x, A = t["x"][part], group["advantages"][part].to(t["x"].device)
             sigma, sigma_next = group["levels"][t["index"]], group["levels"][t["index"] + 1]
-            mean, std = transition(t["x"], velocity(t["x"], sigma), sigma, sigma_next, c.eta, c.sde)
-            logp = log_prob(t["x_next"], mean, std)
-            log_ratio = logp - t["logp"]
+            mean, std = transition(x, policy.velocity(group["prompt"], size)(x, sigma), sigma, sigma_next, c.eta, c.sde)
+            logp = log_prob(t["x_next"][part], mean, std)
+            log_ratio = logp - t["logp"][part]
+            drift = log_ratio.detach().abs().max().item()
             if c.ratio_norm:
-                log_ratio = normalise_log_ratio(log_ratio, mean, t["mean"], std)
+                log_ratio = normalise_log_ratio(log_ratio, mean, t["mean"][part], std)
             loss, distance = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip), torch.zeros(())
             if c.kl:
                 with torch.no_grad(), policy.untouched():
-                    reference, _ = transition(t["x"], policy.velocity(group["prompt"], G, reference=True)(t["x"], sigma), sigma, sigma_next, c.eta, c.sde)
+                    reference, _ = transition(x, policy.velocity(group["prompt"], size, reference=True)(x, sigma), sigma, sigma_next, c.eta, c.sde)
                 distance = kl(mean, reference, std).mean()
                 loss = loss + c.kl * distance
-            (loss * share / len(group["transitions"])).backward()
+            (loss * share * size / G / len(group["transitions"])).backward()
             ratio = log_ratio.detach().exp()
-            notes.append(dict(ratio=ratio.mean().item(), ratio_max=ratio.max().item(), drift=(logp - t["logp"]).detach().abs().max().item(),
+            notes.append(dict(ratio=ratio.mean().item(), ratio_max=ratio.max().item(), drift=drift,
                               clipped=((ratio - 1).abs() > c.clip).float().mean().item(), kl=distance.item(), loss=loss.item()))
         policy.collect()
     return notes

@@ -284,3 +284,33 @@ def test_probe_files_round_trip(tmp_path):
     assert len(probe.read(judge, list(video))) == 2
     with pytest.raises(ValueError, match="train-probe"):
         probe.load_probe(tmp_path)
+
+
+def test_probe_rows_and_intervals():
+    assert probe.wilson([True] * 90 + [False] * 10) == "0.900 [0.826, 0.945]"  # Wilson's interval, from its formula by hand
+
+
+def test_reprojection_is_small_on_renders_and_grows_with_what_no_room_could_show():
+    """A still camera's clip is explained to the bit; a moving one nearly; corrupted clips and wrong cameras are not."""
+    from noise_warp import camera_path
+    errors = {}
+    for i in range(3):
+        scene = random_scene("reprojection", "static", i)
+        scene.motions = [("orbit_left", "push_in", "move_right")[i]]
+        true, path = render(scene)["video"], camera_path(scene.motions, 17)
+        still = true[:1].expand(17, -1, -1, -1)
+        assert probe.reprojection(still, camera_path(["fixed"], 17)) < 1e-6
+        cases = dict(true=(true, path), warp=(corrupt(scene, "warp", 1.0, 1), path), other=(true, camera_path([("orbit_right", "pull_out", "move_left")[i]], 17)))
+        for name, (video, cameras) in cases.items():
+            errors[name] = errors.get(name, 0) + probe.reprojection(video, cameras, gap=4)
+    assert errors["warp"] > 1.5 * errors["true"] and errors["other"] > 1.5 * errors["true"], errors
+
+
+def test_the_linear_codec_is_exact_where_clips_are_linear():
+    """Clips spanned by two pictures need two components, and one component is the best rank-1 fit."""
+    pictures = torch.rand(2, 17, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clips = [a * pictures[0] + b * pictures[1] for a, b in torch.rand(12, 2, generator=torch.Generator().manual_seed(1))]
+    frames, groups = probe.blocks(clips[0])
+    assert frames.shape == (4, 192) and groups.shape == (16, 768)
+    one = [c[..., :8, :8].repeat(1, 1, 2, 2)[:5].index_select(0, torch.zeros(5, dtype=torch.long)) for c in clips]
+    assert probe.pca_codec(one, 2)(one[3]) < 1e-6 < 1e-3 < probe.pca_codec(one, 0 + 1)(one[3])

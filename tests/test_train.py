@@ -56,7 +56,7 @@ def largest_difference(a, b):
 
 def test_any_number_of_processes_makes_the_same_run(arguments, tmp_path):
     base = [*arguments, "--runs", str(tmp_path)]
-    jobs = {"one": (1, []), "two": (2, []), "four": (4, []), "sharded": (2, ["--parallel", "fsdp"]),
+    jobs = {"one": (1, []), "two": (2, []), "four": (4, []), "sharded": (2, ["--parallel", "fsdp"]), "by one": (1, ["--batch", "1"]),
             "full": (1, ["--full", "--lr", "1e-4"]), "full two": (2, ["--full", "--lr", "1e-4"]),
             "full sharded": (2, ["--full", "--lr", "1e-4", "--parallel", "fsdp"])}
     codes, err = run([dict(args=[*base, "--name", name, *more], world=world) for name, (world, more) in jobs.items()])
@@ -70,6 +70,8 @@ def test_any_number_of_processes_makes_the_same_run(arguments, tmp_path):
             rolled = ("prompts", "meta", "recon", "traj", "general", "total", "total_std", "advantage_abs", "motion", "masked")
             assert all(found[0][k] == expected[0][k] for k in rolled)  # rollouts and rewards, bit for bit
             assert largest_difference(weights(tmp_path / other), known) <= 1e-6, other
+    alone, together = metrics(tmp_path / "by one")[0], metrics(tmp_path / "one")[0]  # one video at a time: the same step but for rounding
+    assert alone["grad"] == pytest.approx(together["grad"], rel=1e-3) and alone["total"] == pytest.approx(together["total"], abs=1e-4)
     for name in ("two", "four", "sharded"):
         assert largest_difference(load_file(tmp_path / name / "lora.safetensors"), load_file(tmp_path / "one" / "lora.safetensors")) <= 1e-6
 
@@ -165,7 +167,7 @@ def test_bad_settings_are_one_sentence_before_any_work(arguments, tmp_path, caps
                           (["--window", "9"], "a window of 9 steps does not fit"), (["--frames", "6"], "4k+1 frames"),
                           (["--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl, line 2: it needs a non-empty prompt"),
                           (["--prompts", str(tmp_path / "none.txt")], "cannot be read"), (["--critic", "/nowhere"], "no model folder"),
-                          (["--updates", "3"], "--groups must be a multiple of --updates"), (["--sde", "odd"], "--sde must be one of")):
+                          (["--batch", "3"], "--members must be a multiple of --batch"), (["--updates", "3"], "--groups must be a multiple of --updates"), (["--sde", "odd"], "--sde must be one of")):
         assert train.main([*base, "--name", "bad", *more]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("train.py: ") and message in err, (more, err)
