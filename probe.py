@@ -35,7 +35,11 @@ HEADS = {"wall": len(NAMES), "floor": len(NAMES), **{f"{c} object": len(FORMS) f
 
 
 class Probe(nn.Module):
-    """Videos (B, F, 3, 64, 64) in [0, 1] -> {head: logits (B, classes)}."""
+    """Videos (B, F, 3, 64, 64) in [0, 1] -> {head: logits (B, classes)}.
+
+    Two branches: 3D convolutions over the clip at half resolution and below, which see motion; and 2D convolutions over
+    five frames from full resolution on, whose spatial maxima tell a box from a cylinder wherever it stands.
+    """
 
     def __init__(self, width=24):
         super().__init__()
@@ -44,12 +48,19 @@ class Probe(nn.Module):
             nn.Conv3d(3, w, (1, 5, 5), (1, 2, 2), (0, 2, 2)), nn.ReLU(), nn.Conv3d(w, 2 * w, 3, (2, 2, 2), 1), nn.GroupNorm(4, 2 * w), nn.ReLU(),
             nn.Conv3d(2 * w, 3 * w, 3, (2, 2, 2), 1), nn.GroupNorm(4, 3 * w), nn.ReLU(), nn.Conv3d(3 * w, 4 * w, 3, 1, 1), nn.GroupNorm(4, 4 * w), nn.ReLU(),
             nn.AdaptiveAvgPool3d((4, 4, 4)), nn.Flatten(), nn.Linear(4 * w * 64, 192), nn.ReLU())
-        self.out = nn.Linear(192, sum(HEADS.values()))
+        self.frames = nn.Sequential(
+            nn.Conv2d(3, w, 3, 1, 1), nn.ReLU(), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.GroupNorm(4, 2 * w), nn.ReLU(),
+            nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.GroupNorm(4, 4 * w), nn.ReLU(), nn.Conv2d(4 * w, 6 * w, 3, 1, 1), nn.GroupNorm(4, 6 * w), nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.out = nn.Linear(192 + 6 * w, sum(HEADS.values()))
+        self.body.to(memory_format=torch.channels_last_3d), self.frames.to(memory_format=torch.channels_last)
 
     def forward(self, video):
-        x = (video.transpose(1, 2) - .5) * 2
-        parts = self.out(self.body(x.contiguous(memory_format=torch.channels_last_3d))).split(list(HEADS.values()), -1)
-        return dict(zip(HEADS, parts))
+        x = (video - .5) * 2
+        clip = self.body(x.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d))
+        five = x[:, torch.linspace(0, x.shape[1] - 1, 5).round().long()]
+        seen = self.frames(five.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, five.shape[:2]).mean(1)
+        return dict(zip(HEADS, self.out(torch.cat([clip, seen], 1)).split(list(HEADS.values()), -1)))
 
 
 def labels(wall, floor, objects, motions):
@@ -113,7 +124,7 @@ def train_probe(run, minutes, seed=0, batch=24):
     """Cross-entropy of all heads, on clips of the static split (three in four) and the dynamic one."""
     from tiny_train import fit
     torch.manual_seed(seed)
-    probe = Probe().to(memory_format=torch.channels_last_3d)
+    probe = Probe()
 
     def losses(step, progress):
         rng = random.Random(f"probe/{seed}/{step}")

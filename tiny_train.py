@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import splat
-from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key, load_depth_anything
+from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key, load_depth_anything, sh_basis
 from model import TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan
 from noise_warp import FOV, camera_path
 from probe import export_probe, train_probe
@@ -424,13 +424,17 @@ TINY_DA3 = dict(dim=128, depth=8, heads=4, out_layers=(2, 3, 5, 7), alt_start=2,
                 gaussians=True, patch_size=8, grid=8, process_res=64)
 
 
+SPLAT, OPACITY = .15, .4  # on exact surfaces, alike for all: 25 dB from five views; .6 pixels and .95: 20 dB
+
+
 def build_depth():
-    """The tiny Depth Anything, fresh: level cameras, depth near 1, splats of .6 pixels."""
+    """The tiny Depth Anything, fresh: level cameras, depth near 1, splats of SPLAT pixels and opacity OPACITY."""
     da3 = DepthAnything3(DA3Config(**TINY_DA3))
     with torch.no_grad():
         for head in (da3.head, da3.gs_head):
             head.scratch.output_conv2[-1].weight.mul_(.1)
-        da3.gs_head.scratch.output_conv2[-1].bias[2:5] = -2.2
+        bias = da3.gs_head.scratch.output_conv2[-1].bias
+        bias[2:5], bias[37] = torch.logit(torch.tensor(SPLAT / 6)), torch.logit(torch.tensor(OPACITY))  # a scale of 1 is 6 pixels
         for layer in (da3.cam_dec.fc_t, da3.cam_dec.fc_qvec, da3.cam_dec.fc_fov[0]):  # the identity, whatever comes in
             layer.weight.zero_(), layer.bias.zero_()
         torch.nn.init.normal_(da3.backbone.pretrained.pos_embed, std=.5)
@@ -475,8 +479,9 @@ def geometry_losses(d, confidence, true_depth, pose, K, true):
 
 
 def camera_step(da3, room, seen, depth, poses, rng):
-    """Losses of B clips at once, (B, V, 3, 64, 64): all cameras, and the depth of one view of every second clip; no
-    Gaussians. The world is the reference view's, at the scene's own scale.
+    """Losses of B clips at once, (B, V, 3, 64, 64): all cameras, and the depth and Gaussians of one view of each. The
+    Gaussians are not rendered: their colour must be the pixel's, and their place the surface (they sit at ray length
+    depth + offset, so the offset learns what the ray is longer). The world is the reference view's, at the scene's scale.
 
     room: a linear layer on each view's token half-way up, asked for the camera's place in the room. The tiny room is
     always the same, so one view tells it; without this stepping stone, relative cameras sat on a plateau for 5,000 clips.
@@ -485,13 +490,18 @@ def camera_step(da3, room, seen, depth, poses, rng):
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # twice as fast; the later phase is in float32
         features = [(f.float(), t.float()) for f, t in da3.backbone.pretrained(normalised(seen))]
     pose, K = da3.cam_dec(features[-1][1].flatten(0, 1), 64, 64)
-    scene = torch.arange(0, B, 2)
-    view = torch.tensor([rng.randrange(V) for _ in scene])
-    d, confidence = da3.head([f[scene, view] for f, _ in features], seen[scene, view]).unbind(1)
+    scene, view = torch.arange(B), torch.tensor([rng.randrange(V) for _ in range(B)])
+    patches, image = [f[scene, view] for f, _ in features], normalised(seen[scene, view])
+    d, confidence = da3.head(patches, image).unbind(1)
+    raw = da3.gs_head(patches, image)
+    v, u = torch.meshgrid(torch.arange(64) + .5, torch.arange(64) + .5, indexing="ij")
+    length = (torch.linalg.inv(intrinsics(64, 64)) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)).norm(dim=0).view(64, 64)
+    surface = depth[scene, view] * length
     true = torch.linalg.inv(poses[torch.arange(B), da3.backbone.pretrained.reference])[:, None] @ poses
     place = torch.cat([2 * poses[..., :3, 3], (poses[..., :3, :3] - torch.eye(3)).flatten(2)], 2)
     losses = geometry_losses(d.exp(), confidence.exp() + 1, depth[scene, view], pose, K, true.flatten(0, 1))
-    return losses | dict(room=(room(features[2][1][..., :da3.config.dim]) - place).square().mean())
+    return losses | dict(room=(room(features[2][1][..., :da3.config.dim]) - place).square().mean(), surface=((raw[:, 36] + d.exp() - surface).abs() / surface).mean(),
+                         colour=(raw[:, [9, 18, 27]] * sh_basis(torch.eye(3)[2])[0] + .5 - seen[scene, view]).abs().mean(), flat=raw[:, :2].square().mean())
 
 
 def render_step(da3, seen, depth, poses, views, scene, target):
@@ -504,13 +514,14 @@ def render_step(da3, seen, depth, poses, views, scene, target):
 
 
 def train_depth(run, minutes, seed=0, batch=16):
-    """Cameras and depth first, `batch` clips of as many views at once (60 % of the time); then with the Gaussians' re-render,
+    """Cameras, depth and surfaces first, `batch` clips of as many views at once (60 % of the time); then with the re-render,
     three clips a step. 2 to 9 views a clip."""
     torch.manual_seed(seed)
     vae, da3, room = load_trained_vae(run), build_depth(), torch.nn.Linear(TINY_DA3["dim"], 12)
 
     def total(parts):
-        return parts["depth"] + 20 * parts["position"] + 40 * parts["rotation"] + parts["focal"] + 20 * parts.get("room", 0) + 5 * parts.get("render", 0)
+        return parts["depth"] + 20 * parts["position"] + 40 * parts["rotation"] + parts["focal"] + 20 * parts.get("room", 0) + 5 * parts.get("render", 0) + \
+            2 * parts.get("surface", 0) + 5 * parts.get("colour", 0) + parts.get("flat", 0)
 
     def losses(step, progress):
         rng = random.Random(f"depth/{seed}/{step}")

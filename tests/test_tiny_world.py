@@ -187,9 +187,9 @@ def test_depth_training_losses_reach_every_part():
             losses = camera_step(da3, torch.nn.Linear(128, 12), torch.stack([x for x, _, _ in data]), torch.stack([d for _, d, _ in data]), torch.stack([p[[0, 5, 9]] for p in paths]), rng)
         else:
             losses = render_step(da3, *data[0][:2], paths[0], [0, 5, 9], data[0][2], 3)
-        assert set(losses) == {"depth", "position", "rotation", "focal", "room" if together else "render"} and all(v.isfinite() for v in losses.values())
+        assert set(losses) == {"depth", "position", "rotation", "focal"} | ({"room", "surface", "colour", "flat"} if together else {"render"}) and all(v.isfinite() for v in losses.values())
         sum(losses.values()).backward()
-        for part in (da3.backbone.pretrained.blocks[0].attn.qkv, da3.head.projects[0], da3.cam_dec.fc_t) + (() if together else (da3.gs_head.projects[0],)):
+        for part in (da3.backbone.pretrained.blocks[0].attn.qkv, da3.head.projects[0], da3.cam_dec.fc_t, da3.gs_head.projects[0]):
             assert part.weight.grad.abs().sum() > 0
 
 
