@@ -195,6 +195,8 @@ def tiny_part(repeat):
     print(f"\n| tiny/wan, {d['frames']} frames, {d['steps']} steps, guidance {d['guidance']} | seconds |\n|---|---|")
     for count in (1, 16):
         print(f"| {count} video{'s' * (count > 1)}, text to pixels | {seconds(lambda: videos(count), 3):.2f} |", flush=True)
+    scenes = [random_scene("bench", s, i) for s in ("static", "dynamic") for i in range(32)]
+    print(f"| 64 clips rendered | {seconds(lambda: [render(s) for s in scenes], 3):.2f} |", flush=True)
     rewards, batch, path = load_rewards().load(), videos(16), camera_path(parse_motion(prompt), d["frames"])
     print("\n| 16 videos, rewards | seconds a video |\n|---|---|")
     every = dict(rewards.weights)

@@ -414,7 +414,7 @@ def export_wan(run, folder):
     state = torch.load(run / "dit" / "state.pt", weights_only=True)["ema"]
     dit.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("dit.")})
     text_encoder.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("text.")})
-    write_wan(folder, dit, vae, text_encoder, tokenizer, shift=3.0,
+    write_wan(folder, dit, vae, text_encoder, tokenizer, shift=5.0,
               sampling=dict(frames=17, height=64, width=64, steps=20, guidance=2.0, fps=8, degradation=0.0))
 
 
