@@ -158,9 +158,9 @@ def export_probe(run, folder):
 def reprojection(video, poses, gap=1, depths=48, window=5):
     """How far a clip (F, 3, H, W) is from any rigid scene filmed from `poses` (F, 4, 4): 0 is perfect, in colour units.
 
-    Plane sweep: every pixel of every second frame t is looked up in frame t + gap at each of `depths` inverse depths (.3 to 6 scene
-    units), the colour differences are averaged over a window x window square, and the best depth counts. Mean over
-    pixels and pairs; pixels no depth keeps in view are left out. Even a render is above 0: edges, and what is hidden.
+    Plane sweep: every pixel of every second frame t is looked up in frame t + gap at each of `depths` inverse depths (.3
+    to 6 scene units), the colour differences are averaged over a window x window square, and the best depth counts. Mean
+    over pixels and pairs; pixels no depth keeps in view are left out. Even a render is above 0: edges, what is hidden.
     """
     F_, _, H, W = video.shape
     K = intrinsics(H, W)
