@@ -12,13 +12,20 @@ test: .venv/installed
 bench: .venv/installed
 	.venv/bin/python bench.py
 
-# The learning proof: train the tiny model, then score base and trained on the same unseen prompts and seeds.
+# The learning proof: train the tiny model, then score base and trained on the same unseen prompts and seeds (make train-tiny SEED=1: another one).
+SEED ?= 0
+RUN = runs/tiny-$(SEED)
 train-tiny: .venv/installed
-	.venv/bin/python train.py --preset tiny --name tiny
-	.venv/bin/python eval.py metrics --num 100 --out runs/tiny/base
-	.venv/bin/python eval.py metrics --num 100 --lora runs/tiny --out runs/tiny/trained
-	.venv/bin/python eval.py table --runs base=runs/tiny/base trained=runs/tiny/trained
-	.venv/bin/python eval.py report runs/tiny
+	.venv/bin/python train.py --preset tiny --name tiny-$(SEED) --seed $(SEED)
+	.venv/bin/python eval.py metrics --num 100 --out $(RUN)/base
+	.venv/bin/python eval.py metrics --num 100 --lora $(RUN) --out $(RUN)/trained
+	.venv/bin/python eval.py metrics --num 50 --split dynamic --out $(RUN)/base_dynamic
+	.venv/bin/python eval.py metrics --num 50 --split dynamic --lora $(RUN) --out $(RUN)/trained_dynamic
+	.venv/bin/python eval.py table --runs base=$(RUN)/base trained=$(RUN)/trained
+	.venv/bin/python eval.py table --runs base=$(RUN)/base_dynamic trained=$(RUN)/trained_dynamic
+	.venv/bin/python tiny_world.py probe --run $(RUN)/base --prompts tiny --num 100
+	.venv/bin/python tiny_world.py probe --run $(RUN)/trained --prompts tiny --num 100 --lora $(RUN)
+	.venv/bin/python eval.py report $(RUN)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

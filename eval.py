@@ -277,9 +277,23 @@ TABLES = {
     "Rewards and motion": ("reward_meta", "reward_recon", "reward_traj", "reward_general", "three_d", "motion"),
 }
 
+CHANGES = ("psnr", "psnr_held_out", "reward_meta", "reward_recon", "reward_traj", "three_d", "reward_general", "motion")
+
+
+def changes(before, after):
+    """Videos of two results folders that share name and prompt -> {metric: (mean change, low, high, share that rose)}, the
+    interval over videos; {} where none are shared."""
+    one, two = ({(r["video"], r["prompt"]): r for r in map(json.loads, (Path(f) / "metrics.jsonl").read_text().splitlines()) if "error" not in r} for f in (before, after))
+    out = {}
+    for name in CHANGES if one.keys() & two.keys() else ():
+        d = [two[k][name] - one[k][name] for k in one if k in two and math.isfinite(one[k].get(name, math.nan)) and math.isfinite(two[k].get(name, math.nan))]
+        out[name] = *interval(d), sum(x > 0 for x in d) / len(d) if d else math.nan
+    return out
+
 
 def table(runs):
-    """Markdown in the paper's layout. runs: {label: results folder}. The paper's own rows are marked as such."""
+    """Markdown in the paper's layout. runs: {label: results folder}. The paper's own rows are marked as such. Runs on the
+    first one's prompts and seed are also compared with it video by video."""
     found = {}
     for label, folder in runs.items():
         file = Path(folder) / "summary.json"
@@ -296,6 +310,11 @@ def table(runs):
             if any(c in numbers for c in columns):
                 lines.append(f"| *paper: {label}* | " + " | ".join(f"*{numbers[c]}*" if c in numbers else "" for c in columns) + " |")
         lines.append("")
+    base, *others = runs
+    rows = {label: changes(runs[base], runs[label]) for label in others if found[label]["seed"] == found[base]["seed"]}
+    if any(rows.values()):
+        lines += [f"**Change from {base}, same prompts and seeds (share of videos that rose)**", "", "| | " + " | ".join(CHANGES) + " |", "|---" * (len(CHANGES) + 1) + "|"]
+        lines += [f"| {label} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}] ({:.0%})".format(*row[c]) for c in CHANGES) + " |" for label, row in rows.items() if row] + [""]
     lines += ["**VBench**", "", "| | " + " | ".join(VBENCH) + " |", "|---" * 6 + "|"]
     for label, about in found.items():
         v = about["summary"].get("vbench")

@@ -47,7 +47,7 @@ class Probe(nn.Module):
         self.body = nn.Sequential(
             nn.Conv3d(3, w, (1, 5, 5), (1, 2, 2), (0, 2, 2)), nn.ReLU(), nn.Conv3d(w, 2 * w, 3, (2, 2, 2), 1), nn.GroupNorm(4, 2 * w), nn.ReLU(),
             nn.Conv3d(2 * w, 3 * w, 3, (2, 2, 2), 1), nn.GroupNorm(4, 3 * w), nn.ReLU(), nn.Conv3d(3 * w, 4 * w, 3, 1, 1), nn.GroupNorm(4, 4 * w), nn.ReLU(),
-            nn.AdaptiveAvgPool3d((4, 4, 4)), nn.Flatten(), nn.Linear(4 * w * 64, 192), nn.ReLU())
+            nn.AdaptiveAvgPool3d((4, 4, 4)), nn.Flatten(), nn.Linear(4 * w * 64, 48, bias=False), nn.Linear(48, 192), nn.ReLU())
         self.frames = nn.Sequential(
             nn.Conv2d(3, w, 3, 1, 1), nn.ReLU(), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.GroupNorm(4, 2 * w), nn.ReLU(),
             nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.GroupNorm(4, 4 * w), nn.ReLU(), nn.Conv2d(4 * w, 6 * w, 3, 1, 1), nn.GroupNorm(4, 6 * w), nn.ReLU(),

@@ -476,17 +476,29 @@ def spearman(a, b):
     return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
 
 
+def interval_of(statistic, *sizes, draws=2000):
+    """Bootstrap 95 % interval of statistic(weights, ...), weights (draws, n) for each size n -> (value, low, high)."""
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.stack([torch.bincount(torch.randint(n, (n,), generator=g), minlength=n) for _ in range(draws)]).double() for n in sizes]
+    found = statistic(*[torch.cat([torch.ones(1, w.shape[1], dtype=w.dtype), w]) for w in weights])
+    return found[0].item(), found[1:].quantile(.025).item(), found[1:].quantile(.975).item()
+
+
+def _beats(better, worse):
+    return (better > worse).double() + .5 * (better == worse).double()
+
+
 def win_rate(better, worse):
     """Share of pairs ranked right, ties counting half, with its bootstrap 95 % interval -> (rate, low, high)."""
-    better, worse = torch.as_tensor(better), torch.as_tensor(worse)
-    right = (better > worse).double() + .5 * (better == worse).double()
-    draws = right[torch.randint(len(right), (2000, len(right)), generator=torch.Generator().manual_seed(0))].mean(1)
-    return right.mean().item(), draws.quantile(.025).item(), draws.quantile(.975).item()
+    right = _beats(torch.as_tensor(better), torch.as_tensor(worse))
+    return interval_of(lambda w: w @ right / len(right), len(right))
 
 
 def auc(better, worse):
-    """Area under the ROC curve: the chance that any one of the better outranks any one of the worse."""
-    return win_rate(torch.as_tensor(better).repeat_interleave(len(worse)), torch.as_tensor(worse).repeat(len(better)))[0]
+    """Area under the ROC curve, the chance that any one of the better outranks any one of the worse, ties counting half,
+    with its bootstrap 95 % interval -> (area, low, high)."""
+    M = _beats(torch.as_tensor(better)[:, None], torch.as_tensor(worse)[None])
+    return interval_of(lambda a, b: ((a @ M) * b).sum(1) / M.numel(), *M.shape)
 
 
 @torch.no_grad()
@@ -526,7 +538,8 @@ def validate(rewards, num=200, seed=0, levels=5):
 
         kind = CORRUPTIONS[i % 3]  # freeze is a rigid world: the path's business, not the re-render's
         note("recon: clip against corrupted", kind, lambda s: terms(kind, s)[0]["recon"])
-        every = CORRUPTIONS[i % 4]
+        still = scene.motions == ["fixed"]  # which cannot be frozen
+        every = CORRUPTIONS[i % 4] if not still else kind
         note("total: clip against corrupted", every, lambda s: sum(terms(every, s)[0][t] for t in TERMS))
 
         def where_asked(video, rec, K):  # the twin's units are the room's
@@ -534,7 +547,8 @@ def validate(rewards, num=200, seed=0, levels=5):
             return 1 - lpips_distance(rewards.lpips, splat.render(rec.gaussians, asked, K, 64, 64)[0].clamp(0, 1), video[rec.frames])
 
         note("re-render where the prompt asked", every, lambda s: where_asked(*terms(every, s)[2:], terms(every, s)[1]["K"]))
-        note("traj: motion against weaker motion", "freeze", lambda s: terms("freeze", s)[0]["traj"])
+        if not still:
+            note("traj: motion against weaker motion", "freeze", lambda s: terms("freeze", s)[0]["traj"])
         rec, K = terms("", 0.0)[1]["rec"], terms("", 0.0)[1]["K"]
         broken = DAMAGE[i % 4]
 
@@ -553,9 +567,8 @@ def validate(rewards, num=200, seed=0, levels=5):
         row["bad"].append(trajectory_reward(camera_path([wrong], 17)[rec.frames], rec.camera_to_world, rewards.alpha, rewards.beta, float(rec.depth.median())))
 
     for name, row in table.items():
-        rate, low, high = win_rate(row["good"], row["bad"])
-        row.update(pairs=rate, low=low, high=high, auc=auc(row["good"], row["bad"]))
-        line = f"{name:36} pairs {rate:.3f} [{low:.3f}, {high:.3f}]  AUC {row['auc']:.3f}"
+        row.update(pairs=win_rate(row["good"], row["bad"]), auc=auc(row["good"], row["bad"]))
+        line = f"{name:36} {len(row['good']):3} pairs " + "  ".join("{} {:.3f} [{:.3f}, {:.3f}]".format(k, *row[v]) for k, v in (("right", "pairs"), ("AUC", "auc")))
         if row["rho"]:
             row["spearman"] = sum(row["rho"]) / len(row["rho"])
             line += f"  rho {row['spearman']:.2f}"

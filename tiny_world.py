@@ -325,7 +325,7 @@ SCORED = ("probe", "compare", "score-vae", "score-depth")
 MADE = ("vae", "data", "dit", "depth", "critic", "preference", "train-probe", "export")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("show", *SCORED, *MADE))
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of states, logs and pictures")
@@ -345,7 +345,7 @@ def main():
     parser.add_argument("--strength", type=float, nargs="+", help="probe: of the noise's camera path")
     parser.add_argument("--rendered", action="store_true", help="probe: score the renderer's own clips instead")
     parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     if a.command == "show":
         scenes = [random_scene(a.seed, s, i) for s in ("static", "dynamic") for i in range(6)]
         contact_sheet(a.run / "show.png", [render(s)["video"] for s in scenes] + [corrupt(s, kind) for s, kind in zip(scenes, CORRUPTIONS)])

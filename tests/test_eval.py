@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from eval import camera_errors, folder_videos, halfway, interval, main, mvcs, psnr, ssim, table
+from eval import changes, camera_errors, folder_videos, halfway, interval, main, mvcs, psnr, ssim, table
 from noise_warp import camera_path
 from sample import write_video
 from tiny_world import intrinsics, random_scene, render
@@ -152,6 +152,22 @@ def test_table_holds_ours_and_the_papers(scored, tmp_path):
     assert "| base |" in text and "*paper: World-R1-Small* | *27.63*" in text and "random trunk (a stand-in)" in text and "not comparable" in text
     with pytest.raises(ValueError, match="holds no summary.json"):
         table(dict(x=tmp_path))
+
+
+def test_runs_on_the_same_prompts_are_compared_video_by_video(scored, tmp_path):
+    _, out, rows, _ = scored
+    better = tmp_path / "better"
+    shutil.copytree(out, better)
+    good = [r for r in rows if "error" not in r]
+    up = [.5, -.1, .2, .2]
+    (better / "metrics.jsonl").write_text("".join(json.dumps(r | dict(psnr=r["psnr"] + d)) + "\n" for r, d in zip(good[::-1], up[::-1])))  # another order
+    found = changes(out, better)
+    assert found["psnr"][0] == pytest.approx(.2) and found["psnr"][1] <= .2 <= found["psnr"][2] and found["psnr"][3] == .75
+    assert found["motion"][0] == 0 and found["motion"][3] == 0
+    assert "**Change from base" in table(dict(base=out, rl=better)) and "+0.200" in table(dict(base=out, rl=better))
+    about = json.loads((better / "summary.json").read_text())
+    (better / "summary.json").write_text(json.dumps(about | dict(seed=1)))
+    assert "Change from" not in table(dict(base=out, rl=better))  # other seeds are other videos
 
 
 def test_a_model_is_sampled_and_scored(scored, checkpoint, tmp_path, capsys):

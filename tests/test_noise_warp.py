@@ -185,6 +185,10 @@ def test_transport_follows_the_flow_at_least_as_well_as_the_published_form(motio
     assert got > .3 and got >= published, (got, published)
     for z in (ours, theirs):
         assert z[:, -1].mean().abs() < 4 / math.sqrt(z[:, -1].numel()) and abs(z[:, -1].var() - 1) < .06
+    a, b = (z[:, -1].flatten().sort().values for z in (ours, theirs))  # one distribution: two-sample Kolmogorov-Smirnov
+    every, n = torch.cat([a, b]), len(a)
+    distance = (torch.searchsorted(a, every, right=True) - torch.searchsorted(b, every, right=True)).abs().max() / n
+    assert distance < math.sqrt(-math.log(.001 / 10 / 2) / n)
 
 
 def test_zero_flow_returns_the_same_noise_to_the_bit():

@@ -302,7 +302,10 @@ def test_standardised_sum_gives_every_term_one_voice():
 
 
 def test_ranking_measures():
-    assert win_rate([1, 2, 3], [0, 2, 4])[0] == .5 and auc([3, 4], [1, 2]) == 1 and auc([1, 2], [1, 2]) == .5
+    assert win_rate([1, 2, 3], [0, 2, 4])[0] == .5 and auc([3, 4], [1, 2]) == (1, 1, 1) and auc([1, 2], [1, 2])[0] == .5
+    x, y = torch.randn(2, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    area, low, high = auc(x + 1, y)  # of two normals a deviation apart: Phi(1/sqrt 2) = .760, standard error about .017
+    assert low < .760 < high and .05 < high - low < .08 and area == pytest.approx(((x + 1)[:, None] > y).double().mean().item())
     assert spearman(torch.tensor([1., 5, 9]), torch.tensor([0., 1, 2])) == pytest.approx(1)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import probe
+import tiny_world
 from depth_anything import Gaussians, Reconstruction
 from noise_warp import parse_motion
 from tiny_world import (COLOURS, CORRUPTIONS, DAMAGE, DEGRADATIONS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, corrupt, damage, degrade, intrinsics,
@@ -172,8 +173,8 @@ def test_depth_training_losses_reach_every_part():
         if together:
             losses = camera_step(da3, torch.nn.Linear(128, 12), torch.stack([x for x, _, _ in data]), torch.stack([d for _, d, _ in data]), torch.stack([p[[0, 5, 9]] for p in paths]), rng)
         else:
-            losses = render_step(da3, *data[0][:2], paths[0], [0, 5, 9], data[0][2], 3)
-        assert set(losses) == {"depth", "position", "rotation", "focal"} | ({"room", "surface", "colour", "flat"} if together else {"render"}) and all(v.isfinite() for v in losses.values())
+            losses = render_step(da3, *data[0][:2], paths[0], [0, 5, 9], data[0][2], [2, 3])
+        assert set(losses) == {"depth", "position", "rotation", "focal"} | ({"room", "surface", "colour", "flat", "opacity"} if together else {"render"}) and all(v.isfinite() for v in losses.values())
         sum(losses.values()).backward()
         for part in (da3.backbone.pretrained.blocks[0].attn.qkv, da3.head.projects[0], da3.cam_dec.fc_t, da3.gs_head.projects[0]):
             assert part.weight.grad.abs().sum() > 0
@@ -241,6 +242,24 @@ def test_render_from_given_cameras():
 
 
 # -------------------------------------------------------------------------------------------------------------- the probe
+
+def test_commands_print_a_row_for_every_setting_and_name_their_errors(tmp_path, capsys):
+    def command(*arguments):
+        code = tiny_world.main([*map(str, arguments), "--run", str(tmp_path)])
+        out, err = capsys.readouterr()
+        return code, [line for line in out.splitlines() if line.startswith("|")][2:], out, err
+
+    code, rows, _, _ = command("probe", "--num", 2, "--steps", 1, 2, "--degradation", 0, 1)
+    assert code == 0 and [r.split("|")[1].strip() for r in rows] == [f"steps {s}, degradation {d}" for s in (1, 2) for d in (0, 1)]
+    assert len({r.split("|")[-2] for r in rows}) == 4 and (tmp_path / "probe.png").exists()  # every setting made other videos
+    assert command("probe", "--num", 2, "--rendered")[1][0].count("1.000 [") == 5
+    assert command("compare", "--num", 1)[0] == 0 and (tmp_path / "compare.webp").stat().st_size > 1000
+    code, rows, out, _ = command("score-depth", "--num", 2)
+    assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"input_db", "odd_db", "rotation_deg", "direction_deg", "absrel"}
+    assert command("probe", "--probe", tmp_path)[0] == 2 and "train-probe" in command("probe", "--probe", tmp_path)[3]
+    (tmp_path / "p.txt").write_text("a mountain\n")
+    assert "cannot read what this prompt asks" in command("probe", "--prompts", tmp_path / "p.txt")[3]
+
 
 def test_the_probe_asks_what_the_caption_asks():
     for split in ("static", "dynamic"):
