@@ -127,14 +127,16 @@ def path_flow(path, height, width, depth=1.0, fov=FOV):
     x = (torch.arange(width, dtype=torch.float64) + .5 - width / 2) / focal
     y = (torch.arange(height, dtype=torch.float64) + .5 - height / 2) / focal
     rays = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.ones(height, width, dtype=torch.float64)])
-    R, c = path[:, :3, :3], path[:, :3, 3]
-    world = torch.einsum("fij,jhw->fihw", R[:-1], rays)  # ray directions
-    t = (depth - c[:-1, 2]).view(-1, 1, 1) / world[:, 2]
-    point = c[:-1, :, None, None] + t[:, None] * world - c[1:, :, None, None]
-    seen = torch.einsum("fji,fjhw->fihw", R[1:], point)  # in the next camera
-    flow = (seen[:, :2] / seen[:, 2:] - rays[:2]) * focal
-    lost = (t <= 0) | (seen[:, 2] <= 0) | ~flow.isfinite().all(1)
-    return torch.where(lost[:, None], 4.0 * (height + width), flow).float()
+    flows = []
+    for here, there in zip(path, path[1:]):  # a frame at a time: in float64 all at once would take gigabytes
+        world = torch.einsum("ij,jhw->ihw", here[:3, :3], rays)  # ray directions
+        t = (depth - here[2, 3]) / world[2]
+        point = here[:3, 3, None, None] + t * world - there[:3, 3, None, None]
+        seen = torch.einsum("ji,jhw->ihw", there[:3, :3], point)  # in the next camera
+        flow = (seen[:2] / seen[2:] - rays[:2]) * focal
+        lost = (t <= 0) | (seen[2] <= 0) | ~flow.isfinite().all(0)
+        flows.append(torch.where(lost, 4.0 * (height + width), flow).float())
+    return torch.stack(flows) if flows else torch.empty(0, 2, height, width)
 
 
 # ------------------------------------------------------------------------------------------------------ the transport

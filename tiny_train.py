@@ -784,8 +784,11 @@ def export_critic(run, folder):
 
 
 def export_preference(run, folder):
+    """The score divided by 32: pairs leave its size open, and so the plain sum of the four terms is not its alone."""
     shutil.copytree(run / "preference" / "start", folder, dirs_exist_ok=True)
     state = torch.load(run / "preference" / "state.pt", weights_only=True)["ema"]
+    for name in ("rm_head.5.weight", "rm_head.5.bias"):
+        state[name][0] /= 32
     save_file({published_key(k): v.to(torch.bfloat16).contiguous() for k, v in state.items()}, folder / "HPSv3.safetensors")
 
 
