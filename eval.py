@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import splat
 from noise_warp import camera_path, parse_motion
-from rewards import TERMS, TINY, Rewards, lpips_distance, motion_magnitude, native_intrinsics
+from rewards import TERMS, TINY, Rewards, bootstrap, lpips_distance, motion_magnitude, native_intrinsics
 from sample import initial_noise, model_defaults, read_video, sample, write_video
 from train import load_prompts
 
@@ -151,13 +151,10 @@ def measure(video, prompt, path, rewards):
     return row
 
 
-def interval(values, draws=2000):
+def interval(values):
     """Mean and its bootstrap 95 % interval, NaN left out -> (mean, low, high)."""
     x = torch.tensor([v for v in values if v is not None and math.isfinite(v)], dtype=torch.float64)
-    if not len(x):
-        return math.nan, math.nan, math.nan
-    means = x[torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))].mean(1)
-    return float(x.mean()), float(means.quantile(.025)), float(means.quantile(.975))
+    return bootstrap(lambda w: w @ x / len(x), len(x)) if len(x) else (math.nan,) * 3
 
 
 # --------------------------------------------------------------------------------------------------------- many videos
@@ -281,13 +278,16 @@ CHANGES = ("psnr", "psnr_held_out", "reward_meta", "reward_recon", "reward_traj"
 
 
 def changes(before, after):
-    """Videos of two results folders that share name and prompt -> {metric: (mean change, low, high, share that rose)}, the
-    interval over videos; {} where none are shared."""
-    one, two = ({(r["video"], r["prompt"]): r for r in map(json.loads, (Path(f) / "metrics.jsonl").read_text().splitlines()) if "error" not in r} for f in (before, after))
+    """Videos of two results folders that share name, prompt and size -> {metric: (mean change, low, high, share that rose)},
+    the interval over videos; a metric that no shared video has is left out."""
+    one, two = ({(r["video"], r["prompt"], r["size"]): r for r in map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()) if "error" not in r}
+                for folder in (before, after))
     out = {}
-    for name in CHANGES if one.keys() & two.keys() else ():
-        d = [two[k][name] - one[k][name] for k in one if k in two and math.isfinite(one[k].get(name, math.nan)) and math.isfinite(two[k].get(name, math.nan))]
-        out[name] = *interval(d), sum(x > 0 for x in d) / len(d) if d else math.nan
+    for name in CHANGES:
+        d = [two[k].get(name, math.nan) - one[k].get(name, math.nan) for k in one.keys() & two.keys()]
+        d = sorted(x for x in d if math.isfinite(x))
+        if d:
+            out[name] = *interval(d), sum(x > 0 for x in d) / len(d)
     return out
 
 
@@ -314,7 +314,7 @@ def table(runs):
     rows = {label: changes(runs[base], runs[label]) for label in others if found[label]["seed"] == found[base]["seed"]}
     if any(rows.values()):
         lines += [f"**Change from {base}, same prompts and seeds (share of videos that rose)**", "", "| | " + " | ".join(CHANGES) + " |", "|---" * (len(CHANGES) + 1) + "|"]
-        lines += [f"| {label} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}] ({:.0%})".format(*row[c]) for c in CHANGES) + " |" for label, row in rows.items() if row] + [""]
+        lines += [f"| {label} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}] ({:.0%})".format(*row[c]) if c in row else "" for c in CHANGES) + " |" for label, row in rows.items() if row] + [""]
     lines += ["**VBench**", "", "| | " + " | ".join(VBENCH) + " |", "|---" * 6 + "|"]
     for label, about in found.items():
         v = about["summary"].get("vbench")

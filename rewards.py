@@ -476,11 +476,14 @@ def spearman(a, b):
     return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
 
 
-def interval_of(statistic, *sizes, draws=2000):
-    """Bootstrap 95 % interval of statistic(weights, ...), weights (draws, n) for each size n -> (value, low, high)."""
-    g = torch.Generator().manual_seed(0)
-    weights = [torch.stack([torch.bincount(torch.randint(n, (n,), generator=g), minlength=n) for _ in range(draws)]).double() for n in sizes]
-    found = statistic(*[torch.cat([torch.ones(1, w.shape[1], dtype=w.dtype), w]) for w in weights])
+def bootstrap(statistic, *sizes, draws=2000):
+    """A statistic of samples of the given sizes with its bootstrap 95 % interval -> (value, low, high). statistic(weights,
+    ...) takes how often each member was drawn, (draws, n) for each size n, and returns (draws,)."""
+    g, weights = torch.Generator().manual_seed(0), []
+    for n in sizes:
+        drawn = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, torch.randint(n, (draws, n), generator=g), torch.ones(draws, n, dtype=torch.float64))
+        weights.append(torch.cat([torch.ones(1, n, dtype=torch.float64), drawn]))  # first the sample itself
+    found = statistic(*weights)
     return found[0].item(), found[1:].quantile(.025).item(), found[1:].quantile(.975).item()
 
 
@@ -491,14 +494,14 @@ def _beats(better, worse):
 def win_rate(better, worse):
     """Share of pairs ranked right, ties counting half, with its bootstrap 95 % interval -> (rate, low, high)."""
     right = _beats(torch.as_tensor(better), torch.as_tensor(worse))
-    return interval_of(lambda w: w @ right / len(right), len(right))
+    return bootstrap(lambda w: w @ right / len(right), len(right))
 
 
 def auc(better, worse):
     """Area under the ROC curve, the chance that any one of the better outranks any one of the worse, ties counting half,
     with its bootstrap 95 % interval -> (area, low, high)."""
     M = _beats(torch.as_tensor(better)[:, None], torch.as_tensor(worse)[None])
-    return interval_of(lambda a, b: ((a @ M) * b).sum(1) / M.numel(), *M.shape)
+    return bootstrap(lambda a, b: ((a @ M) * b).sum(1) / M.numel(), *M.shape)
 
 
 @torch.no_grad()

@@ -28,22 +28,25 @@ def render(gaussians, camera_to_world, intrinsics, height, width, max_pairs=None
 
     gaussians: means (N, 3), scales (N, 3), rotations (N, 4) as w, x, y, z, harmonics (N, 3, K) with K = 1, 4 or 9,
     opacities (N,). camera_to_world (V, 4, 4), intrinsics (V, 3, 3) in pixels of the rendered size.
-    max_pairs bounds the PyTorch path's working memory, at about 200 bytes a pair and thread without gradients; by default 4 pairs a
-    pixel, at least 100,000: small enough for the cache, and for pixels to close before what they hide is looked at.
+    max_pairs bounds the PyTorch path's working memory, at about 200 bytes a pair without gradients; by default 4 pairs a pixel
+    and thread, at least 100,000: small enough for the cache, and for pixels to close before what they hide is looked at.
     """
-    max_pairs = max_pairs or max(100_000, 4 * height * width)
     if gaussians.means.is_cuda:
         return _gsplat(gaussians, camera_to_world, intrinsics, height, width)
+    # One view is many small operations, which two cores hardly share; so each thread takes views of its own.
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    workers = min(threads, len(intrinsics))
+    share = max(max_pairs // workers, 1) if max_pairs else max(100_000, 4 * height * width)
 
     def view(pose, K):
         with torch.set_grad_enabled(grad):  # a thread's own setting
-            return _view(gaussians, pose, K, height, width, max_pairs)
+            return _view(gaussians, pose, K, height, width, share)
 
-    # One view is many small operations, which two cores hardly share; so each thread takes views of its own.
-    with ThreadPoolExecutor(min(threads, len(intrinsics)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        views = list(pool.map(view, camera_to_world.float(), intrinsics.float()))
-    torch.set_num_threads(threads)  # the workers' setting reaches libraries of the whole process
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            views = list(pool.map(view, camera_to_world.float(), intrinsics.float()))
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting reaches libraries of the whole process
     return tuple(torch.stack(x) for x in zip(*views))
 
 

@@ -309,6 +309,14 @@ def test_ranking_measures():
     assert spearman(torch.tensor([1., 5, 9]), torch.tensor([0., 1, 2])) == pytest.approx(1)
 
 
+def test_the_shipped_twins_tell_good_from_bad(capsys):
+    """The validity suite on 12 clips: every term ranks most of its pairs right, the geometric ones nearly all."""
+    from rewards import load_rewards, validate
+    found = {name.split(":")[0]: row["pairs"][0] for name, row in validate(load_rewards(views=5).load(), num=12, seed=1, levels=2).items() if "weaker" not in name}
+    assert set(found) == {"recon", "total", "re-render where the prompt asked", "meta", "general", "traj"}
+    assert min(found.values()) >= .75 and min(found["recon"], found["traj"], found["re-render where the prompt asked"]) > .9, found
+
+
 def test_command_line(twins, tmp_path, capsys):
     from rewards import main
     from sample import write_video

@@ -83,6 +83,24 @@ def test_memory_bound_does_not_change_the_picture(monkeypatch):
     for a, b in zip(render(g, poses, K, 40, 40, max_pairs=5000), whole):
         assert torch.allclose(a, b, atol=1e-5)
     assert len(sizes) > 3 and all(pairs <= 5000 or count == 1 for pairs, count in sizes)
+    sizes.clear()
+    workers = min(2, torch.get_num_threads())  # which share the bound
+    render(g, poses.repeat(2, 1, 1), K.repeat(2, 1, 1), 40, 40, max_pairs=5000)
+    assert all(pairs <= 5000 // workers or count == 1 for pairs, count in sizes)
+
+
+def test_many_views_are_the_views_and_leave_the_threads_as_they_were():
+    g, (poses, K) = scene(100, 3), cameras(5, 12, 16)
+    threads, together = torch.get_num_threads(), render(g, poses, K, 12, 16)
+    for i in range(5):
+        assert all(torch.equal(a[i], b[0]) for a, b in zip(together, render(g, poses[i:i + 1], K[i:i + 1], 12, 16)))
+    g.means.requires_grad_(True)
+    assert render(g, poses, K, 12, 16)[0].requires_grad
+    with torch.no_grad():
+        assert not render(g, poses, K, 12, 16)[0].requires_grad
+    with pytest.raises(IndexError):
+        render(g, poses[:, :, :2], K, 12, 16)
+    assert torch.get_num_threads() == threads
 
 
 def one(mean, scale=.05, opacity=.8, colour=(1.0, 0, 0)):
