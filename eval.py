@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import splat
-from noise_warp import camera_path, parse_motion
+from noise_warp import camera_path, parse_motion, without_motion
 from rewards import TERMS, TINY, Rewards, bootstrap, lpips_distance, motion_magnitude, native_intrinsics
 from sample import initial_noise, model_defaults, read_video, sample, write_video
-from train import load_prompts
+from train import load_prompts, parse_arguments
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
@@ -120,16 +120,18 @@ def halfway(poses):
 
 # ------------------------------------------------------------------------------------------------------------ one video
 
-def rerender(rec, video):
-    """(rendered, true) frames at the reconstructed views, and at the held-out ones (None if there are none between)."""
+def rerender(rec, video, shown=None):
+    """(rendered, true) frames at the reconstructed views, and at the held-out ones (None if there are none between).
+    shown: the reconstructed views' renders, where S_recon has made them already."""
     K, (H, W) = native_intrinsics(rec, *video.shape[2:]), video.shape[2:]
-    shown = splat.render(rec.gaussians, rec.camera_to_world, K, H, W)[0].clamp(0, 1).cpu()
+    if shown is None:
+        shown = splat.render(rec.gaussians, rec.camera_to_world, K, H, W)[0].clamp(0, 1)
     between = [(int(a) + int(b)) // 2 for a, b in zip(rec.frames, rec.frames[1:]) if b - a > 1]
     held = None
     if between:
         gaps = [i for i, (a, b) in enumerate(zip(rec.frames, rec.frames[1:])) if b - a > 1]
         held = splat.render(rec.gaussians, halfway(rec.camera_to_world)[gaps], K[:-1][gaps], H, W)[0].clamp(0, 1).cpu(), video[between]
-    return (shown, video[rec.frames]), held
+    return (shown.cpu(), video[rec.frames]), held
 
 
 @torch.no_grad()
@@ -139,10 +141,10 @@ def measure(video, prompt, path, rewards):
     if "rec" not in seen:
         raise ValueError(rewards.reasons.get("recon") or rewards.reasons.get("meta") or rewards.reasons.get("traj") or "no reconstruction")
     rec, row = seen["rec"], {f"reward_{name}": scores[name] for name in TERMS}
-    pairs = rerender(rec, video)
-    for tag, pair in zip(("", "_held_out"), pairs):
+    for tag, pair in zip(("", "_held_out"), rerender(rec, video, seen.get("render"))):
         if pair is not None:
-            row |= {"psnr" + tag: psnr(*pair), "ssim" + tag: ssim(*pair), "lpips" + tag: lpips_distance(rewards.lpips, *(x.to(rewards.device) for x in pair))}
+            distance = 1 - scores["recon"] if not tag and "render" in seen else lpips_distance(rewards.lpips, *(x.to(rewards.device) for x in pair))
+            row |= {"psnr" + tag: psnr(*pair), "ssim" + tag: ssim(*pair), "lpips" + tag: distance}
     found = rec.camera_to_world.cpu().clone()
     found[:, :3, 3] /= float(rec.depth.median())
     row |= {"mvcs": mvcs(rec.depth, rec.camera_to_world, rec.intrinsics)} | camera_errors(path[rec.frames], found)
@@ -197,7 +199,7 @@ def sampled_videos(a):
             cache.clear()
             part = list(range(i, min(i + 10, len(prompts))))
             noise = torch.cat([initial_noise(wan, prompts[k], frames, d["height"], d["width"], [k], a.seed, a.transport, degradation=d["degradation"])[0] for k in part])
-            latents = sample(wan, [prompts[k] for k in part], noise, d["steps"], d["guidance"])
+            latents = sample(wan, [without_motion(prompts[k]) if a.hide_camera else prompts[k] for k in part], noise, d["steps"], d["guidance"])
             for k, x in zip(part, latents):
                 cache[k] = wan.vae.decode(x[None])[0].cpu()
                 write_video(a.out / "videos" / f"{k:04d}.mp4", cache[k], d["fps"])
@@ -343,23 +345,25 @@ SWEEP = {  # cell -> (arguments of train.py, arguments of metrics)
 
 
 def sweep(a, rest):
-    """Trains every cell (rest: further arguments for train.py) and scores it; what is done is not done again."""
+    """Trains every cell (rest: further arguments for train.py) and scores it at the length it was trained with, the base and
+    the full cell at `a.also` frames too; what is done is not done again."""
     cells = a.cells or list(SWEEP)
     unknown = [c for c in cells if c not in SWEEP]
     if unknown:
         raise ValueError(f"unknown cell '{unknown[0]}'; the cells are {', '.join(SWEEP)}")
-    here = Path(__file__).parent
+    here, c = Path(__file__).parent, parse_arguments(rest)
     bar, done = tqdm(cells, desc="sweep", unit="cell"), {}
     base = a.out / "base_results"
     jobs = [("base", None, base, [])] + [(cell, SWEEP[cell][0], a.out / cell / "results", SWEEP[cell][1]) for cell in bar]
     for cell, arguments, results, scoring in jobs:
         if arguments is not None:
-            subprocess.run([sys.executable, here / "train.py", "--runs", a.out, "--name", cell, *arguments, *rest], check=True)
+            subprocess.run([sys.executable, here / "train.py", "--runs", a.out, "--name", cell, *rest, *arguments], check=True)
             scoring = [*scoring, "--lora", a.out / cell]
-        for tag, more in (("", []), ("_long", ["--frames", str(a.long)])) if cell in ("base", "full") else (("", []),):
+        for length in (c.frames, a.also) if cell in ("base", "full") else (c.frames,):
+            tag = "" if length == c.frames else f"_{length}_frames"
             folder = results.with_name(results.name + tag)
             if not (folder / "summary.json").exists():
-                subprocess.run([sys.executable, here / "eval.py", "metrics", "--num", str(a.num), "--out", folder, *scoring, *more], check=True)
+                subprocess.run([sys.executable, here / "eval.py", "metrics", "--model", c.model, "--num", str(a.num), "--frames", str(length), "--out", folder, *scoring], check=True)
             done[cell + tag.replace("_", " ")] = folder
     (a.out / "table.md").write_text(table(done) + "\n")
     print(table(done))
@@ -380,6 +384,7 @@ def main(argv=None):
     m.add_argument("--seed", type=int, default=0)
     m.add_argument("--frames", type=int, help="4k+1; default: the model's")
     m.add_argument("--no-transport", dest="transport", action="store_false")
+    m.add_argument("--hide-camera", action="store_true", help="the text encoder sees the prompts without their camera words")
     m.add_argument("--out", type=Path, default=Path("results"))
     m.add_argument("--depth-anything", default=TINY / "depth_anything")
     m.add_argument("--critic", default=TINY / "qwen3_vl")
@@ -393,7 +398,7 @@ def main(argv=None):
     s.add_argument("--out", type=Path, default=Path("runs/sweep"))
     s.add_argument("--cells", nargs="+", help=", ".join(SWEEP))
     s.add_argument("--num", type=int, default=100)
-    s.add_argument("--long", type=int, default=33, help="frames of the long-video columns (81-frame models: 121)")
+    s.add_argument("--also", type=int, default=17, help="frames at which the base and the full cell are scored too (81-frame models: 121)")
     r = commands.add_parser("report", help="one self-contained HTML page of a run")
     r.add_argument("run", type=Path)
     y = commands.add_parser("study", help="a blind pairwise study page, or its scores")

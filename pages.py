@@ -145,8 +145,25 @@ def examples(run, config, count=6):
     return "\n".join(out)
 
 
+def tables(markdown):
+    """eval.table's Markdown as HTML."""
+    out, rows = [], []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            rows += [[html.escape(c.strip().strip("*")) for c in line.strip("|").split("|")]] if set(line) - set("|-") else []
+            continue
+        if rows:
+            head, *rest = ["".join(f"<{tag}>{c}</{tag}>" for c in row) for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
+            out.append('<div class="scroll"><table>' + "".join(f"<tr>{row}</tr>" for row in (head, *rest)) + "</table></div>")
+            rows = []
+        if line:
+            out.append(f"<h3>{html.escape(line.strip('*'))}</h3>" if line.startswith("**") else f'<p class="note">{html.escape(line)}</p>')
+    return "\n".join(out)
+
+
 def report(run):
-    """runs/NAME -> runs/NAME/report.html."""
+    """runs/NAME -> runs/NAME/report.html. Results folders inside the run (eval.py metrics --out runs/NAME/...) become its tables."""
+    from eval import table
     if not (run / "metrics.jsonl").exists():
         raise ValueError(f"{run} holds no metrics.jsonl; give a training run's folder")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -170,6 +187,8 @@ def report(run):
         body += ["<h2>Fixed test prompts</h2>", '<div class="scroll"><table><tr><th>step</th>' + "".join(f"<th>{n}</th>" for n in names) + "</tr>"
                  + "".join(f"<tr><td>{e['step']}</td>" + "".join(f"<td>{cell(e[n])}</td>" for n in names) + "</tr>" for e in evals) + "</table></div>"]
     body += ["<h2>Training</h2>", f'<div class="grid">{"".join(charts)}</div>', "<h2>Before and after</h2>", examples(run, config)]
+    results = {f.parent.name: f.parent for f in sorted(run.glob("*/summary.json"))}
+    body += ["<h2>Results</h2>", tables(table(results))] if results else []
     part = run / ".report.part"
     part.write_text(document(config["name"], "\n".join(body), PLAY), encoding="utf-8")
     part.rename(run / "report.html")

@@ -82,8 +82,8 @@ def asked(prompt):
 
 @torch.no_grad()
 def read(probe, videos):
-    """Videos -> [{head: class index}], one a video."""
-    logits = [probe(v[None]) for v in videos]
+    """Videos (F, 3, 64, 64) -> [{head: class index}], one a video; of a longer one, 17 frames evenly spread, as the probe was trained."""
+    logits = [probe(v[torch.linspace(0, len(v) - 1, 17).round().long()][None]) for v in videos]
     return [{head: int(x[head].argmax()) for head in HEADS} for x in logits]
 
 
@@ -214,8 +214,9 @@ def command(a):
         if a.prompts:
             raise ValueError("--rendered scores the unseen scenes' own clips; drop --prompts")
         print(HEADER)
-        return row("rendered", [render(s)["video"] for s in tqdm(scenes, desc="render", unit="clip")], prompts, judge)
+        return row("rendered", [render(s, a.frames or 17)["video"] for s in tqdm(scenes, desc="render", unit="clip")], prompts, judge)
     wan, defaults = load_wan(a.model), model_defaults(a.model)
+    defaults["frames"] = a.frames or defaults["frames"]
     if a.lora:
         merge_lora(wan.dit, a.lora)
     settings = {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, shift=a.shift, strength=a.strength, degradation=a.degradation).items() if v}
@@ -223,24 +224,30 @@ def command(a):
     for values in itertools.product(*settings.values()):
         given = dict(zip(settings, values))
         noise = dict(transport=a.transport, strength=given.get("strength", 1.0), degradation=given.get("degradation", defaults["degradation"]))
-        videos = sample_prompts(wan, defaults | given, prompts, a.seed, **noise)
+        videos = sample_prompts(wan, defaults | given, prompts, a.seed, hide_camera=a.hide_camera, **noise)
         row(", ".join(f"{k} {v:g}" for k, v in given.items()) or ("defaults" if a.transport else "plain noise"), videos, prompts, judge)
     contact_sheet(a.run / "probe.png", videos[:20])
     print("", *prompts[:20], a.run / "probe.png", sep="\n")
 
 
 def compare(a, scale=2):
-    """`tiny_world.py compare`: an animated picture of unseen scenes, each clip as rendered beside its prompt's sample.
+    """`tiny_world.py compare`: an animated picture of unseen scenes, each clip as rendered beside its prompt's sample, and with
+    --lora beside the trained model's from the same noise too.
 
     The first --num unseen scenes and the seed's first noise, nothing picked; the prompts are printed in reading order.
     """
     import imageio.v3 as iio
     wan, defaults = load_wan(a.model), model_defaults(a.model)
+    defaults["frames"] = a.frames or defaults["frames"]
     scenes = unseen_scenes(a.num, a.seed)
-    videos = sample_prompts(wan, defaults, [s.caption for s in scenes], a.seed, degradation=defaults["degradation"])
-    pairs = [torch.cat([F.pad(x, (0, 2), value=1.0) for x in (render(s)["video"], v)], 3) for s, v in zip(scenes, videos)]
-    pairs += [torch.ones_like(pairs[0])] * (-len(pairs) % 3)
-    sheet = torch.cat([torch.cat([F.pad(x, (0, 6, 0, 6), value=1.0) for x in pairs[i:i + 3]], 3) for i in range(0, len(pairs), 3)], 2)
+    draw = lambda: sample_prompts(wan, defaults, [s.caption for s in scenes], a.seed, hide_camera=a.hide_camera, degradation=defaults["degradation"])  # noqa: E731
+    shown = [[render(s, defaults["frames"])["video"] for s in scenes], draw()]
+    if a.lora:
+        merge_lora(wan.dit, a.lora)
+        shown.append(draw())
+    rows, columns = [torch.cat([F.pad(x, (0, 2), value=1.0) for x in clips], 3) for clips in zip(*shown)], 3 if len(shown) == 2 else 2
+    rows += [torch.ones_like(rows[0])] * (-len(rows) % columns)
+    sheet = torch.cat([torch.cat([F.pad(x, (0, 6, 0, 6), value=1.0) for x in rows[i:i + columns]], 3) for i in range(0, len(rows), columns)], 2)
     frames = (sheet.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     file = a.run / "compare.webp"
     file.parent.mkdir(parents=True, exist_ok=True)

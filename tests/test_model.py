@@ -43,6 +43,20 @@ def test_vae_is_causal():
         assert torch.allclose(x[:, :9], y[:, :9], atol=1e-5) and not torch.allclose(x[:, 9:], y[:, 9:], atol=1e-3)
 
 
+def test_a_lone_clip_is_as_in_a_batch():  # a batch of one takes another convolution on the CPU
+    vae = randomise(VAE(VAEConfig(**VAE_)))
+    z = torch.randn(2, 4, 3, 2, 3)
+    both, alone = z.clone().requires_grad_(), z[:1].clone().requires_grad_()
+    a, b = vae.decode_raw(both), vae.decode_raw(alone)
+    assert relative(b[0], a[0]) < 1e-5
+    a[0].square().sum().backward()
+    weights = [p.grad.clone() for p in vae.decoder.parameters()]
+    vae.zero_grad()
+    b.square().sum().backward()
+    assert relative(alone.grad[0], both.grad[0]) < 1e-5
+    assert all(relative(p.grad, w) < 1e-4 for p, w in zip(vae.decoder.parameters(), weights) if w.norm() > 1e-3)
+
+
 def test_vae_refuses_wrong_shapes():
     vae = VAE(VAEConfig(**VAE_))
     for shape in ((1, 4, 3, 16, 16), (1, 5, 3, 16, 20)):

@@ -149,6 +149,10 @@ def reported(twins, tmp_path_factory):
     (run / "eval.jsonl").write_text(json.dumps(dict(step=0, total=1.0)) + "\n" + json.dumps(dict(step=10, total=2.5)) + "\n")
     (run / "config.json").write_text(json.dumps(dict(name="demo", groups=2, members=4, frames=9, height=64, width=64, model="tiny/wan", seed=0, lpips="random", prompts="tiny",
                                                      depth_anything=str(twins / "depth_anything"), critic=str(twins / "qwen3_vl"), preference=str(twins / "hpsv3"), views=3, first=1)))
+    for name, value in (("base", .25), ("trained", .75)):
+        (run / name).mkdir()
+        (run / name / "metrics.jsonl").write_text(json.dumps(dict(video="0000", prompt="p", size="9x64x64", psnr=20 + value)) + "\n")
+        (run / name / "summary.json").write_text(json.dumps(dict(videos=1, failed=0, sizes=["9x64x64"], seed=0, lpips="random trunk (a stand-in)", summary=dict(psnr=[20 + value] * 3, vbench="not measured"))))
     assert main(["report", str(run)]) == 0
     return run / "report.html"
 
@@ -156,7 +160,8 @@ def reported(twins, tmp_path_factory):
 def test_report_is_one_file_with_everything_in_it(reported):
     text = reported.read_text()
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text and 'src="data:video/mp4;base64,' in text
-    for word in ("S_meta", "S_recon", "S_traj", "R_gen", "motion magnitude", "KL to the untouched model", "meta-view", "re-render", "path: asked grey", "before", "after 10 steps", "stand-in", "2.5000"):
+    for word in ("S_meta", "S_recon", "S_traj", "R_gen", "motion magnitude", "KL to the untouched model", "meta-view", "re-render", "path: asked grey", "before", "after 10 steps", "stand-in", "2.5000",
+                 "<h3>Camera control</h3>", "<td>20.250 [20.250, 20.250]</td>", "<td>paper: World-R1-Small</td>", "<td>+0.500 [+0.500, +0.500] (100%)</td>"):
         assert word in text, word
     assert text.count("<video") == 2 * 2 * 2  # two prompts, before and after, input and re-render
 

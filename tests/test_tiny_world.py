@@ -253,6 +253,7 @@ def test_commands_print_a_row_for_every_setting_and_name_their_errors(tmp_path, 
     assert code == 0 and [r.split("|")[1].strip() for r in rows] == [f"steps {s}, degradation {d}" for s in (1, 2) for d in (0, 1)]
     assert len({r.split("|")[-2] for r in rows}) == 4 and (tmp_path / "probe.png").exists()  # every setting made other videos
     assert command("probe", "--num", 2, "--rendered")[1][0].count("1.000 [") == 5
+    assert command("probe", "--num", 2, "--rendered", "--frames", 33)[1][0].count("1.000 [") == 5  # a long clip is read at the frames of a short one
     assert command("compare", "--num", 1)[0] == 0 and (tmp_path / "compare.webp").stat().st_size > 1000
     code, rows, out, _ = command("score-depth", "--num", 2)
     assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"input_db", "odd_db", "rotation_deg", "direction_deg", "absrel"}

@@ -23,7 +23,7 @@ def arguments(checkpoint, twins):
     """Arguments of a run of a second: 4 groups of 2 videos of 5 frames, two main steps, then a dynamic one."""
     return ["--model", str(checkpoint), "--frames", "5", "--height", "32", "--width", "32", "--groups", "4", "--members", "2", "--steps", "3",
             "--high", "2", "--window", "1", "--total-steps", "3", "--main-steps", "2", "--dynamic-steps", "1", "--eval-every", "0", "--views", "2",
-            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--depth-anything", str(twins / "depth_anything"),
+            "--first", "1", "--traj", "1", "--no-shared", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--depth-anything", str(twins / "depth_anything"),
             "--critic", str(twins / "qwen3_vl"), "--preference", str(twins / "hpsv3")]
 
 
@@ -68,7 +68,7 @@ def test_any_number_of_processes_makes_the_same_run(arguments, tmp_path):
         for other in others:
             found = metrics(tmp_path / other)
             rolled = ("prompts", "meta", "recon", "traj", "general", "total", "total_std", "advantage_abs", "motion", "masked")
-            assert all(found[0][k] == expected[0][k] for k in rolled)  # rollouts and rewards, bit for bit
+            assert {k: found[0][k] for k in rolled} == {k: expected[0][k] for k in rolled}, other  # rollouts and rewards, bit for bit
             assert largest_difference(weights(tmp_path / other), known) <= 1e-6, other
     alone, together = metrics(tmp_path / "by one")[0], metrics(tmp_path / "one")[0]  # one video at a time: the same step but for rounding
     assert alone["grad"] == pytest.approx(together["grad"], rel=1e-3) and alone["total"] == pytest.approx(together["total"], abs=1e-4)
