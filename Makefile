@@ -17,14 +17,14 @@ SEED ?= 0
 RUN = runs/tiny-$(SEED)
 train-tiny: .venv/installed
 	.venv/bin/python train.py --preset tiny --name tiny-$(SEED) --seed $(SEED)
-	.venv/bin/python eval.py metrics --frames 33 --num 100 --out $(RUN)/base
-	.venv/bin/python eval.py metrics --frames 33 --num 100 --lora $(RUN) --out $(RUN)/trained
-	.venv/bin/python eval.py metrics --frames 33 --num 50 --split dynamic --out $(RUN)/base_dynamic
-	.venv/bin/python eval.py metrics --frames 33 --num 50 --split dynamic --lora $(RUN) --out $(RUN)/trained_dynamic
+	.venv/bin/python eval.py metrics --num 100 --out $(RUN)/base
+	.venv/bin/python eval.py metrics --num 100 --lora $(RUN) --out $(RUN)/trained
+	.venv/bin/python eval.py metrics --num 50 --split dynamic --out $(RUN)/base_dynamic
+	.venv/bin/python eval.py metrics --num 50 --split dynamic --lora $(RUN) --out $(RUN)/trained_dynamic
 	.venv/bin/python eval.py table --runs base=$(RUN)/base trained=$(RUN)/trained
 	.venv/bin/python eval.py table --runs base=$(RUN)/base_dynamic trained=$(RUN)/trained_dynamic
-	.venv/bin/python tiny_world.py probe --run $(RUN)/base --prompts tiny --frames 33 --num 100
-	.venv/bin/python tiny_world.py probe --run $(RUN)/trained --prompts tiny --frames 33 --num 100 --lora $(RUN)
+	.venv/bin/python tiny_world.py probe --run $(RUN)/base --prompts tiny --num 100
+	.venv/bin/python tiny_world.py probe --run $(RUN)/trained --prompts tiny --num 100 --lora $(RUN)
 	.venv/bin/python eval.py report $(RUN)
 
 .venv/installed: pyproject.toml

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import splat
-from noise_warp import camera_path, parse_motion, without_motion
+from noise_warp import camera_path, parse_motion
 from rewards import TERMS, TINY, Rewards, bootstrap, lpips_distance, motion_magnitude, native_intrinsics
 from sample import initial_noise, model_defaults, read_video, sample, write_video
 from train import load_prompts, parse_arguments
@@ -199,7 +199,7 @@ def sampled_videos(a):
             cache.clear()
             part = list(range(i, min(i + 10, len(prompts))))
             noise = torch.cat([initial_noise(wan, prompts[k], frames, d["height"], d["width"], [k], a.seed, a.transport, degradation=d["degradation"])[0] for k in part])
-            latents = sample(wan, [without_motion(prompts[k]) if a.hide_camera else prompts[k] for k in part], noise, d["steps"], d["guidance"])
+            latents = sample(wan, [prompts[k] for k in part], noise, d["steps"], d["guidance"])
             for k, x in zip(part, latents):
                 cache[k] = wan.vae.decode(x[None])[0].cpu()
                 write_video(a.out / "videos" / f"{k:04d}.mp4", cache[k], d["fps"])
@@ -384,7 +384,6 @@ def main(argv=None):
     m.add_argument("--seed", type=int, default=0)
     m.add_argument("--frames", type=int, help="4k+1; default: the model's")
     m.add_argument("--no-transport", dest="transport", action="store_false")
-    m.add_argument("--hide-camera", action="store_true", help="the text encoder sees the prompts without their camera words")
     m.add_argument("--out", type=Path, default=Path("results"))
     m.add_argument("--depth-anything", default=TINY / "depth_anything")
     m.add_argument("--critic", default=TINY / "qwen3_vl")
@@ -398,7 +397,7 @@ def main(argv=None):
     s.add_argument("--out", type=Path, default=Path("runs/sweep"))
     s.add_argument("--cells", nargs="+", help=", ".join(SWEEP))
     s.add_argument("--num", type=int, default=100)
-    s.add_argument("--also", type=int, default=17, help="frames at which the base and the full cell are scored too (81-frame models: 121)")
+    s.add_argument("--also", type=int, default=33, help="frames at which the base and the full cell are scored too (81-frame models: 121)")
     r = commands.add_parser("report", help="one self-contained HTML page of a run")
     r.add_argument("run", type=Path)
     y = commands.add_parser("study", help="a blind pairwise study page, or its scores")

@@ -56,14 +56,6 @@ def parse_motion(prompt):
     return motions or ["fixed"]
 
 
-def without_motion(prompt):
-    """A prompt without its camera words: "Camera push in. A red box." -> "A red box." Sentences that speak of the camera go
-    whole, elsewhere the motions' own words: the text encoder then knows nothing of the path, and the noise alone tells."""
-    text = " ".join(t for t in re.split(r"(?<=[.!?])\s+", prompt) if not re.search(r"\bcamera\b", t, re.I))
-    text = re.sub(r"\s+", " ", re.sub(r"^\s*fixed\b", "", _MOTION.sub(" ", text))).strip(" ,")
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) or not text else ".")
-
-
 def _turn(angle):
     """(F,) angles about y (down) -> (F, 3, 3); a positive angle looks right."""
     c, s, o, l = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)

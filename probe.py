@@ -224,7 +224,7 @@ def command(a):
     for values in itertools.product(*settings.values()):
         given = dict(zip(settings, values))
         noise = dict(transport=a.transport, strength=given.get("strength", 1.0), degradation=given.get("degradation", defaults["degradation"]))
-        videos = sample_prompts(wan, defaults | given, prompts, a.seed, hide_camera=a.hide_camera, **noise)
+        videos = sample_prompts(wan, defaults | given, prompts, a.seed, **noise)
         row(", ".join(f"{k} {v:g}" for k, v in given.items()) or ("defaults" if a.transport else "plain noise"), videos, prompts, judge)
     contact_sheet(a.run / "probe.png", videos[:20])
     print("", *prompts[:20], a.run / "probe.png", sep="\n")
@@ -240,7 +240,7 @@ def compare(a, scale=2):
     wan, defaults = load_wan(a.model), model_defaults(a.model)
     defaults["frames"] = a.frames or defaults["frames"]
     scenes = unseen_scenes(a.num, a.seed)
-    draw = lambda: sample_prompts(wan, defaults, [s.caption for s in scenes], a.seed, hide_camera=a.hide_camera, degradation=defaults["degradation"])  # noqa: E731
+    draw = lambda: sample_prompts(wan, defaults, [s.caption for s in scenes], a.seed, degradation=defaults["degradation"])  # noqa: E731
     shown = [[render(s, defaults["frames"])["video"] for s in scenes], draw()]
     if a.lora:
         merge_lora(wan.dit, a.lora)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lora import merge_lora
 from model import load_wan, trim_text
-from noise_warp import camera_path, latent_noise, parse_motion, released_push, without_motion
+from noise_warp import camera_path, latent_noise, parse_motion, released_push
 
 WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16,  # the release's, at 480p
                     degradation=.35)  # World-R1's released value
@@ -320,7 +320,6 @@ def parse_arguments(argv=None):
     parser.add_argument("--solver", choices=list(SOLVERS), default="unipc")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--no-transport", dest="transport", action="store_false", help="plain noise, not carried along the camera path")
-    parser.add_argument("--hide-camera", action="store_true", help="the text encoder sees the prompt without its camera words: the noise alone tells the path")
     parser.add_argument("--released", action="store_true", help="as World-R1's released code: white noise, the transported pushed in over 8 steps")
     parser.add_argument("--strength", type=float, default=1.0, help="scales the camera path of the noise")
     parser.add_argument("--degradation", type=float, help="fresh noise mixed into the transported, 0 to 1; default: the model's")
@@ -364,7 +363,7 @@ def main(argv=None):
     if a.released:
         base, _ = initial_noise(wan, a.prompt, *size, transport=False)
         noise, push = base, released_push(base, noise)
-    latents = sample(wan, [without_motion(a.prompt) if a.hide_camera else a.prompt] * a.num, noise, a.steps, a.guidance, a.shift, a.solver, a.negative, progress=True, after_step=push)
+    latents = sample(wan, [a.prompt] * a.num, noise, a.steps, a.guidance, a.shift, a.solver, a.negative, progress=True, after_step=push)
     videos = [wan.vae.decode(latent[None])[0] for latent in latents]
     for i, video in enumerate(videos):
         path = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from noise_warp import FOV, MOTIONS, camera_path, without_motion
+from noise_warp import FOV, MOTIONS, camera_path
 from sample import contact_sheet, initial_noise, sample
 
 COLOURS = {"red": (.86, .10, .12), "orange": (1.0, .52, .08), "yellow": (.96, .88, .15),
@@ -310,14 +310,13 @@ def unseen_scenes(num, seed=0):
     return [random_scene(f"unseen/{seed}", "static", i) for i in range(num)]
 
 
-def sample_prompts(wan, defaults, prompts, seed=0, batch=20, hide_camera=False, **noise):
-    """One video (F, 3, H, W) a prompt, from the seed's i-th noise. noise: of `initial_noise`. hide_camera: the text encoder sees
-    the prompts without their camera words."""
+def sample_prompts(wan, defaults, prompts, seed=0, batch=20, **noise):
+    """One video (F, 3, H, W) a prompt, from the seed's i-th noise. noise: of `initial_noise`."""
     d, videos = defaults, []
     for first in range(0, len(prompts), batch):
         part = prompts[first:first + batch]
         start = torch.cat([initial_noise(wan, p, d["frames"], d["height"], d["width"], [first + i], seed, **noise)[0] for i, p in enumerate(part)])
-        latents = sample(wan, [without_motion(p) for p in part] if hide_camera else part, start, d["steps"], d["guidance"], d.get("shift"), progress=True)
+        latents = sample(wan, part, start, d["steps"], d["guidance"], d.get("shift"), progress=True)
         videos += [wan.vae.decode(x[None])[0] for x in latents]
     return videos
 
@@ -343,7 +342,6 @@ def main(argv=None):
     parser.add_argument("--guidance", type=float, nargs="+", help="probe: classifier-free guidance")
     parser.add_argument("--shift", type=float, nargs="+", help="probe: shift of the noise schedule")
     parser.add_argument("--no-transport", dest="transport", action="store_false", help="probe: plain noise")
-    parser.add_argument("--hide-camera", action="store_true", help="probe, compare: the model sees the prompts without their camera words")
     parser.add_argument("--degradation", type=float, nargs="+", help="probe: fresh noise mixed in")
     parser.add_argument("--strength", type=float, nargs="+", help="probe: of the noise's camera path")
     parser.add_argument("--rendered", action="store_true", help="probe: score the renderer's own clips instead")

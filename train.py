@@ -48,7 +48,7 @@ from tqdm import tqdm
 from grpo import advantages, draw_window, kl, normalise_log_ratio, rollout, surrogate
 from lora import add_lora, lora_off, lora_weights
 from model import load_wan
-from noise_warp import camera_path, latent_noise, parse_motion, without_motion
+from noise_warp import camera_path, latent_noise, parse_motion
 from rewards import TERMS, TINY, Rewards, combine, motion_magnitude
 from sample import contact_sheet, generator, guided_velocity, initial_noise, log_prob, model_defaults, sample, sigmas, transition, write_video
 
@@ -78,7 +78,6 @@ class Config:
     high: int = 5  # the window lies within the first `high` steps
     shared: bool = False  # one ODE prefix a prompt, branching at the window, instead of independent initial noises
     strength: float = 1.0  # of the camera path that is asked for, and that transports the noise
-    hide_camera: bool = False  # the text encoder sees the prompts without their camera words: the noise alone tells the path
     degradation: float = -1.0  # fresh noise mixed into the transported; -1: the model's default
     # rewards
     depth_anything: str = str(TINY / "depth_anything")
@@ -132,9 +131,7 @@ REAL = dict(prompts=str(ROOT / "prompts.jsonl"), groups=48, members=8, steps=50,
             depth_anything="depth-anything/DA3-GIANT", preference="MizzenAI/HPSv3", lpips="alex", views=21, first=8, standardise=False,
             lr=1e-4, clip=1e-3, kl=.004, updates=2, total_steps=600, eval_every=50, eval_prompts=32, batch=1, checkpointing=True)
 PRESETS = {  # groups, members, 832x480x81 from the paper; LoRA, AdamW, clip, KL, EMA, steps, phases from the released configuration
-    # longer than the tiny model was trained on (17 frames, where its rooms are as rigid as the renderer's): there they bend and the
-    # camera wanders. The path counts threefold, or standing still is the cheapest way to be consistent.
-    "tiny": dict(frames=33, groups=4, shared=True, traj=3.0, lr=1e-3, ema_every=1, total_steps=144, main_steps=20, dynamic_steps=4, eval_every=24),
+    "tiny": {},
     "small": dict(REAL, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers", groups=96, parallel="fsdp", offload=True),
 }
@@ -317,7 +314,7 @@ class Policy:
     def velocity(self, prompt, count, reference=False):
         """-> velocity(x, sigma) of `count` videos of one prompt, c.batch at a time. reference: of the untouched model."""
         wan, size = self.wan, min(count, self.c.batch or count)
-        text = self.embedding(without_motion(prompt) if self.c.hide_camera else prompt).expand(size, -1, -1)
+        text = self.embedding(prompt).expand(size, -1, -1)
         negative = self.embedding("").expand(size, -1, -1) if self.c.guidance != 1 else None
         if reference and self.frozen is not None:
             wan = copy.copy(wan)
@@ -467,7 +464,7 @@ def evaluate(policy, rewards, prompts, folder, batch=8):
         part = prompts[start:start + batch]
         noise, paths = zip(*[initial_noise(wan, p, c.frames, c.height, c.width, [start + i], c.seed, strength=c.strength, degradation=c.degradation)
                               for i, p in enumerate(part)])
-        latents = sample(wan, [without_motion(p) if c.hide_camera else p for p in part], torch.cat(noise), defaults["steps"], defaults["guidance"])
+        latents = sample(wan, part, torch.cat(noise), defaults["steps"], defaults["guidance"])
         if k % processes.world != processes.rank:
             continue  # under FSDP every rank runs the model, and one scores
         videos = [wan.vae.decode(x[None])[0].cpu() for x in latents]

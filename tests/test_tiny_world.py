@@ -1,11 +1,15 @@
 import math
 
+import imageio.v3 as iio
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import probe
 import tiny_world
 from depth_anything import Gaussians, Reconstruction
+from lora import add_lora, lora_weights
+from model import load_wan
 from noise_warp import parse_motion
 from tiny_world import (COLOURS, CORRUPTIONS, DAMAGE, DEGRADATIONS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, corrupt, damage, degrade, intrinsics,
                         random_scene, render)
@@ -255,6 +259,12 @@ def test_commands_print_a_row_for_every_setting_and_name_their_errors(tmp_path, 
     assert command("probe", "--num", 2, "--rendered")[1][0].count("1.000 [") == 5
     assert command("probe", "--num", 2, "--rendered", "--frames", 33)[1][0].count("1.000 [") == 5  # a long clip is read at the frames of a short one
     assert command("compare", "--num", 1)[0] == 0 and (tmp_path / "compare.webp").stat().st_size > 1000
+    wan = load_wan(tiny_world.__file__.replace("tiny_world.py", "tiny/wan"))
+    add_lora(wan.dit, 2, 2)
+    save_file({k: torch.full_like(v, .2) for k, v in lora_weights(wan.dit).items()}, tmp_path / "lora.safetensors")
+    assert command("compare", "--num", 1, "--lora", tmp_path)[0] == 0
+    shown = torch.from_numpy(iio.imread(tmp_path / "compare.webp", index=0)).float()[:128, :396].unflatten(1, (3, 132))[:, :, :128]
+    assert all((shown[:, a] - shown[:, b]).abs().mean() > 2 for a, b in ((0, 1), (1, 2), (0, 2)))  # rendered, base, trained: three pictures
     code, rows, out, _ = command("score-depth", "--num", 2)
     assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"input_db", "odd_db", "rotation_deg", "direction_deg", "absrel"}
     assert command("probe", "--probe", tmp_path)[0] == 2 and "train-probe" in command("probe", "--probe", tmp_path)[3]

@@ -23,7 +23,7 @@ def arguments(checkpoint, twins):
     """Arguments of a run of a second: 4 groups of 2 videos of 5 frames, two main steps, then a dynamic one."""
     return ["--model", str(checkpoint), "--frames", "5", "--height", "32", "--width", "32", "--groups", "4", "--members", "2", "--steps", "3",
             "--high", "2", "--window", "1", "--total-steps", "3", "--main-steps", "2", "--dynamic-steps", "1", "--eval-every", "0", "--views", "2",
-            "--first", "1", "--traj", "1", "--no-shared", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--depth-anything", str(twins / "depth_anything"),
+            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--depth-anything", str(twins / "depth_anything"),
             "--critic", str(twins / "qwen3_vl"), "--preference", str(twins / "hpsv3")]
 
 
