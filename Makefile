@@ -12,19 +12,20 @@ test: .venv/installed
 bench: .venv/installed
 	.venv/bin/python bench.py
 
-# The learning proof: train the tiny model, then score base and trained on the same unseen prompts and seeds (make train-tiny SEED=1: another one).
+# The learning proof: World-R1 on the tiny base (tiny/wan with tiny/web), then base and trained scored on the same unseen
+# prompts and seeds. make train-tiny SEED=1: another seed. Two processes of one thread are faster here than one of two.
 SEED ?= 0
 RUN = runs/tiny-$(SEED)
 train-tiny: .venv/installed
-	.venv/bin/python train.py --preset tiny --name tiny-$(SEED) --seed $(SEED)
-	.venv/bin/python eval.py metrics --num 100 --out $(RUN)/base
+	OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 train.py --preset tiny --name tiny-$(SEED) --seed $(SEED)
+	.venv/bin/python eval.py metrics --num 100 --lora tiny/web --out $(RUN)/base
 	.venv/bin/python eval.py metrics --num 100 --lora $(RUN) --out $(RUN)/trained
-	.venv/bin/python eval.py metrics --num 50 --split dynamic --out $(RUN)/base_dynamic
+	.venv/bin/python eval.py metrics --num 50 --split dynamic --lora tiny/web --out $(RUN)/base_dynamic
 	.venv/bin/python eval.py metrics --num 50 --split dynamic --lora $(RUN) --out $(RUN)/trained_dynamic
 	.venv/bin/python eval.py table --runs base=$(RUN)/base trained=$(RUN)/trained
 	.venv/bin/python eval.py table --runs base=$(RUN)/base_dynamic trained=$(RUN)/trained_dynamic
-	.venv/bin/python tiny_world.py probe --run $(RUN)/base --prompts tiny --num 100
-	.venv/bin/python tiny_world.py probe --run $(RUN)/trained --prompts tiny --num 100 --lora $(RUN)
+	.venv/bin/python tiny_world.py probe --run $(RUN) --prompts tiny --num 100 --lora tiny/web $(RUN)
+	.venv/bin/python tiny_world.py compare --lora tiny/web $(RUN) --run $(RUN)
 	.venv/bin/python eval.py report $(RUN)
 
 .venv/installed: pyproject.toml

@@ -352,12 +352,13 @@ def sweep(a, rest):
     if unknown:
         raise ValueError(f"unknown cell '{unknown[0]}'; the cells are {', '.join(SWEEP)}")
     here, c = Path(__file__).parent, parse_arguments(rest)
+    launch = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(a.processes)] if a.processes > 1 else [])]
     bar, done = tqdm(cells, desc="sweep", unit="cell"), {}
     base = a.out / "base_results"
-    jobs = [("base", None, base, [])] + [(cell, SWEEP[cell][0], a.out / cell / "results", SWEEP[cell][1]) for cell in bar]
+    jobs = [("base", None, base, ["--lora", c.lora] if c.lora else [])] + [(cell, SWEEP[cell][0], a.out / cell / "results", SWEEP[cell][1]) for cell in bar]
     for cell, arguments, results, scoring in jobs:
         if arguments is not None:
-            subprocess.run([sys.executable, here / "train.py", "--runs", a.out, "--name", cell, *rest, *arguments], check=True)
+            subprocess.run([*launch, here / "train.py", "--runs", a.out, "--name", cell, *rest, *arguments], check=True)
             scoring = [*scoring, "--lora", a.out / cell]
         for length in (c.frames, a.also) if cell in ("base", "full") else (c.frames,):
             tag = "" if length == c.frames else f"_{length}_frames"
@@ -397,6 +398,7 @@ def main(argv=None):
     s.add_argument("--out", type=Path, default=Path("runs/sweep"))
     s.add_argument("--cells", nargs="+", help=", ".join(SWEEP))
     s.add_argument("--num", type=int, default=100)
+    s.add_argument("--processes", type=int, default=1, help="of a training, by torchrun (on CPU: set OMP_NUM_THREADS=1)")
     s.add_argument("--also", type=int, default=33, help="frames at which the base and the full cell are scored too (81-frame models: 121)")
     r = commands.add_parser("report", help="one self-contained HTML page of a run")
     r.add_argument("run", type=Path)

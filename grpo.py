@@ -19,19 +19,28 @@ from sample import log_prob, transition
 
 # --------------------------------------------------------------------------------------------------------- statistics
 
-def advantages(rewards, group_ids, clip=5.0):
-    """Group-relative advantages (N,), float32, of rewards (N,) with group ids (N,).
+def standardise(values, group_ids, pooled=False, eps=1e-6):
+    """(x - group mean) / (group std + eps) of values (N,) with group ids (N,), float32; a masked sample (NaN) stays NaN.
 
-    NaN marks a masked sample: it gets 0 and leaves its group's statistics. A group whose rewards are all equal, or of
-    which fewer than two are left, has nothing to compare and gets 0.
+    pooled: one std for all, the root mean square of what is left after each group's mean. A group whose members are
+    nearly alike then counts for little; by its own std it counts as much as any other (Flow-GRPO's global_std).
+    A group whose values are all equal, or of which fewer than two are left, has nothing to compare and gets 0.
     """
-    rewards, out = rewards.float(), torch.zeros(len(rewards), device=rewards.device)
+    values, centred = values.float(), torch.full((len(values),), torch.nan, device=values.device)
+    std = torch.ones_like(centred)
     for group in torch.unique(group_ids):
-        member = (group_ids == group) & ~rewards.isnan()
-        r = rewards[member]
-        if len(r) > 1 and (r != r[0]).any():
-            out[member] = ((r - r.mean()) / (r.std(correction=0) + 1e-4)).clamp(-clip, clip)
-    return out
+        member = (group_ids == group) & ~values.isnan()
+        x = values[member]
+        centred[member] = x - x.mean() if len(x) > 1 and (x != x[0]).any() else torch.zeros_like(x)
+        std[member] = centred[member].square().mean().sqrt()
+    if pooled:
+        std[:] = centred[~centred.isnan()].square().mean().sqrt()
+    return torch.where(centred == 0, 0.0, centred / (std + eps))
+
+
+def advantages(rewards, group_ids, clip=5.0, pooled=False):
+    """Group-relative advantages (N,) of rewards (N,): standardised, clipped to +-clip, 0 for a masked sample (NaN)."""
+    return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)
 
 
 def normalise_log_ratio(log_ratio, mean, mean_old, std):

@@ -5,7 +5,7 @@
     save_file(lora_weights(wan.dit), "lora.safetensors")
     merge_lora(load_wan("tiny/wan").dit, "lora.safetensors")
 
-Left out: dropout, adapters on other layers, several adapters at once.
+Left out: dropout, adapters on other layers.
 """
 
 import re
@@ -71,40 +71,54 @@ class lora_off:
             m.scale = m.full_scale
 
 
-def lora_weights(dit, values=None, layout="diffusers"):
+def lora_weights(dit, values=None, layout="diffusers", base=None):
     """Adapter weights for a file: {key: tensor}, alpha / r folded into B so that no reader needs to know alpha.
 
     layout: diffusers (transformer. prefix, PEFT's lora_A / lora_B; WanPipeline.load_lora_weights reads it) or original
     (diffusion_model. prefix and the original release's names; ComfyUI reads it). values: {parameter name: tensor}
-    instead of the model's own, e.g. an average.
+    instead of the model's own, e.g. an average. base: of `merge_lora`, an adapter merged before; the file then holds
+    the sum, of rank r + r_base: B A + B' A' = [B B'] [A; A'].
     """
-    out = {}
+    pairs = dict(base or {})
     for name, m in dit.named_modules():
         if isinstance(m, LoRALinear):
             A, B = ((values or {}).get(f"{name}.lora_{x}", getattr(m, f"lora_{x}")).detach().cpu() for x in "AB")
-            key = f"transformer.{name}" if layout == "diffusers" else f"diffusion_model.{original_dit_key(name)}"
-            out |= {f"{key}.lora_A.weight": A.contiguous(), f"{key}.lora_B.weight": (B * m.full_scale).contiguous()}
+            A0, B0 = pairs.get(name, (A[:0], B[:, :0]))
+            pairs[name] = torch.cat([A, A0]), torch.cat([B * m.full_scale, B0], 1)
+    out = {}
+    for name, (A, B) in pairs.items():
+        key = f"transformer.{name}" if layout == "diffusers" else f"diffusion_model.{original_dit_key(name)}"
+        out |= {f"{key}.lora_A.weight": A.contiguous(), f"{key}.lora_B.weight": B.contiguous()}
     return out
+
+
+def lora_file(path):
+    """-> the adapter file that path, a file or a folder of a run, stands for. ValueError if there is none."""
+    path = Path(path) / "lora.safetensors" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise ValueError(f"no LoRA file '{path}'; give a .safetensors file, or a run's folder that holds lora.safetensors")
+    return path
 
 
 @torch.no_grad()
 def merge_lora(dit, path, strength=1.0):
-    """Adds a LoRA file of either layout into the weights: W += strength (alpha / r) B A. Every key must find its layer."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "lora.safetensors"
-    if not path.exists():
-        raise ValueError(f"no LoRA file '{path}'; give a .safetensors file, or a run's folder that holds lora.safetensors")
+    """Adds a LoRA file of either layout into the weights: W += strength (alpha / r) B A. Every key must find its layer.
+
+    -> what was added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
+    """
+    path = lora_file(path)
     tensors = {name: read() for name, (_, read) in _open_tensors([path]).items()}
-    layers = {}
+    layers, pairs = {}, {}
     for name, m in dit.named_modules():
         if isinstance(m, nn.Linear):
-            layers |= {f"transformer.{name}": m, f"diffusion_model.{original_dit_key(name)}": m}
+            layers |= {f"transformer.{name}": (name, m), f"diffusion_model.{original_dit_key(name)}": (name, m)}
     stems = {re.sub(r"\.(lora_[AB]\.weight|alpha)$", "", key) for key in tensors}
     for stem in sorted(stems):
         A, B = (tensors.get(f"{stem}.lora_{x}.weight") for x in "AB")
-        if stem not in layers or A is None or B is None or (B.shape[0], A.shape[1]) != tuple(layers[stem].weight.shape):
+        name, layer = layers.get(stem, (None, None))
+        if layer is None or A is None or B is None or (B.shape[0], A.shape[1]) != tuple(layer.weight.shape):
             raise ValueError(f"{path}: '{stem}' fits no layer of this model; the LoRA is another model's, or not a LoRA file")
         scale = strength * float(tensors.get(f"{stem}.alpha", A.shape[0])) / A.shape[0]
-        weight = layers[stem].weight
-        weight.add_((scale * (B.float() @ A.float())).to(weight))
+        pairs[name] = A.float(), scale * B.float()
+        layer.weight.add_((pairs[name][1] @ pairs[name][0]).to(layer.weight))
+    return pairs

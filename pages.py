@@ -178,7 +178,7 @@ def report(run):
                chart("ratio: mean and largest", steps, {"mean": of("ratio"), "largest": of("ratio_max")}, (), dynamic), chart("share of ratios clipped", steps, {"clipped": of("clipped")}, (), dynamic),
                chart("KL to the untouched model", steps, {"KL": of("kl")}, (), dynamic), chart("gradient norm", steps, {"norm": [r["grad"][0] for r in rows]}, (), dynamic)]
     body = [f"<h1>{html.escape(config['name'])}</h1>", f'<p class="note">{len(rows)} steps of {config["groups"]} groups of {config["members"]} videos, {config["frames"]} frames of '
-            f'{config["height"]}x{config["width"]}, model {html.escape(Path(config["model"]).name)}, seed {config["seed"]}. LPIPS: '
+            f'{config["height"]}x{config["width"]}, model {html.escape(" + ".join(Path(config[k]).name for k in ("model", "lora") if config.get(k)))}, seed {config["seed"]}. LPIPS: '
             f'{"a random trunk, a stand-in" if config["lpips"] == "random" else "AlexNet"}. Bands: mean standard deviation inside a group. Shaded: dynamic phases.</p>']
     evals = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()] if (run / "eval.jsonl").exists() else []
     if evals:

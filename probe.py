@@ -215,36 +215,41 @@ def command(a):
             raise ValueError("--rendered scores the unseen scenes' own clips; drop --prompts")
         print(HEADER)
         return row("rendered", [render(s, a.frames or 17)["video"] for s in tqdm(scenes, desc="render", unit="clip")], prompts, judge)
-    wan, defaults = load_wan(a.model), model_defaults(a.model)
+    defaults = model_defaults(a.model)
     defaults["frames"] = a.frames or defaults["frames"]
-    if a.lora:
-        merge_lora(wan.dit, a.lora)
-    settings = {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, shift=a.shift, strength=a.strength, degradation=a.degradation).items() if v}
+    settings = {k: v for k, v in dict(lora=a.lora, steps=a.steps, guidance=a.guidance, shift=a.shift, strength=a.strength, degradation=a.degradation).items() if v}
     print(HEADER)
     for values in itertools.product(*settings.values()):
         given = dict(zip(settings, values))
+        wan = adapted(a.model, given.get("lora"))
         noise = dict(transport=a.transport, strength=given.get("strength", 1.0), degradation=given.get("degradation", defaults["degradation"]))
         videos = sample_prompts(wan, defaults | given, prompts, a.seed, **noise)
-        row(", ".join(f"{k} {v:g}" for k, v in given.items()) or ("defaults" if a.transport else "plain noise"), videos, prompts, judge)
+        row(", ".join(f"{k} {v}" if k == "lora" else f"{k} {v:g}" for k, v in given.items()) or ("defaults" if a.transport else "plain noise"), videos, prompts, judge)
     contact_sheet(a.run / "probe.png", videos[:20])
     print("", *prompts[:20], a.run / "probe.png", sep="\n")
 
 
+def adapted(model, lora=None):
+    """-> the model, with a LoRA merged if one is given."""
+    wan = load_wan(model)
+    if lora:
+        merge_lora(wan.dit, lora)
+    return wan
+
+
 def compare(a, scale=2):
-    """`tiny_world.py compare`: an animated picture of unseen scenes, each clip as rendered beside its prompt's sample, and with
-    --lora beside the trained model's from the same noise too.
+    """`tiny_world.py compare`: an animated picture of unseen scenes, each clip as rendered beside its prompt's sample, or, with
+    --lora, beside a sample of each of those adapters from the same noise; of the model alone too where one is given.
 
     The first --num unseen scenes and the seed's first noise, nothing picked; the prompts are printed in reading order.
     """
     import imageio.v3 as iio
-    wan, defaults = load_wan(a.model), model_defaults(a.model)
+    defaults = model_defaults(a.model)
     defaults["frames"] = a.frames or defaults["frames"]
-    scenes = unseen_scenes(a.num, a.seed)
-    draw = lambda: sample_prompts(wan, defaults, [s.caption for s in scenes], a.seed, degradation=defaults["degradation"])  # noqa: E731
-    shown = [[render(s, defaults["frames"])["video"] for s in scenes], draw()]
-    if a.lora:
-        merge_lora(wan.dit, a.lora)
-        shown.append(draw())
+    scenes, loras = unseen_scenes(a.num, a.seed), a.lora or []
+    shown = [[render(s, defaults["frames"])["video"] for s in scenes]]
+    for lora in loras if len(loras) > 1 else [None, *loras]:
+        shown.append(sample_prompts(adapted(a.model, lora), defaults, [s.caption for s in scenes], a.seed, degradation=defaults["degradation"]))
     rows, columns = [torch.cat([F.pad(x, (0, 2), value=1.0) for x in clips], 3) for clips in zip(*shown)], 3 if len(shown) == 2 else 2
     rows += [torch.ones_like(rows[0])] * (-len(rows) % columns)
     sheet = torch.cat([torch.cat([F.pad(x, (0, 6, 0, 6), value=1.0) for x in rows[i:i + columns]], 3) for i in range(0, len(rows), columns)], 2)

@@ -440,27 +440,14 @@ class Rewards:
         return out
 
 
-def combine(terms, weights, dynamic=False, groups=None):
-    """The sum: terms {name: (B,)} -> three_d, total (B,). groups (B,): each term is first standardised in its group, so
-    that a term of wide spread (HPSv3) does not outvote the others; the paper's plain sum otherwise."""
+def combine(terms, weights, dynamic=False):
+    """The weighted sum: terms {name: (B,)} -> three_d, total (B,). A dynamic prompt's total is the general term alone."""
     def of(names):
-        parts = [weights[n] * (standardise(terms[n], groups) if groups is not None else terms[n]) for n in names if weights[n]]
+        parts = [weights[n] * terms[n] for n in names if weights[n]]
         return sum(parts) if parts else torch.zeros_like(terms["general"])
 
     three_d = torch.full_like(terms["general"], math.nan) if dynamic else of(("meta", "recon", "traj"))
     return three_d, of(("general",)) if dynamic else three_d + of(("general",))
-
-
-def standardise(values, groups):
-    """(x - group mean) / group std, per group, NaN left out; 0 where a group is constant."""
-    out = values.clone()
-    for g in groups.unique():
-        members = (groups == g) & ~values.isnan()
-        x = values[members]
-        if len(x):
-            spread = x.std(correction=0)
-            out[members] = (x - x.mean()) / spread if spread > 1e-6 else torch.zeros_like(x)
-    return out
 
 
 def load_rewards(**options):

@@ -7,7 +7,8 @@ camera motion, geometry errors and the words of the prompt must be plain to see 
     python tiny_world.py probe --num 200         what of 200 unseen prompts the shipped model gets right (probe.py)
     python tiny_world.py compare --num 12        an animated picture: unseen scenes as rendered, and as sampled
     python tiny_world.py score-vae --num 64      the VAE against a linear codec; score-depth: Depth Anything's twin
-    python tiny_world.py vae | data | dit | depth | critic | preference | train-probe | export    make the twins (tiny_train.py)
+    python tiny_world.py vae | data | dit | web | depth | critic | preference | train-probe | export    make the twins
+                                                 (tiny_train.py, tiny_judges.py, probe.py)
 
 Left out on purpose: shadows, reflections, textures other than tiles. They cost capacity and teach nothing here.
 """
@@ -322,7 +323,7 @@ def sample_prompts(wan, defaults, prompts, seed=0, batch=20, **noise):
 
 
 SCORED = ("probe", "compare", "score-vae", "score-depth")
-MADE = ("vae", "data", "dit", "depth", "critic", "preference", "train-probe", "export")
+MADE = ("vae", "data", "dit", "web", "depth", "critic", "preference", "train-probe", "export")
 
 
 def main(argv=None):
@@ -333,7 +334,7 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, default=8192, help="data: clips in all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="export: the folder written")
     parser.add_argument("--model", help="the model scored (default: the shipped one)")
-    parser.add_argument("--lora", help="probe, compare: LoRA file or run folder merged into the model")
+    parser.add_argument("--lora", nargs="+", help="probe, compare: LoRA file or run folder merged into the model; several: a row or column each")
     parser.add_argument("--probe", type=Path, help="probe: its folder (default tiny/probe)")
     parser.add_argument("--prompts", help="probe: file of prompts (default: captions of unseen scenes)")
     parser.add_argument("--num", type=int, help="videos scored (default: probe 200, compare 12, score-vae and score-depth 64)")
@@ -353,18 +354,34 @@ def main(argv=None):
         print("\n".join(s.caption for s in scenes), *CORRUPTIONS, a.run / "show.png", sep="\n")
     elif a.command in SCORED:
         import probe
-        import tiny_train
-        run, num = {"probe": (probe.command, 200), "compare": (probe.compare, 12), "score-vae": (probe.score_vae, 64), "score-depth": (tiny_train.score_depth, 64)}[a.command]
+        import tiny_judges
+        from lora import lora_file
+        run, num = {"probe": (probe.command, 200), "compare": (probe.compare, 12), "score-vae": (probe.score_vae, 64), "score-depth": (tiny_judges.score_depth, 64)}[a.command]
         a.num = a.num or num
         a.model = a.model or Path(__file__).parent / "tiny" / ("depth_anything" if a.command == "score-depth" else "wan")
         try:
+            for file in a.lora or []:
+                lora_file(file)
             run(a)
         except (ValueError, OSError) as e:
             print(f"tiny_world.py: {e}", file=sys.stderr)
             return 2
     else:
+        import probe
+        import tiny_judges
         import tiny_train
-        tiny_train.make(a.command, a.run, a.minutes, a.clips, a.out, a.seed)
+        if a.command == "data":
+            tiny_train.make_data(a.run, a.clips, a.seed)
+        elif a.command == "export":  # whatever RUN has trained, in bfloat16
+            for name, write, folder in (("dit", tiny_train.export_wan, "wan"), ("web", tiny_train.export_web, "web"),
+                                        ("depth", tiny_judges.export_depth, "depth_anything"), ("critic", tiny_judges.export_critic, "qwen3_vl"),
+                                        ("preference", tiny_judges.export_preference, "hpsv3"), ("probe", probe.export_probe, "probe")):
+                if (a.run / name / "state.pt").exists():
+                    write(a.run, a.out / folder)
+                    print(a.out / folder)
+        else:
+            {"vae": tiny_train.train_vae, "dit": tiny_train.train_dit, "web": tiny_train.train_web, "depth": tiny_judges.train_depth,
+             "critic": tiny_judges.train_critic, "preference": tiny_judges.train_preference, "train-probe": probe.train_probe}[a.command](a.run, a.minutes, a.seed)
     return 0
 
 

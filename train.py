@@ -45,8 +45,8 @@ import torch.distributed.tensor
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from grpo import advantages, draw_window, kl, normalise_log_ratio, rollout, surrogate
-from lora import add_lora, lora_off, lora_weights
+from grpo import advantages, draw_window, kl, normalise_log_ratio, rollout, standardise, surrogate
+from lora import add_lora, lora_file, lora_off, lora_weights, merge_lora
 from model import load_wan
 from noise_warp import camera_path, latent_noise, parse_motion
 from rewards import TERMS, TINY, Rewards, combine, motion_magnitude
@@ -61,6 +61,7 @@ class Config:
     name: str = "tiny"  # of the run: everything goes to runs/NAME
     runs: str = "runs"  # folder of runs
     model: str = str(TINY / "wan")  # folder in either layout, or hub id
+    lora: str = ""  # a LoRA merged into the model first: what is trained starts from there, and exports hold both
     prompts: str = "tiny"  # "tiny": the procedural captions; else a file: prompts.jsonl's schema, or one prompt a line
     train_prompts: int = 0  # train on the first so many of them; 0: on all
     frames: int = 0  # 0: the model's default, as for height, width and sampling_steps
@@ -91,6 +92,7 @@ class Config:
     traj: float = 1.0
     general: float = 1.0
     standardise: bool = True  # each term by its group's spread before the sum; the paper sums plainly
+    pooled: bool = False  # spreads are those of all the step's groups together, instead of each group's own
     max_masked: float = .5  # a step with a larger share of failed rewards stops the run
     # the update
     lr: float = 3e-4
@@ -131,7 +133,8 @@ REAL = dict(prompts=str(ROOT / "prompts.jsonl"), groups=48, members=8, steps=50,
             depth_anything="depth-anything/DA3-GIANT", preference="MizzenAI/HPSv3", lpips="alex", views=21, first=8, standardise=False,
             lr=1e-4, clip=1e-3, kl=.004, updates=2, total_steps=600, eval_every=50, eval_prompts=32, batch=1, checkpointing=True)
 PRESETS = {  # groups, members, 832x480x81 from the paper; LoRA, AdamW, clip, KL, EMA, steps, phases from the released configuration
-    "tiny": {},
+    "tiny": dict(lora=str(TINY / "web"), groups=4, shared=True, high=3, pooled=True, recon=2.0, lr=5e-4, ema_decay=.95, ema_every=1,
+                 total_steps=96, main_steps=20, dynamic_steps=4, eval_every=24),
     "small": dict(REAL, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers", groups=96, parallel="fsdp", offload=True),
 }
@@ -147,7 +150,8 @@ def parse_arguments(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=comments.get(f.name, "").replace("%", "%%") or None, **kind)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
-    c = Config(**PRESETS[preset] | {k: v for k, v in given.items() if v is not None})
+    given = {k: v for k, v in given.items() if v is not None}
+    c = Config(**PRESETS[preset] | ({"lora": ""} if "model" in given else {}) | given)  # a preset's LoRA is for its own model
     defaults = model_defaults(c.model)
     for name in ("frames", "height", "width"):
         setattr(c, name, getattr(c, name) or defaults[name])
@@ -180,6 +184,7 @@ def check(c, world):
     if c.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
     draw_window(generator(0), c.steps, c.window, c.high)
+    c.lora and lora_file(c.lora)
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -290,6 +295,7 @@ class Policy:
         self.c, self.processes = c, processes
         self.wan = load_wan(c.model, processes.device, getattr(torch, c.dtype))
         dit, self.frozen = self.wan.dit, None
+        self.base = merge_lora(dit, c.lora) if c.lora else {}
         self.embedding = functools.lru_cache(c.groups + 1)(lambda prompt: self.wan.encode_text([prompt]))  # once a prompt and step
         if c.full:
             dit.float()
@@ -381,7 +387,7 @@ class Policy:
             return
         for name, layout in (("lora", "diffusers"), ("lora_comfyui", "original")):
             part = folder / f".{name}.part"
-            save_file(lora_weights(self.wan.dit, self.average, layout), part, metadata={"format": "pt"})
+            save_file(lora_weights(self.wan.dit, self.average, layout, self.base), part, metadata={"format": "pt"})
             part.rename(folder / f"{name}.safetensors")
 
 
@@ -413,12 +419,19 @@ def roll_out(policy, step, index, prompt):
     return dict(index=index, prompt=prompt, path=path, levels=levels, videos=videos, transitions=transitions)
 
 
-def reward(c, rewards, group, dynamic):
-    """Adds the terms (G,), their (standardised) sum and the advantages to a group."""
+def reward(rewards, group, dynamic):
+    """Adds the terms (G,) and the motion magnitudes to a group."""
     G = len(group["videos"])
-    terms = rewards.terms(group["videos"], [group["prompt"]] * G, [group["path"]] * G, dynamic)
-    total = combine(terms, rewards.weights, dynamic, torch.zeros(G))[1] if c.standardise else terms["total"]
-    group.update(terms=terms, advantages=advantages(total, torch.zeros(G), c.adv_clip), motion=[motion_magnitude(v) for v in group["videos"]])
+    group.update(terms=rewards.terms(group["videos"], [group["prompt"]] * G, [group["path"]] * G, dynamic),
+                 motion=[motion_magnitude(v) for v in group["videos"]])
+
+
+def judge(c, weights, terms, dynamic):
+    """All groups' terms {name: (groups x G,)} -> the advantages (groups x G,) of their (standardised) weighted sum."""
+    ids = torch.arange(c.groups).repeat_interleave(c.members)
+    if c.standardise:
+        terms = {name: standardise(terms[name], ids, c.pooled) for name in TERMS}
+    return advantages(combine(terms, weights, dynamic)[1], ids, c.adv_clip, c.pooled)
 
 
 def update(policy, groups, share):
@@ -649,10 +662,22 @@ def one_step(policy, rewards, prompts, step, bar):
         rewards.to(processes.device)
     for k, group in enumerate(groups.values()):
         bar.set_postfix_str(f"rewards {k + 1}/{len(mine)}")
-        reward(c, rewards, group, dynamic)
+        reward(rewards, group, dynamic)
     if c.offload:
         rewards.to("cpu")
     mark("reward")
+    light = {g: {k: group[k] for k in ("index", "terms", "motion")} for g, group in groups.items()}
+    gathered = processes.gather((light, dict(rewards.reasons)))
+    everyone = dict(sorted((pair for part in gathered for pair in part[0].items()), key=lambda pair: pair[0]))
+    terms = {name: torch.cat([g["terms"][name] for g in everyone.values()]) for name in everyone[0]["terms"]}
+    masked = int(terms["total"].isnan().sum())
+    if masked > c.max_masked * c.groups * c.members:
+        reasons = "; ".join(f"{k}: {v}" for part in gathered for k, v in part[1].items())
+        raise RuntimeError(f"step {step}: {masked} of {c.groups * c.members} rewards failed, more than --max-masked {c.max_masked} allows ({reasons})")
+    A = judge(c, rewards.weights, terms, dynamic)
+    for g in mine:
+        groups[g]["advantages"] = A[g * c.members:(g + 1) * c.members]
+    mark("wait")
 
     notes, norms = [], []
     for u in range(c.updates):
@@ -671,26 +696,18 @@ def one_step(policy, rewards, prompts, step, bar):
     policy.follow(step)
     mark("update")
 
-    light = [{k: g[k] for k in ("index", "terms", "advantages", "motion")} for g in groups.values()]
-    gathered = processes.gather((list(zip(mine, light)), notes, seconds, dict(rewards.failures), dict(rewards.reasons)))
-    everyone = [g for _, g in sorted((pair for part in gathered for pair in part[0]), key=lambda pair: pair[0])]
-    all_notes = [n for part in gathered for n in part[1]]
-    terms = {name: torch.cat([g["terms"][name] for g in everyone]) for name in everyone[0]["terms"]}
-    A = torch.cat([g["advantages"] for g in everyone])
-    masked = int(terms["total"].isnan().sum())
-    if masked > c.max_masked * len(A):
-        reasons = "; ".join(f"{k}: {v}" for part in gathered for k, v in part[4].items())
-        raise RuntimeError(f"step {step}: {masked} of {len(A)} rewards failed, more than --max-masked {c.max_masked} allows ({reasons})")
+    gathered = processes.gather((notes, seconds))
+    all_notes = [n for part in gathered for n in part[0]]
     peak = torch.cuda.max_memory_allocated() if processes.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return dict(step=step, phase="dynamic" if dynamic else "main", prompts=[g["index"] for g in everyone],
+    return dict(step=step, phase="dynamic" if dynamic else "main", prompts=[g["index"] for g in everyone.values()],
                 **{name: mean_of(v.tolist()) for name, v in terms.items()},
-                **{f"{name}_std": spread_of(everyone, name) for name in terms},
-                advantage_abs=A.abs().mean().item(), advantage_max=A.max().item(), flat_groups=sum(not g["advantages"].any() for g in everyone), masked=masked,
-                motion=mean_of([m for g in everyone for m in g["motion"]]),
+                **{f"{name}_std": spread_of(everyone.values(), name) for name in terms},
+                advantage_abs=A.abs().mean().item(), advantage_max=A.max().item(), flat_groups=int((A.view(c.groups, -1) == 0).all(1).sum()), masked=masked,
+                motion=mean_of([m for g in everyone.values() for m in g["motion"]]),
                 ratio=mean_of([n["ratio"] for n in all_notes]), ratio_max=max(n["ratio_max"] for n in all_notes),
                 clipped=mean_of([n["clipped"] for n in all_notes]), kl=mean_of([n["kl"] for n in all_notes]),
                 loss=mean_of([n["loss"] for n in all_notes]), grad=norms,
-                machine=dict(seconds={k: max(part[2][k] for part in gathered) for k in seconds}, peak_bytes=peak, processes=processes.world))
+                machine=dict(seconds={k: max(part[1][k] for part in gathered) for k in seconds}, peak_bytes=peak, processes=processes.world))
 
 
 def evaluation(policy, rewards, prompts, folder, step):

@@ -50,7 +50,7 @@ def twins(tmp_path_factory):
     import dataclasses
     from safetensors.torch import save_file
     from depth_anything import checkpoint_key
-    from tiny_train import build_critic, build_depth, build_preference, write_json
+    from tiny_judges import build_critic, build_depth, build_preference, write_json
     root = tmp_path_factory.mktemp("twins")
     torch.manual_seed(0)
     da3 = build_depth()

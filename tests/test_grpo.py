@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import grpo
-from grpo import advantages, draw_window, kl, rollout, surrogate
+from grpo import advantages, draw_window, kl, rollout, standardise, surrogate
+from rewards import combine
 from sample import generator, log_prob, sigmas, transition
 
 NAN = math.nan
@@ -32,6 +33,27 @@ def test_advantages_are_clipped():
     r[0] = 1e6
     a = advantages(r, torch.zeros(100))
     assert a[0] == 5.0 and a.min() > -1 and advantages(r, torch.zeros(100), clip=2.0)[0] == 2.0
+
+
+def test_pooled_spread_gives_a_quiet_group_little_weight():
+    quiet, loud = torch.tensor([.50, .51, .52, .53]), torch.tensor([0, .2, .4, .6])
+    r, ids = torch.cat([quiet, loud]), torch.arange(8) // 4
+    own, pooled = advantages(r, ids), advantages(r, ids, pooled=True)
+    size = lambda a: a.abs().mean().item()  # noqa: E731
+    assert size(own[:4]) == pytest.approx(size(own[4:]), rel=.02)
+    assert size(pooled[4:]) == pytest.approx(20 * size(pooled[:4]), rel=1e-3)
+    assert pooled.square().mean().item() == pytest.approx(1, rel=2e-3)
+    masked = advantages(torch.cat([r, torch.tensor([NAN, 9.0])]), torch.cat([ids, torch.tensor([2, 2])]), pooled=True)
+    assert torch.equal(masked[8:], torch.zeros(2))  # nothing to compare there
+
+
+def test_standardised_terms_have_one_voice_each():
+    terms = dict(meta=torch.tensor([.1, .2, .3, .4]), recon=torch.ones(4), traj=torch.tensor([.4, .3, .2, .1]), general=torch.tensor([0., 10, NAN, 30]))
+    ids = torch.tensor([0, 0, 1, 1])
+    three_d, total = combine({n: standardise(x, ids) for n, x in terms.items()}, dict.fromkeys(terms, 1.0))
+    assert torch.allclose(three_d, torch.zeros(4), atol=1e-4)  # meta and traj disagree, recon is constant
+    assert torch.allclose(total[:2], torch.tensor([-1., 1]), atol=1e-4) and total[2].isnan()
+    assert torch.equal(standardise(torch.tensor([2., 2.]), torch.zeros(2)), torch.zeros(2))
 
 
 def test_gradient_at_ratio_one_is_reinforce():

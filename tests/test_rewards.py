@@ -7,8 +7,8 @@ import torch
 from conftest import ROOT
 
 from noise_warp import MOTIONS, camera_path
-from rewards import (CRITIC_PROMPT, TERMS, Critic, Preference, as_pictures, auc, combine, digit_score, load_rewards, meta_views,
-                     published_instruction, spearman, standardise, trajectory_reward, win_rate)
+from rewards import (CRITIC_PROMPT, TERMS, Critic, Preference, as_pictures, auc, digit_score, load_rewards, meta_views,
+                     published_instruction, spearman, trajectory_reward, win_rate)
 
 STILL = torch.eye(4).repeat(17, 1, 1)
 
@@ -289,16 +289,6 @@ def test_meta_views_stand_beside_the_path_and_look_at_the_scene(batch):
         assert seen[:2].abs().max() < 1e-5 and seen[2] > 0
         assert torch.allclose(view[:3, :3].T @ view[:3, :3], torch.eye(3), atol=1e-5) and torch.det(view[:3, :3]) > 0
         assert view[:3, 1] @ middle[:3, 1] > .7  # upright
-
-
-def test_standardised_sum_gives_every_term_one_voice():
-    terms = dict(meta=torch.tensor([.1, .2, .3, .4]), recon=torch.tensor([1., 1, 1, 1]), traj=torch.tensor([.4, .3, .2, .1]),
-                 general=torch.tensor([0., 10, math.nan, 30]))
-    weights, groups = dict.fromkeys(TERMS, 1.0), torch.tensor([0, 0, 1, 1])
-    three_d, total = combine(terms, weights, groups=groups)
-    assert torch.allclose(three_d, torch.zeros(4), atol=1e-5)  # meta and traj disagree, recon is constant
-    assert torch.allclose(total[:2], torch.tensor([-1., 1]), atol=1e-5) and total[2].isnan()
-    assert torch.equal(standardise(torch.tensor([2., 2.]), torch.zeros(2)), torch.zeros(2))
 
 
 def test_ranking_measures():

@@ -168,7 +168,7 @@ def test_depth_training_losses_reach_every_part():
     """A backward pass of each step of the Depth Anything twin's training reaches backbone, heads and camera decoder."""
     import random
     from noise_warp import camera_path
-    from tiny_train import build_depth, camera_step, depth_sample, render_step
+    from tiny_judges import build_depth, camera_step, depth_sample, render_step
     rng = random.Random(1)  # its first numbers ask for no VAE round trip
     for together in (True, False):
         da3 = build_depth()
@@ -186,7 +186,7 @@ def test_depth_training_losses_reach_every_part():
 
 def test_depth_batches_are_their_clips():
     """The network on two clips at once is the network on each."""
-    from tiny_train import build_depth
+    from tiny_judges import build_depth
     vit = build_depth().backbone.pretrained
     x = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -265,6 +265,9 @@ def test_commands_print_a_row_for_every_setting_and_name_their_errors(tmp_path, 
     assert command("compare", "--num", 1, "--lora", tmp_path)[0] == 0
     shown = torch.from_numpy(iio.imread(tmp_path / "compare.webp", index=0)).float()[:128, :396].unflatten(1, (3, 132))[:, :, :128]
     assert all((shown[:, a] - shown[:, b]).abs().mean() > 2 for a, b in ((0, 1), (1, 2), (0, 2)))  # rendered, base, trained: three pictures
+    rows = command("probe", "--num", 1, "--steps", 1, "--lora", ROOT / "tiny/web", tmp_path)[1]
+    assert len(rows) == 2 and "tiny/web, steps 1" in rows[0] and rows[0].split("|")[-2] != rows[1].split("|")[-2]
+    assert "no LoRA file 'nowhere'" in command("probe", "--num", 1, "--lora", ROOT / "tiny/web", "nowhere")[3]
     code, rows, out, _ = command("score-depth", "--num", 2)
     assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"input_db", "odd_db", "rotation_deg", "direction_deg", "absrel"}
     assert command("probe", "--probe", tmp_path)[0] == 2 and "train-probe" in command("probe", "--probe", tmp_path)[3]

@@ -23,7 +23,7 @@ def arguments(checkpoint, twins):
     """Arguments of a run of a second: 4 groups of 2 videos of 5 frames, two main steps, then a dynamic one."""
     return ["--model", str(checkpoint), "--frames", "5", "--height", "32", "--width", "32", "--groups", "4", "--members", "2", "--steps", "3",
             "--high", "2", "--window", "1", "--total-steps", "3", "--main-steps", "2", "--dynamic-steps", "1", "--eval-every", "0", "--views", "2",
-            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--depth-anything", str(twins / "depth_anything"),
+            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--pooled", "--depth-anything", str(twins / "depth_anything"),
             "--critic", str(twins / "qwen3_vl"), "--preference", str(twins / "hpsv3")]
 
 
@@ -160,6 +160,25 @@ def test_evaluation_writes_videos_curves_and_an_adapter(arguments, tmp_path):
     assert len(row["grad"]) == 2 and row["ratio_max"] != 1 and row["three_d"] == pytest.approx(row["meta"] + row["recon"] + row["traj"], abs=1e-5)
 
 
+def test_a_run_starts_from_an_adapter_and_exports_both(arguments, checkpoint, adapted, tmp_path):
+    """A run of learning rate 0 on a base exports the base; one that learns, the base and what it learned, as one adapter."""
+    based, plain, _ = adapted
+    save_file(lora_weights(based.dit), tmp_path / "lora.safetensors")
+    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "1", "--rank", "2", "--lora", str(tmp_path)]
+    codes, err = run([dict(args=[*base, "--name", "still", "--lr", "0"]), dict(args=[*base, "--name", "moved"])])
+    assert codes == [[0], [0]], err[-3000:]
+    assert load_file(tmp_path / "still" / "lora.safetensors")["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape[0] == 4 + 2
+    outputs = {}
+    for name in ("still", "moved"):
+        for layout in ("lora", "lora_comfyui"):
+            wan = load_wan(checkpoint)
+            merge_lora(wan.dit, tmp_path / name / f"{layout}.safetensors")
+            outputs[name, layout] = wan.dit(*inputs())
+        assert (outputs[name, "lora"] - outputs[name, "lora_comfyui"]).abs().max() < 1e-5
+    assert (outputs["still", "lora"] - based.dit(*inputs())).abs().max() < 1e-5 < 1e-4 < (outputs["moved", "lora"] - based.dit(*inputs())).abs().max()
+    assert metrics(tmp_path / "still")[0]["kl"] == 0  # the reference is the base
+
+
 def test_bad_settings_are_one_sentence_before_any_work(arguments, tmp_path, capsys):
     base = [*arguments, "--runs", str(tmp_path)]
     (tmp_path / "bad.jsonl").write_text('{"prompt": "push_in a hill", "split": "train"}\n{"prompt": ""}\n')
@@ -167,7 +186,7 @@ def test_bad_settings_are_one_sentence_before_any_work(arguments, tmp_path, caps
                           (["--window", "9"], "a window of 9 steps does not fit"), (["--frames", "6"], "4k+1 frames"),
                           (["--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl, line 2: it needs a non-empty prompt"),
                           (["--prompts", str(tmp_path / "none.txt")], "cannot be read"), (["--critic", "/nowhere"], "no model folder"),
-                          (["--batch", "3"], "--members must be a multiple of --batch"), (["--updates", "3"], "--groups must be a multiple of --updates"), (["--sde", "odd"], "--sde must be one of")):
+                          (["--lora", "/nowhere"], "no LoRA file"), (["--batch", "3"], "--members must be a multiple of --batch"), (["--updates", "3"], "--groups must be a multiple of --updates"), (["--sde", "odd"], "--sde must be one of")):
         assert train.main([*base, "--name", "bad", *more]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("train.py: ") and message in err, (more, err)
@@ -208,7 +227,7 @@ def test_phases_alternate_and_every_prompt_comes_once_an_epoch():
     assert sorted(moving[:5]) == sorted(moving[5:10]) == sorted(prompts["dynamic"])
 
 
-def test_presets_hold_the_published_values():
+def test_presets_hold_the_published_values(checkpoint):
     small, large, tiny = (parse_arguments(["--preset", p]) for p in ("small", "large", "tiny"))
     for c in (small, large):
         check(c, 48)
@@ -217,6 +236,7 @@ def test_presets_hold_the_published_values():
         assert (c.main_steps, c.dynamic_steps, c.degradation) == (100, 50, .35)
     assert small.groups == 48 and "1.3B" in small.model and "14B" in large.model and large.parallel == "fsdp"
     check(tiny, 1)
+    assert tiny.lora.endswith("tiny/web") and parse_arguments(["--model", str(checkpoint)]).lora == "" and small.lora == ""
     assert parse_arguments(["--preset", "small", "--groups", "8", "--no-checkpointing"]).groups == 8
     assert all(f.name == name for f, name in zip(dataclasses.fields(Config), dataclasses.asdict(Config())))
 
