@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 import probe
 import tiny_world
+from conftest import ROOT
 from depth_anything import Gaussians, Reconstruction
 from lora import add_lora, lora_weights
 from model import load_wan

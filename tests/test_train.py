@@ -23,7 +23,7 @@ def arguments(checkpoint, twins):
     """Arguments of a run of a second: 4 groups of 2 videos of 5 frames, two main steps, then a dynamic one."""
     return ["--model", str(checkpoint), "--frames", "5", "--height", "32", "--width", "32", "--groups", "4", "--members", "2", "--steps", "3",
             "--high", "2", "--window", "1", "--total-steps", "3", "--main-steps", "2", "--dynamic-steps", "1", "--eval-every", "0", "--views", "2",
-            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--pooled", "--depth-anything", str(twins / "depth_anything"),
+            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--no-pooled", "--no-shared", "--recon", "1", "--depth-anything", str(twins / "depth_anything"),
             "--critic", str(twins / "qwen3_vl"), "--preference", str(twins / "hpsv3")]
 
 
@@ -57,11 +57,11 @@ def largest_difference(a, b):
 def test_any_number_of_processes_makes_the_same_run(arguments, tmp_path):
     base = [*arguments, "--runs", str(tmp_path)]
     jobs = {"one": (1, []), "two": (2, []), "four": (4, []), "sharded": (2, ["--parallel", "fsdp"]), "by one": (1, ["--batch", "1"]),
-            "full": (1, ["--full", "--lr", "1e-4"]), "full two": (2, ["--full", "--lr", "1e-4"]),
+            "as tiny": (1, ["--pooled", "--shared"]), "as tiny two": (2, ["--pooled", "--shared"]), "full": (1, ["--full", "--lr", "1e-4"]), "full two": (2, ["--full", "--lr", "1e-4"]),
             "full sharded": (2, ["--full", "--lr", "1e-4", "--parallel", "fsdp"])}
     codes, err = run([dict(args=[*base, "--name", name, *more], world=world) for name, (world, more) in jobs.items()])
     assert codes == [[0] * world for world, _ in jobs.values()], err[-3000:]
-    for first, others in (("one", ("two", "four", "sharded")), ("full", ("full two", "full sharded"))):
+    for first, others in (("one", ("two", "four", "sharded")), ("as tiny", ("as tiny two",)), ("full", ("full two", "full sharded"))):
         expected, known = metrics(tmp_path / first), weights(tmp_path / first)
         assert [r["phase"] for r in expected] == ["main", "main", "dynamic"] and expected[0]["kl"] == 0 < expected[2]["kl"]
         assert max(known[k].abs().max() for k in known if k.startswith("adam.exp_avg_sq")) > 0  # every run has moved
