@@ -184,7 +184,8 @@ def check(c, world):
     if c.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
     draw_window(generator(0), c.steps, c.window, c.high)
-    c.lora and lora_file(c.lora)
+    if c.lora:
+        lora_file(c.lora)
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts

@@ -9,7 +9,7 @@ import probe
 import tiny_world
 from conftest import ROOT
 from depth_anything import Gaussians, Reconstruction
-from lora import add_lora, lora_weights
+from lora import add_lora, lora_weights, merge_lora
 from model import load_wan
 from noise_warp import parse_motion
 from tiny_world import (COLOURS, CORRUPTIONS, DAMAGE, DEGRADATIONS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, corrupt, damage, degrade, intrinsics,
@@ -244,6 +244,19 @@ def test_render_from_given_cameras():
     own = render(scene, depth=True)
     again = render(scene, poses=own["poses"], depth=True)
     assert torch.equal(own["video"], again["video"]) and torch.equal(own["depth"], again["depth"])
+
+
+def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_path):
+    from tiny_train import export_web, train_web
+    for minutes in (.02, .04):  # the second goes on from the first
+        train_web(tmp_path, minutes, clips=4)
+    steps = [int(line.split()[1]) for line in (tmp_path / "web" / "log.txt").read_text().splitlines()]
+    assert 0 < steps[0] < steps[-1]
+    export_web(tmp_path, tmp_path / "shipped")
+    plain, based = (load_wan(ROOT / "tiny" / "wan") for _ in range(2))
+    pairs = merge_lora(based.dit, tmp_path / "shipped")
+    assert len(pairs) == 8 * len(based.dit.blocks) and all(A.shape[0] == 16 and B.any() for A, B in pairs.values())
+    assert merge_lora(plain.dit, ROOT / "tiny" / "web").keys() == pairs.keys()
 
 
 # -------------------------------------------------------------------------------------------------------------- the probe
