@@ -345,29 +345,31 @@ SWEEP = {  # cell -> (arguments of train.py, arguments of metrics)
 
 
 def sweep(a, rest):
-    """Trains every cell (rest: further arguments for train.py) and scores it at the length it was trained with, the base and
-    the full cell at `a.also` frames too; what is done is not done again."""
+    """Trains every cell (rest: further arguments for train.py) and scores it on the test and the dynamic prompts at the length
+    it was trained with, the base and the full cell at `a.also` frames too; what is done is not done again."""
     cells = a.cells or list(SWEEP)
     unknown = [c for c in cells if c not in SWEEP]
     if unknown:
         raise ValueError(f"unknown cell '{unknown[0]}'; the cells are {', '.join(SWEEP)}")
     here, c = Path(__file__).parent, parse_arguments(rest)
     launch = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(a.processes)] if a.processes > 1 else [])]
-    bar, done = tqdm(cells, desc="sweep", unit="cell"), {}
-    base = a.out / "base_results"
-    jobs = [("base", None, base, ["--lora", c.lora] if c.lora else [])] + [(cell, SWEEP[cell][0], a.out / cell / "results", SWEEP[cell][1]) for cell in bar]
-    for cell, arguments, results, scoring in jobs:
-        if arguments is not None:
-            subprocess.run([*launch, here / "train.py", "--runs", a.out, "--name", cell, *rest, *arguments], check=True)
+    ways = {"results": ["--num", str(a.num)], "dynamic": ["--split", "dynamic", "--num", str(a.num // 2)], f"{a.also}_frames": ["--num", str(a.num), "--frames", str(a.also)]}
+    done = {way: {} for way in ways}
+    for cell in tqdm(["base", *cells], desc="sweep", unit="cell"):
+        training, scoring = SWEEP.get(cell, ([], []))
+        if cell == "base":
+            scoring = ["--lora", c.lora] if c.lora else []
+        else:
+            subprocess.run([*launch, here / "train.py", "--runs", a.out, "--name", cell, *rest, *training], check=True)
             scoring = [*scoring, "--lora", a.out / cell]
-        for length in (c.frames, a.also) if cell in ("base", "full") else (c.frames,):
-            tag = "" if length == c.frames else f"_{length}_frames"
-            folder = results.with_name(results.name + tag)
-            if not (folder / "summary.json").exists():
-                subprocess.run([sys.executable, here / "eval.py", "metrics", "--model", c.model, "--num", str(a.num), "--frames", str(length), "--out", folder, *scoring], check=True)
-            done[cell + tag.replace("_", " ")] = folder
-    (a.out / "table.md").write_text(table(done) + "\n")
-    print(table(done))
+        for way, how in ways.items():
+            if cell in ("base", "full") or way in ("results", "dynamic"):
+                folder = done[way][cell] = a.out / cell / way
+                if not (folder / "summary.json").exists():
+                    subprocess.run([sys.executable, here / "eval.py", "metrics", "--model", c.model, "--frames", str(c.frames), *how, "--out", folder, *scoring], check=True)
+    text = "\n\n".join(f"# {title}\n\n{table(done[way])}" for way, title in zip(ways, ("Test prompts", "Dynamic prompts", f"Test prompts, {a.also} frames"), strict=True) if done[way])
+    (a.out / "table.md").write_text(text + "\n")
+    print(text)
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

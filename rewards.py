@@ -159,18 +159,20 @@ class HPSv3(nn.Module):
         width = config.text_config.hidden_size
         self.rm_head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
 
-    def forward(self, input_ids, attention_mask, pixel_values, image_grid_thw, reward_id):
-        """-> (B, 2) float32: mean and log-deviation of the score.
-
-        Positions are 0..L-1 on all three rotary axes, as the official scoring code ran (its transformers computed no
-        image positions unless asked to generate).
-        """
+    def hidden(self, input_ids, attention_mask, pixel_values, image_grid_thw):
+        """-> (B, L, width). Positions are 0..L-1 on all three rotary axes, as the official scoring code ran (its
+        transformers computed no image positions unless asked to generate)."""
         B, L = input_ids.shape
         position = torch.arange(L, device=input_ids.device).expand(3, B, L)
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position,
-                            pixel_values=pixel_values, image_grid_thw=image_grid_thw).last_hidden_state
-        at = (input_ids == reward_id).int().argmax(1)
-        return self.rm_head(hidden[torch.arange(B), at].float())
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position,
+                          pixel_values=pixel_values, image_grid_thw=image_grid_thw).last_hidden_state
+
+    def score(self, hidden, input_ids, reward_id):
+        """-> (B, 2) float32: mean and log-deviation of the score."""
+        return self.rm_head(hidden[torch.arange(len(hidden)), (input_ids == reward_id).int().argmax(1)].float())
+
+    def forward(self, reward_id, **inputs):
+        return self.score(self.hidden(**inputs), inputs["input_ids"], reward_id)
 
 
 def published_key(key):
@@ -497,19 +499,23 @@ def validate(rewards, num=200, seed=0, levels=5):
 
     pairs: share of (clip, its bad copy) ranked right, the copies' strengths drawn from [1/2, 1]; AUC: good against bad
     copies across clips; rho: mean over clips of the rank correlation of score and strength at `levels` strengths.
+    The total is the plain sum, and, as train.py's --standardise --pooled has it, the sum of the terms each compared inside
+    its group (a clip and its copies) and divided by its spread there.
     """
+    from grpo import standardise
     from noise_warp import MOTIONS, camera_path
     from tiny_world import CORRUPTIONS, DAMAGE, DEGRADATIONS, corrupt, damage, degrade, random_scene, render
     import random
     table = {}
 
-    def note(name, kind, score):  # score(strength) -> float
+    grid = torch.linspace(0, 1, levels)
+
+    def note(name, kind, score):  # score(strength) -> float, or a list of them to be summed at the end
         strength = rng.uniform(.5, 1)
-        row = table.setdefault(name, dict(good=[], bad=[], kind=[], rho=[]))
+        row = table.setdefault(name, dict(good=[], bad=[], kind=[], grid=[]))
         row["good"].append(score(0.0)), row["bad"].append(score(strength)), row["kind"].append(kind)
         if i < num // 4:
-            grid = torch.linspace(0, 1, levels)
-            row["rho"].append(spearman(-torch.tensor([score(float(s)) for s in grid]), grid))
+            row["grid"].append([score(float(s)) for s in grid])
 
     for i in tqdm(range(num), desc="validate", unit="clip"):
         rng = random.Random(f"{seed}/{i}")
@@ -530,7 +536,7 @@ def validate(rewards, num=200, seed=0, levels=5):
         note("recon: clip against corrupted", kind, lambda s: terms(kind, s)[0]["recon"])
         still = scene.motions == ["fixed"]  # which cannot be frozen
         every = CORRUPTIONS[i % 4] if not still else kind
-        note("total: clip against corrupted", every, lambda s: sum(terms(every, s)[0][t] for t in TERMS))
+        note("total: clip against corrupted", every, lambda s: [terms(every, s)[0][t] for t in TERMS])
 
         def where_asked(video, rec, K):  # the twin's units are the room's
             asked = rec.camera_to_world[:1] @ (torch.linalg.inv(path[rec.frames[:1]]) @ path[rec.frames]).float()
@@ -552,15 +558,23 @@ def validate(rewards, num=200, seed=0, levels=5):
         note("general: frames against degraded", ugly, lambda s: float(rewards.preference(
             torch.stack([degrade(f, ugly, s, draw.manual_seed(i)) if s else f for f in frames]), [scene.caption] * len(frames)).mean()))
         wrong = rng.choice([m for m in MOTIONS if [m] != scene.motions])
-        row = table.setdefault("traj: right word against wrong", dict(good=[], bad=[], kind=[], rho=[]))
+        row = table.setdefault("traj: right word against wrong", dict(good=[], bad=[], kind=[], grid=[]))
         row["good"].append(terms("", 0.0)[0]["traj"]), row["kind"].append("word")
         row["bad"].append(trajectory_reward(camera_path([wrong], 17)[rec.frames], rec.camera_to_world, rewards.alpha, rewards.beta, float(rec.depth.median())))
 
+    def by_group(x):  # (groups, members, terms) -> (groups, members)
+        ids = torch.arange(len(x)).repeat_interleave(x.shape[1])
+        return sum(standardise(x[..., t].flatten(), ids, pooled=True).view(x.shape[:2]) for t in range(x.shape[2]))
+
+    row = table.pop("total: clip against corrupted")
+    pairs, steps = torch.tensor([row["good"], row["bad"]]).transpose(0, 1), torch.tensor(row["grid"])
+    for how, total in (("total, plain sum", lambda x: x.sum(-1)), ("total, standardised in its group", by_group)):
+        table[how] = dict(good=total(pairs)[:, 0], bad=total(pairs)[:, 1], kind=row["kind"], grid=total(steps))
     for name, row in table.items():
         row.update(pairs=win_rate(row["good"], row["bad"]), auc=auc(row["good"], row["bad"]))
         line = f"{name:36} {len(row['good']):3} pairs " + "  ".join("{} {:.3f} [{:.3f}, {:.3f}]".format(k, *row[v]) for k, v in (("right", "pairs"), ("AUC", "auc")))
-        if row["rho"]:
-            row["spearman"] = sum(row["rho"]) / len(row["rho"])
+        if len(row["grid"]):
+            row["spearman"] = sum(spearman(-torch.as_tensor(scores), grid) for scores in row["grid"]) / len(row["grid"])
             line += f"  rho {row['spearman']:.2f}"
         kinds = {k: win_rate(*zip(*[(g, b) for g, b, q in zip(row["good"], row["bad"], row["kind"]) if q == k]))[0] for k in dict.fromkeys(row["kind"])}
         print(line + ("  " + ", ".join(f"{k} {v:.2f}" for k, v in kinds.items()) if len(kinds) > 1 else ""))

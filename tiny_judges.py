@@ -7,6 +7,7 @@
 The loop is tiny_train.fit; the losses are in the docstring of each function.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -26,7 +27,7 @@ from noise_warp import FOV, camera_path
 from rewards import CRITIC_PROMPT, Critic, HPSv3, Preference, digit_score, meta_views, native_intrinsics, published_key, spearman
 from sample import contact_sheet, generator
 from tiny_train import fit, load_trained_vae, make_tokenizer, psnr, save
-from tiny_world import DAMAGE, DEGRADATIONS, corrupt, damage, degrade, intrinsics, random_scene, render
+from tiny_world import COLOURS, DAMAGE, DEGRADATIONS, SHAPES, caption, corrupt, damage, degrade, intrinsics, random_scene, render
 from train import write_json
 
 # ----------------------------------------------------------------------------------------------------- Depth Anything
@@ -333,25 +334,42 @@ def train_critic(run, minutes, seed=0, clips=400, batch=32):
     fit(folder, minutes, critic.model, losses, report, lr=1e-3)
 
 
+def miscast(scene, rng):
+    """The same scene with one object of another shape, or of a colour that is not in it."""
+    other = copy.deepcopy(scene)
+    thing = rng.choice(other.objects)
+    if rng.random() < .7 and thing.behaviour != "spins":  # only a box is seen to spin
+        thing.shape = rng.choice([s for s in SHAPES if s != thing.shape])
+    else:
+        thing.colour = rng.choice([c for c in COLOURS if c not in (scene.wall, scene.floor, *(o.colour for o in scene.objects))])
+    return other
+
+
 def preference_pair(index, seed):
-    """A better and a worse picture with their prompt -> (better, prompt), (worse, prompt). One pair in four differs in
-    its prompt alone; else a degradation is stronger in the worse one."""
+    """A better and a worse picture with their prompt -> (better, prompt), (worse, prompt), how the worse one is worse. In
+    half of the pairs a degradation is stronger; else picture and prompt disagree, on one object (`miscast`) or altogether."""
     rng = random.Random(f"preference/{seed}/{index}")
     split = rng.choice(("static", "dynamic"))
     scene = random_scene(f"preference/{seed}", split, index)
-    image = render(scene, at=[rng.randrange(17)])["video"][0]
-    kind, draw = rng.choice(DEGRADATIONS), index
-    strength = rng.random()
-    seen = lambda s: degrade(image, kind, s, torch.Generator().manual_seed(draw)) if s else image  # noqa: E731
-    if rng.random() < .25:
-        other = random_scene(f"preference/{seed}/other", split, index)
-        picture = seen(strength * rng.choice((0, .5)))
-        return (picture, scene.caption), (picture, other.caption)
-    return (seen(strength * rng.choice((0, 0, .6))), scene.caption), (seen(strength), scene.caption)
+    at, kind, strength, half = [rng.randrange(17)], rng.choice(DEGRADATIONS), rng.random(), rng.random()
+
+    def picture(scene, s):
+        image = render(scene, at=at)["video"][0]
+        return degrade(image, kind, s, torch.Generator().manual_seed(index)) if s else image
+
+    if half < .5:
+        return (picture(scene, strength * rng.choice((0, 0, .6))), scene.caption), (picture(scene, strength), scene.caption), "degraded"
+    strength *= rng.choice((0, .5))
+    other = miscast(scene, rng) if half < .9 else random_scene(f"preference/{seed}/other", split, index)
+    if half < .7:  # the picture is wrong
+        return (picture(scene, strength), scene.caption), (picture(other, strength), scene.caption), "object"
+    shown = picture(scene, strength)  # the words are
+    return *((shown, caption(s, random.Random(index))) for s in (scene, other)), "object" if half < .9 else "room"
 
 
 def train_preference(run, minutes, seed=0, batch=16):
-    """Bradley-Terry: -log sigmoid(score of the better - score of the worse)."""
+    """Bradley-Terry, -log sigmoid(score of the better - score of the worse), and the likelihood of the better one's words
+    after its picture: describing is learned sooner than preferring, and HPSv3, too, starts from a model that can."""
     torch.manual_seed(seed)
     folder = run / "preference"
     judge = build_preference(folder / "start") if not (folder / "state.pt").exists() else Preference(folder / "start")
@@ -360,20 +378,25 @@ def train_preference(run, minutes, seed=0, batch=16):
     def scores(pairs):
         items = [side[i] for i in (0, 1) for side in pairs]
         inputs = judge.inputs([(p * 255).round().byte() for p, _ in items], [t for _, t in items])
-        return judge.model(**inputs, reward_id=judge.reward_id)[:, 0].chunk(2)
+        hidden, ids = judge.model.hidden(**inputs), inputs["input_ids"]
+        n = len(pairs)
+        logits = hidden[:n, :-1] @ judge.model.model.get_input_embeddings().weight.T
+        said = inputs["attention_mask"][:n, 1:].bool() & (ids[:n, :-1] != judge.model.model.config.image_token_id)
+        return *judge.model.score(hidden, ids, judge.reward_id)[:, 0].chunk(2), F.cross_entropy(logits[said], ids[:n, 1:][said])
 
     def losses(step, progress):
-        better, worse = scores([preference_pair(step * batch + i, seed) for i in range(batch)])
+        better, worse, words = scores([preference_pair(step * batch + i, seed) for i in range(batch)])
         loss = -F.logsigmoid(better - worse).mean() + 1e-3 * (better + worse).square().mean()
-        yield loss, dict(loss=loss.item(), right=(better > worse).float().mean().item())
+        yield loss + 3 * words, dict(loss=loss.item(), words=words.item(), right=(better > worse).float().mean().item())
 
     @torch.no_grad()
     def report():
         judge.model.eval()
         pairs = [preference_pair(i, f"{seed}/held-out") for i in range(256)]
-        better, worse = (torch.cat(x) for x in zip(*[scores(pairs[i:i + 32]) for i in range(0, 256, 32)]))
+        better, worse = (torch.cat(x) for x in zip(*[scores(pairs[i:i + 32])[:2] for i in range(0, 256, 32)]))
         judge.model.train()
-        return dict(held_out_right=(better > worse).float().mean().item(), gap=(better - worse).mean().item())
+        right = {kind: [(b > w).item() for b, w, p in zip(better, worse, pairs) if p[2] == kind] for kind in ("degraded", "object", "room")}
+        return dict(held_out_right=(better > worse).float().mean().item(), gap=(better - worse).mean().item(), **{k: sum(v) / len(v) for k, v in right.items()})
 
     fit(folder, minutes, judge.model, losses, report, lr=1e-3)
 

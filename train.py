@@ -96,6 +96,7 @@ class Config:
     max_masked: float = .5  # a step with a larger share of failed rewards stops the run
     # the update
     lr: float = 3e-4
+    decay: float = 0.0  # share of the run, at its end, over which the learning rate falls to 0 along a line
     beta1: float = .9
     beta2: float = .999
     weight_decay: float = 1e-4
@@ -572,7 +573,7 @@ def load_checkpoint(policy, folder):
 def open_run(c, processes):
     """Makes runs/NAME, or finds it with the same configuration. -> its folder."""
     folder = Path(c.runs) / c.name
-    movable = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every"}  # may change on resuming
+    movable = {"runs", "name", *([] if c.decay else ["total_steps"]), "save_every", "keep", "wandb", "device", "eval_every"}  # may change on resuming
     now = dataclasses.asdict(c)
     if (folder / "config.json").exists():
         before = json.loads((folder / "config.json").read_text())
@@ -643,6 +644,11 @@ def train(c, processes):
     return True
 
 
+def learning_rate(c, step):
+    """lr, and over the last `decay` share of total_steps a line down to 0, which would be the step after the last."""
+    return c.lr * min(1.0, (c.total_steps - step) / max(c.decay * c.total_steps, 1))
+
+
 def one_step(policy, rewards, prompts, step, bar):
     """Rollouts, rewards and updates of one step. -> its line of metrics.jsonl, the same on every rank."""
     c, processes, seconds = policy.c, policy.processes, {}
@@ -692,6 +698,7 @@ def one_step(policy, rewards, prompts, step, bar):
                 raise RuntimeError(f"before the first update log-ratios reach {drift:.1e}: rollout and update run the model differently")
         notes += found
         norms.append(policy.gradients())
+        policy.optimiser.param_groups[0]["lr"] = learning_rate(c, step)
         policy.optimiser.step()
         policy.optimiser.zero_grad(set_to_none=True)
     policy.follow(step)

@@ -181,6 +181,26 @@ def test_a_model_is_sampled_and_scored(scored, checkpoint, tmp_path, capsys):
     assert len(list((out / "videos").glob("*.mp4"))) == 2
 
 
+def test_a_sweep_trains_scores_and_does_nothing_twice(checkpoint, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "sweep"
+    shutil.copytree(checkpoint, model)
+    (model / "sampling.json").write_text(json.dumps(dict(frames=5, height=32, width=32, steps=2, guidance=2.0, fps=8)))
+    command = ["sweep", "--out", str(out), "--cells", "no_3d", "--num", "2", "--also", "9", "--model", str(model), "--prompts", "tiny", "--groups", "1",
+               "--members", "2", "--steps", "2", "--high", "1", "--window", "1", "--rank", "2", "--total-steps", "1", "--eval-every", "0"]
+    assert main(command) == 0
+    text = (out / "table.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("# ")] == ["# Test prompts", "# Dynamic prompts", "# Test prompts, 9 frames"]
+    sizes = {str(f.parent.relative_to(out)): (s["sizes"], s["videos"], s["lora"]) for f in sorted(out.glob("*/*/summary.json")) if (s := json.loads(f.read_text()))}
+    trained = str(out / "no_3d")
+    assert sizes == {"base/results": (["5x32x32"], 2, None), "base/dynamic": (["5x32x32"], 1, None), "base/9_frames": (["9x32x32"], 2, None),
+                     "no_3d/results": (["5x32x32"], 2, trained), "no_3d/dynamic": (["5x32x32"], 1, trained)}
+    step = json.loads((out / "no_3d" / "metrics.jsonl").read_text())
+    assert step["traj"] is None and math.isfinite(step["general"])
+    assert "| no_3d |" in text and "Change from base" in text
+    written = {f: f.stat().st_mtime_ns for f in out.glob("*/*/metrics.jsonl")}
+    assert main(command) == 0 and {f: f.stat().st_mtime_ns for f in out.glob("*/*/metrics.jsonl")} == written and (out / "table.md").read_text() == text
+
+
 def test_prompts_are_matched_by_id_or_by_order(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.mp4").write_bytes(b"")

@@ -303,8 +303,8 @@ def test_the_shipped_twins_tell_good_from_bad(capsys):
     """The validity suite on 12 clips: every term ranks most of its pairs right, the geometric ones nearly all."""
     from rewards import load_rewards, validate
     found = {name.split(":")[0]: row["pairs"][0] for name, row in validate(load_rewards(views=5).load(), num=12, seed=1, levels=2).items() if "weaker" not in name}
-    assert set(found) == {"recon", "total", "re-render where the prompt asked", "meta", "general", "traj"}
-    assert min(found.values()) >= .75 and min(found["recon"], found["traj"], found["re-render where the prompt asked"]) > .9, found
+    assert set(found) == {"recon", "total, plain sum", "total, standardised in its group", "re-render where the prompt asked", "meta", "general", "traj"}
+    assert min(found.values()) >= .75 and min(found["recon"], found["traj"], found["total, standardised in its group"], found["re-render where the prompt asked"]) > .9, found
 
 
 def test_command_line(twins, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import math
+import re
 
 import imageio.v3 as iio
 import pytest
@@ -163,6 +164,44 @@ def test_vae_inflation_keeps_single_frames_and_repeats_them():
         one, clip = vae.moments(frame)[0], vae.moments(frame.repeat(1, 9, 1, 1, 1))[0]
         assert torch.allclose(clip, one.expand_as(clip), atol=1e-4)
         assert torch.allclose(vae.decode_raw(clip), vae.decode_raw(one).expand(-1, 9, -1, -1, -1), atol=1e-4)
+
+
+def test_preference_pairs_differ_in_one_thing():
+    from collections import Counter
+    from tiny_judges import preference_pair
+    pairs = [preference_pair(i, "test") for i in range(150)]
+    words = lambda text: Counter(w for w in re.findall("[a-z]+", text.lower()) if w not in ("a", "an"))  # noqa: E731
+    seen = []
+    for (a, p), (b, q), kind in pairs:
+        other_words, other_picture = p != q, (a - b).abs().amax(0) > .01
+        if kind == "degraded":
+            assert not other_words and not torch.equal(a, b)
+        elif kind == "room":
+            assert (words(p) - words(q)).total() > 1 and not other_picture.any()
+        elif other_words:
+            assert (words(p) - words(q)).total() == (words(q) - words(p)).total() == 1 and not other_picture.any()
+        else:
+            assert other_picture.float().mean() < .6
+            seen.append(bool(other_picture.any()))
+    share = Counter(kind for *_, kind in pairs)
+    assert .4 < share["degraded"] / 150 < .6 and .3 < share["object"] / 150 < .5 and share["room"] > 5
+    assert len(seen) > 15 and sum(seen) / len(seen) > .85  # an object may have left the picture
+
+
+def test_the_preference_twin_trains_resumes_and_exports(tmp_path):
+    from rewards import Preference
+    from tiny_judges import export_preference, train_preference
+    for minutes in (.01, .02):
+        train_preference(tmp_path, minutes, batch=2)
+    lines = [dict(zip(line.split()[::2], map(float, line.split()[1::2]))) for line in (tmp_path / "preference" / "log.txt").read_text().splitlines()]
+    assert len(lines) == 2 and lines[1]["step"] > lines[0]["step"] > 0 and all(0 <= lines[1][k] <= 1 for k in ("held_out_right", "degraded", "object", "room"))
+    assert lines[1]["words"] < math.log(80)  # better than any of the tokenizer's words
+    export_preference(tmp_path, tmp_path / "out")
+    judge, trained = Preference(tmp_path / "out"), Preference(tmp_path / "preference" / "start")
+    frames, prompts = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["a red box", "a blue sphere"]
+    start = trained(frames, prompts)
+    trained.model.load_state_dict(torch.load(tmp_path / "preference" / "state.pt", weights_only=True)["ema"])
+    assert torch.allclose(32 * judge(frames, prompts), trained(frames, prompts), atol=.02) and not torch.allclose(trained(frames, prompts), start, atol=.001)
 
 
 def test_depth_training_losses_reach_every_part():

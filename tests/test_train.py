@@ -23,7 +23,7 @@ def arguments(checkpoint, twins):
     """Arguments of a run of a second: 4 groups of 2 videos of 5 frames, two main steps, then a dynamic one."""
     return ["--model", str(checkpoint), "--frames", "5", "--height", "32", "--width", "32", "--groups", "4", "--members", "2", "--steps", "3",
             "--high", "2", "--window", "1", "--total-steps", "3", "--main-steps", "2", "--dynamic-steps", "1", "--eval-every", "0", "--views", "2",
-            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--no-pooled", "--no-shared", "--recon", "1", "--depth-anything", str(twins / "depth_anything"),
+            "--first", "1", "--rank", "4", "--lr", "1e-2", "--ema-every", "1", "--no-pooled", "--no-shared", "--recon", "1", "--decay", "0", "--depth-anything", str(twins / "depth_anything"),
             "--critic", str(twins / "qwen3_vl"), "--preference", str(twins / "hpsv3")]
 
 
@@ -78,7 +78,7 @@ def test_any_number_of_processes_makes_the_same_run(arguments, tmp_path):
 
 def test_killed_at_twenty_moments_it_ends_the_same(arguments, tmp_path):
     """SIGKILL at random moments; started again each time. Metrics and weights equal an uninterrupted run's, to the bit."""
-    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "8"]
+    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "8", "--decay", ".5"]
     draw = random.Random(0)
     kills = [dict(args=[*base, "--name", "killed"], kill=draw.uniform(.3, 2.5)) for _ in range(20)]
     jobs = [dict(args=[*base, "--name", "whole"])] + kills + [dict(args=[*base, "--name", "killed"])]
@@ -87,6 +87,18 @@ def test_killed_at_twenty_moments_it_ends_the_same(arguments, tmp_path):
     assert sum(c == [-9] for c in codes) >= 3  # the moments were in the middle of something
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole") and len(metrics(tmp_path / "whole")) == 8
     assert largest_difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
+
+
+def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_steps(arguments, tmp_path):
+    c = train.Config(lr=.1, total_steps=100, decay=.4)
+    assert [round(train.learning_rate(c, s), 9) for s in (0, 60, 80, 99)] == [.1, .1, .05, .0025]
+    assert train.learning_rate(train.Config(lr=.1, total_steps=2), 1) == .1  # no decay
+    base = [*arguments, "--runs", str(tmp_path)]
+    codes, err = run([dict(args=[*base, "--name", name, "--decay", str(d)]) for name, d in (("constant", 0), ("falling", 1))]
+                     + [dict(args=[*base, "--name", "falling", "--decay", "1", "--total-steps", "4"])])
+    assert codes == [[0], [0], [2]] and "was started with --total-steps 3, not 4" in err  # another length is another rate
+    constant, falling = metrics(tmp_path / "constant"), metrics(tmp_path / "falling")
+    assert constant[:2] == falling[:2] and constant[2]["kl"] > falling[2]["kl"] > 0  # the first update is the same, the second is not
 
 
 def test_sigterm_saves_and_ends_well_and_a_damaged_checkpoint_is_refused(arguments, tmp_path):
