@@ -1,16 +1,15 @@
-"""Speed and memory against the peers, in one run on this machine; and what the large presets will need, estimated.
+"""Speed and memory against the peers, in one run on this machine; and what the large presets would need.
 
-    python bench.py [wan] [transport] [splat] [tiny]     all four parts by default; medians, and ratios ours / theirs
-    python bench.py --estimate small --gpus 8            memory per GPU by part, seconds by phase: arithmetic, no run
-    python bench.py --check-memory                       the estimate's activations against measured ones, three sizes
+    python bench.py [wan] [transport] [splat] [tiny]  all four parts by default; medians, ratios ours / theirs
+    python bench.py --estimate small --gpus 8         memory per GPU, seconds by phase: arithmetic, no run
+    python bench.py --check-memory                    the estimate's activations against allocated ones
 
-Both sides get the same weights, inputs, threads and dtype, and take turns. Needs the "test" extra (diffusers); the slow
-oracles are those of tests/. Peak memory is the growth of a fresh process's peak resident set during the call, the
-median of three (Linux).
+Both sides get the same weights, inputs, threads and dtype, and take turns. Needs the "test" extra
+(diffusers); the slow oracles are those of tests/. Peak memory is the growth of a fresh process's peak
+resident set during the call, the median of three (Linux). Left out: timings on GPUs.
 """
 
 import argparse
-import dataclasses
 import re
 import statistics
 import subprocess
@@ -24,218 +23,293 @@ import splat
 from depth_anything import SIZES, memory_estimate
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
-from noise_warp import MOTIONS, camera_path, latent_noise, parse_motion, path_flow
-from rewards import load_rewards
-from sample import generator, initial_noise, model_defaults, sample
-from tiny_world import random_scene, render
-from train import PRESETS, ROOT, Config
+from noise_warp import MOTIONS, camera_path, latent_noise, path_flow
+from rewards import TERMS, load_rewards
+from sample import generator, sample_videos, sampling_of
+from tiny.world import random_scene, render
+from train import parse_arguments as training_arguments
+from weights import TINY
 
-sys.path.append(str(ROOT / "tests"))  # the oracles
+sys.path.append(str(Path(__file__).parent / "tests"))  # the oracles
 
-MEDIUM_DIT = dict(num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=6, text_dim=256)
-SMALL_VAE = dict(base_dim=16, num_res_blocks=1)
+PROMPT = "orbit_left a red sphere and a blue box on a checkered green floor, yellow walls"
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+def elapsed(call):
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def median_time(call, repeat=1):
+    """Seconds, the median of `repeat` calls, after one to warm up where there are several."""
+    if repeat > 1:
+        call()
+    return statistics.median(elapsed(call) for _ in range(repeat))
 
 
 def compare(name, ours, theirs, repeat):
-    """Times two callables in turn; prints their medians and the ratio."""
-    times = [[], []]
-    for turn in range(repeat + 1):
-        for kept, call in zip(times, (ours, theirs)):
-            start = time.perf_counter()
-            call()
-            if turn:  # the first turn warms up
-                kept.append(time.perf_counter() - start)
-    a, b = map(statistics.median, times)
-    print(f"| {name} | {a * 1e3:.0f} ms | {b * 1e3:.0f} ms | {a / b:.2f} |", flush=True)
+    """Times two callables in turns, so that a slow moment falls on both; prints their row."""
+    ours()
+    theirs()
+    turns = [(elapsed(ours), elapsed(theirs)) for _ in range(repeat)]
+    our_time, their_time = (statistics.median(times) for times in zip(*turns))
+    print_row(name, f"{our_time * 1e3:.0f} ms", f"{their_time * 1e3:.0f} ms", f"{our_time / their_time:.2f}")
 
 
-def pair(kind):
-    """Our model and diffusers' with the same random weights."""
-    import diffusers
-    if kind == "dit":
-        ours, theirs = DiT(DiTConfig(**MEDIUM_DIT)), diffusers.WanTransformer3DModel(**MEDIUM_DIT)
-        torch.nn.init.normal_(ours.proj_out.weight, std=.02)
+def print_head(*columns):
+    print()
+    print_row(*columns)
+    print("|" + "---|" * len(columns))
+
+
+def print_row(*cells):
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+@torch.no_grad()
+def peak_growth(side, frames):
+    """MiB by which this process's resident set peaks above its start (Linux); it should be a fresh process.
+
+    side: "ours" or "diffusers" decode `frames` frames of 256x256; "transport" carries noise through as many
+    of 480x832, at a multiple of 16.
+    """
+    if side == "transport":
+        path = camera_path(["push_in"], frames)
+
+        def call(frames):
+            latent_noise(path[:frames], frames, 60, 104, multiple=16)
+
+        small, large = 1, frames
     else:
-        ours, theirs = VAE(VAEConfig(**SMALL_VAE)), diffusers.AutoencoderKLWan(**SMALL_VAE)
+        ours, theirs = vae_pair()
+        call = ours.decode if side == "ours" else theirs.decode
+        large = torch.randn(1, 16, (frames - 1) // 4 + 1, 32, 32)
+        small = large[:, :, :2, :2, :2]
+
+    call(small)  # loads what is loaded once
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    call(large)
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """MiB of this process's resident set: now (VmRSS) or at its peak (VmHWM)."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def measured_peak(side, frames):
+    """`peak_growth` in three fresh processes, the median."""
+    command = [sys.executable, __file__, "--peak", side, str(frames)]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+# ------------------------------------------------------------------------------------ wan: against diffusers
+
+def dit_pair():
+    """Our DiT and diffusers', of a medium size, with the same random weights."""
+    import diffusers
+    size = dict(num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=6, text_dim=256)
+    ours, theirs = DiT(DiTConfig(**size)), diffusers.WanTransformer3DModel(**size)
+    torch.nn.init.normal_(ours.proj_out.weight, std=.02)  # zero at its start, and so would be the output
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
-def peak_growth(side, frames, size=256):
-    """MiB by which the resident set peaks above its start in a fresh process (Linux), while decoding `frames` frames
-    (side: ours | diffusers), or transporting their noise at 480x832 and a multiple of 16 (side: transport)."""
-    def resident(field):
-        return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-    if side == "transport":
-        path = camera_path(["push_in"], frames)
-        calls = [lambda n=n: latent_noise(path[:4 * n + 1], 4 * n + 1, 60, 104, multiple=16) for n in (0, (frames - 1) // 4)]
-    else:
-        ours, theirs = pair("vae")
-        z = torch.randn(1, 16, (frames - 1) // 4 + 1, size // 8, size // 8)
-        decode = ours.decode if side == "ours" else lambda z: theirs.decode(z).sample
-        calls = [lambda: decode(z[:, :, :2, :2, :2]), lambda: decode(z)]
-    with torch.no_grad():
-        calls[0]()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = resident("VmRSS")
-        calls[1]()
-    return resident("VmHWM") - before
-
-
-def measured_peak(*arguments):
-    run = [sys.executable, __file__, "--peak", *map(str, arguments)]
-    return statistics.median(float(subprocess.run(run, check=True, capture_output=True, text=True).stdout) for _ in range(3))
-
-
-def seconds(call, repeat=1):
-    """Median time of `repeat` calls, after one to warm up where there are several."""
-    times = []
-    for turn in range(repeat + (repeat > 1)):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[repeat > 1:])
+def vae_pair():
+    """Our VAE and diffusers', of a small size, with the same random weights."""
+    import diffusers
+    size = dict(base_dim=16, num_res_blocks=1)
+    ours, theirs = VAE(VAEConfig(**size)), diffusers.AutoencoderKLWan(**size)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
 
 
 def wan_part(repeat):
     """DiT and VAE against diffusers'."""
-    print("\n| stage | ours | diffusers | ratio |\n|---|---|---|---|")
-    ours, theirs = pair("dit")
-    x, t, text = torch.randn(2, 16, 5, 16, 16), torch.tensor([900.0, 900.0]), torch.randn(2, 128, MEDIUM_DIT["text_dim"])
-    with torch.no_grad():
-        compare("DiT forward, 2 x 320 tokens", lambda: ours(x, t, text), lambda: theirs(x, t, text, return_dict=False), repeat)
-    ours, theirs = pair("vae")
-    z = torch.randn(2, 16, 5, 8, 8)
-    with torch.no_grad():
-        compare("VAE decode, 2 clips 17x64x64", lambda: ours.decode(z), lambda: theirs.decode(z), repeat)
-    video = torch.rand(2, 17, 3, 64, 64)
+    print_head("stage", "ours", "diffusers", "ratio")
+    our_dit, their_dit = dit_pair()
+    our_vae, their_vae = vae_pair()
+    x, t, text = torch.randn(2, 16, 5, 16, 16), torch.full((2,), 900.0), torch.randn(2, 128, 256)
+    z, video = torch.randn(2, 16, 5, 8, 8), torch.rand(2, 17, 3, 64, 64)
 
     def train_ours():
-        ours.zero_grad()
-        (ours.decode_raw(ours.moments(video)[0]) - video).square().mean().backward()
+        our_vae.zero_grad()
+        mean, _ = our_vae.moments(video)
+        (our_vae.decode_raw(mean) - video).square().mean().backward()
 
     def train_theirs():
-        theirs.zero_grad()
-        x = video.transpose(1, 2) * 2 - 1
-        (theirs.decode(theirs.encode(x).latent_dist.mode()).sample - x).square().mean().backward()
+        their_vae.zero_grad()
+        pixels = video.transpose(1, 2) * 2 - 1  # (B, 3, F, H, W) in [-1, 1]
+        mean = their_vae.encode(pixels).latent_dist.mode()
+        (their_vae.decode(mean).sample - pixels).square().mean().backward()
 
+    with torch.no_grad():
+        compare("DiT forward, 2 x 320 tokens", lambda: our_dit(x, t, text), lambda: their_dit(x, t, text),
+                repeat)
+        compare("VAE decode, 2 clips 17x64x64", lambda: our_vae.decode(z), lambda: their_vae.decode(z),
+                repeat)
     compare("VAE training step, 2 clips 17x64x64", train_ours, train_theirs, repeat)
-    print("\n| peak memory of VAE decode at 256x256 | 21 frames | 81 frames | ratio |\n|---|---|---|---|")
+
+    # Memory must not grow with the length: a decoder goes through a long video in pieces.
+    print_head("peak memory of VAE decode at 256x256", "21 frames", "81 frames", "ratio")
     for side in ("ours", "diffusers"):
         few, many = measured_peak(side, 21), measured_peak(side, 81)
-        print(f"| {side} | {few:.0f} MiB | {many:.0f} MiB | {many / few:.2f} |", flush=True)
+        print_row(side, f"{few:.0f} MiB", f"{many:.0f} MiB", f"{many / few:.2f}")
+
+
+# ---------------------------------------------------------------------- transport: noise along a camera path
+
+@torch.no_grad()
+def transport_part(repeat):
+    """Noise transport against the published algorithm (tests/), and the choice of the multiple."""
+    from test_noise_warp import go_with_the_flow
+    path = camera_path(["push_in"], 81)
+
+    # The oracle is timed on one frame of one sample, less its draws for frame 0.
+    flow = path_flow(path[::4], 60 * 16, 104 * 16)
+    draws = elapsed(lambda: go_with_the_flow(flow[:0], 16, generator(0)))
+    literal = elapsed(lambda: go_with_the_flow(flow[9:10], 16, generator(0))) - draws
+    print("\nNoise transport at 480x832, 81 frames (21 latent frames), 16 channels, multiple 16; "
+          f"the literal oracle's one frame took {literal:.1f} s")
+    print_head("samples", "whole call", "a frame and sample", "literal / ours")
+    for samples in (1, 8):
+        total = elapsed(lambda: latent_noise(path, 81, 60, 104, samples, multiple=16))
+        each = total / 20 / samples
+        print_row(samples, f"{total:.1f} s", f"{each:.3f} s", f"{literal / each:.0f}")
+    peak = measured_peak("transport", 81)
+    print(f"\nPeak memory of one sample: {peak:.0f} MiB (median of three processes)")
+
+    tiny = camera_path(["orbit_left"], 17)
+    group = median_time(lambda: latent_noise(tiny, 17, 8, 8, 8), 4 * repeat)
+    print(f"Tiny size (17 frames, 8x8 latents), a group of 8 at the default multiple: {group * 1e3:.1f} ms")
+
+    # A finer grid carries more of the noise along, at its price.
+    print_head("multiple", "81-frame call at 480x832", "correlation kept, mean of 10 motions", "worst",
+               "kurtosis, mean")
+    for multiple in (1, 2, 3, 4, 6, 8):
+        took = elapsed(lambda: latent_noise(path, 81, 60, 104, multiple=multiple))
+        kept, kurtosis = zip(*[kept_correlation(motion, multiple) for motion in MOTIONS if motion != "fixed"])
+        print_row(multiple, f"{took:.2f} s", f"{statistics.mean(kept):.3f}", f"{min(kept):.3f}",
+                  f"{statistics.mean(kurtosis):.3f}")
 
 
 def kept_correlation(motion, multiple):
-    """Mean correlation of the last latent frame's noise with frame 0's, looked up at the nearest cell along the composed
-    flow; and the kurtosis of the last frame. 81 frames of 480x832, one sample."""
-    path = camera_path([motion], 81)
-    noise = latent_noise(path, 81, 60, 104, generator=generator(0, motion), multiple=multiple)[0]
-    back = path_flow(path[[-1, 0]], 60, 104)[0]
-    y, x = torch.meshgrid(torch.arange(60), torch.arange(104), indexing="ij")
-    sx, sy = (x + back[0]).round().long(), (y + back[1]).round().long()
-    seen = (sx >= 0) & (sx < 104) & (sy >= 0) & (sy < 60)
-    first, last = noise[:, 0, sy.clamp(0, 59), sx.clamp(0, 103)][:, seen], noise[:, -1][:, seen]
-    z = noise[:, -1]
-    return float((first * last).mean()), float(z.pow(4).mean() / z.square().mean() ** 2)
+    """How much of frame 0's noise is found again in the last of 81 frames of 480x832, one sample.
 
-
-def transport_part(repeat):
-    """Noise transport against the published algorithm, literally (tests/test_noise_warp.py), and the choice of the multiple."""
-    from test_noise_warp import go_with_the_flow
-    path = camera_path(["push_in"], 81)
-    flow = path_flow(path[::4], 60 * 16, 104 * 16)
-    start = seconds(lambda: go_with_the_flow(flow[:0], 16, generator(0)))  # frame 0 alone: its draws
-    literal = seconds(lambda: go_with_the_flow(flow[9:10], 16, generator(0))) - start
-    print(f"\nNoise transport at 480x832, 81 frames (21 latent frames), 16 channels, multiple 16; the literal oracle's one frame took {literal:.1f} s"
-          "\n\n| samples | whole call | a frame and sample | literal / ours |\n|---|---|---|---|")
-    for samples in (1, 8):
-        total = seconds(lambda: latent_noise(path, 81, 60, 104, samples, multiple=16))
-        each = total / 20 / samples
-        print(f"| {samples} | {total:.1f} s | {each:.3f} s | {literal / each:.0f} |", flush=True)
-    print(f"\nPeak memory of one sample: {measured_peak('transport', 81):.0f} MiB (median of three processes)")
-    tiny = camera_path(["orbit_left"], 17)
-    print(f"Tiny size (17 frames, 8x8 latents), a group of 8 at the default multiple: {seconds(lambda: latent_noise(tiny, 17, 8, 8, 8), 4 * repeat) * 1e3:.1f} ms")
-    print("\n| multiple | 81-frame call at 480x832 | correlation kept, mean of 10 motions | worst | kurtosis, mean |\n|---|---|---|---|---|")
-    for m in (1, 2, 3, 4, 6, 8):
-        took = seconds(lambda: latent_noise(path, 81, 60, 104, multiple=m))
-        kept, kurtosis = zip(*[kept_correlation(motion, m) for motion in MOTIONS if motion != "fixed"])
-        print(f"| {m} | {took:.2f} s | {statistics.mean(kept):.3f} | {min(kept):.3f} | {statistics.mean(kurtosis):.3f} |", flush=True)
-
-
-def splat_part(repeat):
-    """The PyTorch rasteriser: time at four sizes, and against the brute-force oracle (tests/test_splat.py)."""
-    from test_splat import cameras, oracle, scene
-    print("\n| Gaussians, 17 views of 64x64 | pixel-Gaussian pairs | seconds | ns a pair |\n|---|---|---|---|")
-    rec = load_rewards().depth_anything(render(random_scene("bench", "static", 0))["video"], 9)
-    poses, K = (x[[*range(9), *range(8)]] for x in (rec.camera_to_world, rec.intrinsics))
-    for part in (8, 4, 2, 1):
-        g = dataclasses.replace(rec.gaussians, **{f.name: getattr(rec.gaussians, f.name)[::part] for f in dataclasses.fields(rec.gaussians)})
-        n = len(g.means)
-        pairs = sum(int(splat.boxes(*splat.project(g.means, g.scales, g.rotations, p, k, 64, 64), g.opacities, 64, 64)[2].prod(1).sum()) for p, k in zip(poses, K))
-        took = seconds(lambda: splat.render(g, poses, K, 64, 64), repeat)
-        print(f"| {n:,} | {pairs:,} | {took:.2f} | {took / pairs * 1e9:.0f} |", flush=True)
-    g, (poses, K) = scene(200), cameras(1, 24, 24)
-    ours, theirs = seconds(lambda: splat.render(g, poses, K, 24, 24), repeat), seconds(lambda: oracle(g, poses[0], K[0], 24, 24))
-    print(f"\n200 Gaussians, one view of 24x24: {ours * 1e3:.1f} ms, the brute-force oracle {theirs:.1f} s: {theirs / ours:.0f} times")
-
-
-def tiny_part(repeat):
-    """The shipped models: a video, a batch of 16, and the four rewards by term."""
-    folder = ROOT / "tiny" / "wan"
-    wan, d = load_wan(folder), model_defaults(folder)
-    prompt = "orbit_left a red sphere and a blue box on a checkered green floor, yellow walls"
-
-    def videos(count):
-        noise, _ = initial_noise(wan, prompt, d["frames"], d["height"], d["width"], range(count), 0)
-        latents = sample(wan, [prompt] * count, noise, d["steps"], d["guidance"])
-        return [wan.vae.decode(x[None])[0] for x in latents]
-
-    print(f"\n| tiny/wan, {d['frames']} frames, {d['steps']} steps, guidance {d['guidance']} | seconds |\n|---|---|")
-    for count in (1, 16):
-        print(f"| {count} video{'s' * (count > 1)}, text to pixels | {seconds(lambda: videos(count), 3):.2f} |", flush=True)
-    scenes = [random_scene("bench", s, i) for s in ("static", "dynamic") for i in range(32)]
-    print(f"| 64 clips rendered | {seconds(lambda: [render(s) for s in scenes], 3):.2f} |", flush=True)
-    rewards, batch, path = load_rewards().load(), videos(16), camera_path(parse_motion(prompt), d["frames"])
-    print("\n| 16 videos, rewards | seconds a video |\n|---|---|")
-    every = dict(rewards.weights)
-    for name, on in (("reconstruction and S_traj", ["traj"]), ("with S_recon", ["traj", "recon"]), ("with S_meta", ["traj", "recon", "meta"]), ("R_gen alone", ["general"]), ("all four", list(every))):
-        rewards.weights = {t: float(t in on) for t in every}
-        print(f"| {name} | {seconds(lambda: rewards.terms(batch, [prompt] * 16, [path] * 16)) / 16:.3f} |", flush=True)
-
-
-# -------------------------------------------------------------------------------------- what the large presets will need
-
-H200 = dict(memory=141e9, flops=989e12, link=450e9, network=50e9)  # bytes, dense bfloat16 FLOP/s, bytes/s in a node and between nodes (a GPU)
-UTILISATION = .4  # of the FLOP/s; a plain assumption
-TEXT = 128  # tokens of a prompt, and of the repeated padding
-
-
-def dit_flops(config, tokens, text=TEXT):
-    """Multiply-adds x 2 of one video's forward pass: projections, feed-forward, attention."""
-    D = config.num_attention_heads * config.attention_head_dim
-    layer = 2 * tokens * (6 * D * D + 2 * D * config.ffn_dim) + 4 * text * D * D + 4 * tokens * tokens * D + 4 * tokens * text * D
-    return config.num_layers * layer
-
-
-def activations(config, tokens, rank, bytes_, layers):
-    """Bytes of a forward and backward pass over `tokens` (of all videos at once), LoRA's gradient of one block included.
-
-    Counted per token and channel, in units of 4 bytes, with s = bytes_ / 4 for what is in the model's dtype: a block keeps
-    5.6 + s (8.7 + F/D + 8 r/D) for its backward pass, which works on 2 s F/D + 0.5 more. layers: (whole, inputs): of how
-    many blocks all is kept, of how many the input alone (checkpointing keeps 1 and num_layers).
+    -> (correlation, kurtosis of the last frame). The correlation is the mean over cells of the last latent
+    frame's noise times frame 0's, looked up at the nearest cell along the composed flow; cells that were out
+    of the picture are left out.
     """
-    D, s = config.num_attention_heads * config.attention_head_dim, bytes_ / 4
+    h, w = 60, 104
+    path = camera_path([motion], 81)
+    noise = latent_noise(path, 81, h, w, generator=generator(0, motion), multiple=multiple)[0]  # (C, T, h, w)
+    last = noise[:, -1]
+    back = path_flow(path[[-1, 0]], h, w)[0]  # (2, h, w), last frame -> frame 0
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    from_x, from_y = (x + back[0]).round().long(), (y + back[1]).round().long()
+    seen = (from_x >= 0) & (from_x < w) & (from_y >= 0) & (from_y < h)
+    first = noise[:, 0, from_y.clamp(0, h - 1), from_x.clamp(0, w - 1)]
+    correlation = (first[:, seen] * last[:, seen]).mean()
+    return float(correlation), float(last.pow(4).mean() / last.square().mean() ** 2)
+
+
+# ------------------------------------------------------------------------------------- splat: the rasteriser
+
+@torch.no_grad()
+def splat_part(repeat):
+    """The PyTorch rasteriser: time at four sizes, and against the brute-force oracle (tests/)."""
+    from test_splat import cameras, oracle, scene
+    clip = render(random_scene("bench", "static", 0))["video"]
+    rec = load_rewards().depth_anything(clip, 9)
+    views = [*range(9), *range(8)]  # 9 are reconstructed; 17 is a video's length
+    poses, K = rec.camera_to_world[views], rec.intrinsics[views]
+
+    print_head("Gaussians, 17 views of 64x64", "pixel-Gaussian pairs", "seconds", "ns a pair")
+    for step in (8, 4, 2, 1):
+        gaussians = splat.Gaussians(**{name: values[::step] for name, values in vars(rec.gaussians).items()})
+        pairs = sum(pixel_pairs(gaussians, *view) for view in zip(poses, K))
+        took = median_time(lambda: splat.render(gaussians, poses, K, 64, 64), repeat)
+        print_row(f"{len(gaussians.means):,}", f"{pairs:,}", f"{took:.2f}", f"{took / pairs * 1e9:.0f}")
+
+    gaussians, (poses, K) = scene(200), cameras(1, 24, 24)
+    ours = median_time(lambda: splat.render(gaussians, poses, K, 24, 24), repeat)
+    theirs = elapsed(lambda: oracle(gaussians, poses[0], K[0], 24, 24))
+    print(f"\n200 Gaussians, one view of 24x24: {ours * 1e3:.1f} ms, the brute-force oracle {theirs:.1f} s: "
+          f"{theirs / ours:.0f} times")
+
+
+def pixel_pairs(g, pose, K):
+    """How many (Gaussian, pixel) pairs the rasteriser looks at in a view of 64x64."""
+    splats = splat.project(g.means, g.scales, g.rotations, pose, K, 64, 64)
+    _, _, shape = splat.boxes(*splats, g.opacities, 64, 64)
+    return int(shape.prod(1).sum())
+
+
+# ---------------------------------------------------------------------------------- tiny: the shipped models
+
+@torch.no_grad()
+def tiny_part(repeat):
+    """A video from text to pixels, a batch of 16 and the clips: medians of three; the reward terms: once."""
+    wan, sampling = load_wan(TINY / "wan"), sampling_of(TINY / "wan")
+    print_head(f"tiny/wan, {sampling.frames} frames, {sampling.steps} steps, guidance {sampling.guidance}",
+               "seconds")
+    for count in (1, 16):
+        took = median_time(lambda: sample_videos(wan, [PROMPT] * count, sampling), 3)
+        print_row(f"text to pixels, videos: {count}", f"{took:.2f}")
+    scenes = [random_scene("bench", split, i) for split in ("static", "dynamic") for i in range(32)]
+    took = median_time(lambda: [render(scene) for scene in scenes], 3)
+    print_row("64 clips rendered", f"{took:.2f}")
+
+    videos, paths = sample_videos(wan, [PROMPT] * 16, sampling)
+    # Each term of the rewards alone, then all of them, which share one reconstruction.
+    rewards = load_rewards().load()
+    print_head("16 videos, rewards; a term of R_3D with its reconstruction", "seconds a video")
+    for names in [[name] for name in TERMS] + [list(TERMS)]:
+        rewards.weights = {name: float(name in names) for name in TERMS}
+        took = elapsed(lambda: rewards.terms(videos, [PROMPT] * 16, paths))
+        print_row(", ".join(TERMS[name].label for name in names), f"{took / 16:.3f}")
+
+
+PARTS = {"wan": wan_part, "transport": transport_part, "splat": splat_part, "tiny": tiny_part}
+
+
+# ------------------------------------------------------------------ the DiT's work and memory, by arithmetic
+
+def dit_flops(config, tokens, text=128):
+    """Multiply-adds x 2 of one video's forward pass: projections, feed-forward, attention.
+
+    text: tokens of a prompt, and of the repeated padding.
+    """
+    D = config.num_attention_heads * config.attention_head_dim
+    per_token = 2 * tokens * (6 * D * D + 2 * D * config.ffn_dim)
+    attention = 4 * tokens * tokens * D + 4 * tokens * text * D
+    return config.num_layers * (per_token + 4 * text * D * D + attention)
+
+
+def activations(config, tokens, rank, bytes_a_number, layers):
+    """Bytes of a forward and backward pass over the tokens of all videos, with one block's LoRA gradient.
+
+    Counted per token and channel, in units of 4 bytes, with s = bytes_a_number / 4 for what is in the model's
+    dtype: a block keeps 5.6 + s (8.7 + F + 8 r/D) for its backward pass, which works on 2 s F + 0.5 more,
+    F = ffn_dim / D. layers: (whole, inputs): of how many blocks all is kept, of how many the input alone
+    (checkpointing keeps 1 and num_layers).
+    """
+    D, s = config.num_attention_heads * config.attention_head_dim, bytes_a_number / 4
     F = config.ffn_dim / D
     block = 5.6 + s * (8.7 + F + 8 * rank / D)
     whole, inputs = layers
     return 4 * (tokens * D * (whole * block + inputs + 2 * s * F + .5) + 16 * rank * D)
 
 
-def forward_bytes(config, tokens, bytes_):
-    """Bytes of a forward pass without gradients: the attention's or the feed-forward's working set, whichever is larger."""
-    D, s = config.num_attention_heads * config.attention_head_dim, bytes_ / 4
+def forward_bytes(config, tokens, bytes_a_number):
+    """Bytes of a forward pass without gradients: the larger working set, attention's or feed-forward's."""
+    D, s = config.num_attention_heads * config.attention_head_dim, bytes_a_number / 4
     return 4 * tokens * D * max(3.3 + 6 * s, 2 + 1.3 * s + 2 * s * config.ffn_dim / D)
 
 
@@ -243,127 +317,171 @@ def allocated_peak(call):
     """Peak bytes that PyTorch's CPU allocator hands out during a call."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    now = top = 0
-    for _, change in events:
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = peak = 0
+    for _, change in changes:
         now += change
-        top = max(top, now)
-    return top
+        peak = max(peak, now)
+    return peak
 
 
-MEMORY_SIZES = {"tiny": (DiTConfig(8, 32, 768, 6, text_dim=128), 8, (5, 8, 8)), "medium": (DiTConfig(6, 64, 1536, 6, text_dim=256), 2, (5, 16, 16)),
-                "wide": (DiTConfig(12, 64, 4480, 3, text_dim=256), 1, (5, 32, 32))}
+MEMORY_SIZES = {  # config, videos, (T, h, w) of their latents
+    "tiny": (DiTConfig(8, 32, 768, 6, text_dim=128), 8, (5, 8, 8)),
+    "medium": (DiTConfig(6, 64, 1536, 6, text_dim=256), 2, (5, 16, 16)),
+    "wide": (DiTConfig(12, 64, 4480, 3, text_dim=256), 1, (5, 32, 32)),
+}
 
 
 def check_memory(sizes=MEMORY_SIZES, rank=32):
-    """-> rows (size, dtype, pass, predicted bytes, measured bytes); prints them."""
+    """-> rows (size, dtype, pass, predicted bytes, allocated bytes); prints them."""
     rows = []
-    print("| model | dtype | pass | predicted | measured | ratio |\n|---|---|---|---|---|---|")
-    for name, (config, videos, grid) in sizes.items():
+    print_head("model", "dtype", "pass", "predicted", "allocated", "ratio")
+    for name, (config, videos, (T, h, w)) in sizes.items():
         for dtype in (torch.float32, torch.bfloat16):
             torch.manual_seed(0)
             dit = DiT(config).to(dtype)
             torch.nn.init.normal_(dit.proj_out.weight, std=.02)
             add_lora(dit, rank, 2 * rank)
-            x, t, text = torch.randn(videos, 16, *grid), torch.full((videos,), 900.0), torch.randn(videos, 32, config.text_dim, dtype=dtype)
-            tokens, L = videos * grid[0] * grid[1] * grid[2] // 4, config.num_layers
+            x, t = torch.randn(videos, 16, T, h, w), torch.full((videos,), 900.0)
+            text = torch.randn(videos, 32, config.text_dim, dtype=dtype)
+            tokens = videos * T * h * w // 4  # patches of 1 x 2 x 2
+
+            @torch.no_grad()
+            def forward():
+                dit(x, t, text)
 
             def backward():
                 dit.zero_grad()
                 dit(x, t, text).square().mean().backward()
 
-            for kind, layers in (("forward", None), ("checkpointed", (1, L)), ("backward", (L, 0))):
+            L, size = config.num_layers, dtype.itemsize
+            passes = {"forward": forward_bytes(config, tokens, size),
+                      "checkpointed": activations(config, tokens, rank, size, (1, L)),
+                      "backward": activations(config, tokens, rank, size, (L, 0))}
+            for kind, predicted in passes.items():
                 dit.checkpointing = kind == "checkpointed"
-                call = torch.no_grad()(lambda: dit(x, t, text)) if kind == "forward" else backward
-                call()
+                call = forward if kind == "forward" else backward
+                call()  # warms up
                 dit.zero_grad()
-                expected = activations(config, tokens, rank, dtype.itemsize, layers) if layers else forward_bytes(config, tokens, dtype.itemsize)
-                rows.append((name, dtype, kind, expected, allocated_peak(call)))
-                print(f"| {name} | {str(dtype)[6:]} | {kind} | {expected / 1e6:.1f} MB | {rows[-1][-1] / 1e6:.1f} MB | {expected / rows[-1][-1]:.2f} |", flush=True)
+                allocated = allocated_peak(call)
+                rows.append((name, dtype, kind, predicted, allocated))
+                print_row(name, str(dtype).removeprefix("torch."), kind, f"{predicted / 1e6:.1f} MB",
+                          f"{allocated / 1e6:.1f} MB", f"{predicted / allocated:.2f}")
     return rows
 
 
-def estimate(preset, gpus):
-    """Memory per GPU by part and seconds by phase of one step of a preset, 81 frames of 480x832. -> (memory, seconds)
+# ------------------------------------------------------------------------- what the large presets would need
 
-    Memory: weights by count, activations by `activations`, the VAE's by a small decode scaled by pixels. Time: FLOPs over
-    UTILISATION of the peak, and FSDP's gathers of the weights over the link, one after the other (in truth they overlap).
+# Bytes; dense bfloat16 FLOP/s; bytes/s of a GPU's link inside a node and between nodes.
+H200 = dict(memory=141e9, flops=989e12, link=450e9, network=50e9)
+UTILISATION = .4  # of the FLOP/s; a plain assumption
+
+
+def estimate(preset, gpus):
+    """A preset's step at 81 frames of 480x832. -> ({part: bytes per GPU}, {phase: seconds})
+
+    Memory: weights by count, activations by `activations`, the VAE's by a small decode scaled by pixels.
+    Time: FLOPs over UTILISATION of the peak, then FSDP's gathers of all weights (in truth they overlap).
     """
-    c = Config(**PRESETS[preset] | dict(frames=81, height=480, width=832))
+    c = training_arguments(["--preset", preset])
     config = DIT_SIZES["14B" if "14B" in c.model else "1.3B"]
     with torch.device("meta"):
-        dit, vae = DiT(config), VAE(VAEConfig())
-        frozen = sum(p.numel() for p in dit.parameters())
-        trained = sum(p.numel() for p in add_lora(dit, c.rank, c.alpha).values())
-        codec = sum(p.numel() for p in vae.parameters())
-    tokens = (c.frames // 4 + 1) * (c.height // 16) * (c.width // 16)
-    guided = 2 if c.guidance != 1 else 1
-    at_once = tokens * (c.batch or c.members) * guided
-    sharded = gpus if c.parallel == "fsdp" else 1
-    small = VAE(VAEConfig()).eval()
-    with torch.no_grad():
-        decode = allocated_peak(lambda: small.decode(torch.randn(1, 16, 3, 8, 8))) * (c.height * c.width / 64 ** 2)
-    views = memory_estimate(SIZES["da3-giant"], c.views, 504 * c.height // c.width // 14 * 14, 504)
-    reward = dict(depth_anything=5.4e9 + views, critic=9e9, preference=17e9)
-    memory = {"DiT, bfloat16": frozen * 2 / sharded, "gathered blocks": 2 * 2 * frozen / config.num_layers if sharded > 1 else 0,
-              "LoRA, its gradient, Adam, average, float64 sums": trained * 28, "text encoder, bfloat16": 5.68e9 * 2, "VAE, float32": codec * 4,
-              "update: activations": activations(config, at_once, c.rank, 2, (1, config.num_layers)), "rollout: working set": forward_bytes(config, at_once, 2),
-              "decoding: working set": decode, "reward models and their work" + (" (offloaded while the policy works)" if c.offload else ""): sum(reward.values())}
-    names = list(memory)
-    resident = sum(memory[k] for k in names[:5])
-    working, critics = max(memory[k] for k in names[5:8]), memory[names[8]]
-    memory["peak"] = resident + (max(working, critics) if c.offload else working + critics)
+        dit = DiT(config)
+    frozen = sum(p.numel() for p in dit.parameters())
+    trained = sum(p.numel() for p in add_lora(dit, c.lora_rank, c.lora_alpha).values())
+    shards = gpus if c.parallel == "fsdp" else 1
+    tokens = (c.frames // 4 + 1) * (c.height // 16) * (c.width // 16)  # of a video
+    batch = c.batch or c.members
+    passes = 2 if c.guidance != 1 else 1  # a velocity
 
-    videos = max(1.0, c.groups / gpus) * c.members
-    one = guided * dit_flops(config, tokens)
-    passes = videos / (c.batch or c.members)  # each gathers all weights once
-    link = H200["link"] if gpus <= 8 else H200["network"]
-    gather = 2 * frozen * (sharded - 1) / sharded / link
+    # Memory that is always taken, and the largest of three jobs that are done one after the other.
+    vae = VAE(VAEConfig()).eval()
+    with torch.no_grad():
+        decode = allocated_peak(lambda: vae.decode(torch.randn(1, 16, 3, 8, 8)))
+    resident = {
+        "DiT, bfloat16": frozen * 2 / shards,
+        "gathered blocks": 2 * 2 * frozen / config.num_layers if shards > 1 else 0,  # in use, and the next
+        "LoRA, its gradient, Adam, average, float64 sums": trained * 28,
+        "text encoder, bfloat16": 5.68e9 * 2,
+        "VAE, float32": sum(p.numel() for p in vae.parameters()) * 4,
+    }
+    at_once = tokens * batch * passes
+    working = {
+        "update: activations": activations(config, at_once, c.lora_rank, 2, (1, config.num_layers)),
+        "rollout: working set": forward_bytes(config, at_once, 2),
+        "decoding: working set": decode * (c.height * c.width / 64 ** 2),
+    }
+    busiest = max(working.values())
+
+    # The reward models: Depth Anything and its views (504 wide, in patches of 14), critic, preference model.
+    views = memory_estimate(SIZES["da3-giant"], c.views, 504 * c.height // c.width // 14 * 14, 504)
+    judges = 5.4e9 + views + 9e9 + 17e9
+    where = " (offloaded while the policy works)" if c.offload else ""
+    peak = sum(resident.values()) + (max(busiest, judges) if c.offload else busiest + judges)
+    memory = resident | working | {"reward models and their work" + where: judges, "peak": peak}
+
+    # Seconds of one denoising step of all this GPU's videos.
     rate = H200["flops"] * UTILISATION
-    update = c.window * (3 + bool(c.kl))  # forward, its recomputation, the backward through frozen weights, the reference's forward
-    scoring = 2 * 1.36e9 * c.views * 756 + 2 * 2 * 4e9 * 600 + c.first * 2 * 7.6e9 * 600
-    seconds_ = {"rollout": c.steps * (videos * one / rate + passes * gather), "reward": videos * scoring / rate,
-                "update": update * (videos * one / rate + passes * gather)}
-    return memory, seconds_ | {"step": sum(seconds_.values())}
+    link = H200["link"] if gpus <= 8 else H200["network"]
+    videos = max(1.0, c.groups / gpus) * c.members
+    gather = 2 * frozen * (shards - 1) / shards / link
+    denoising = videos * passes * dit_flops(config, tokens) / rate + videos / batch * gather
+
+    # A trained step: a forward, its recomputation, the backward through frozen weights; for KL the reference.
+    passes_a_trained_step = 3 + bool(c.kl)
+    # 2 FLOPs a parameter and token: Depth Anything's views, the critic's two, the preference model's frames.
+    judging = 2 * (1.36e9 * c.views * 756 + 4e9 * 2 * 600 + 7.6e9 * c.frames_seen * 600)
+    phases = {
+        "rollout": c.steps * denoising,
+        "reward": videos * judging / rate,
+        "update": c.window * passes_a_trained_step * denoising,
+    }
+    return memory, phases | {"step": sum(phases.values())}
 
 
 def print_estimate(preset, gpus):
-    memory, took = estimate(preset, gpus)
-    print(f"ESTIMATE, not a measurement: preset {preset} on {gpus} H200 of {H200['memory'] / 1e9:.0f} GB, at {UTILISATION:.0%} of {H200['flops'] / 1e12:.0f} TFLOP/s\n")
-    print("| memory per GPU | GB |\n|---|---|\n" + "\n".join(f"| {k} | {v / 1e9:.1f} |" for k, v in memory.items()))
-    print("\n| phase of a step | seconds |\n|---|---|\n" + "\n".join(f"| {k} | {v:.0f} |" for k, v in took.items()))
+    memory, phases = estimate(preset, gpus)
+    print(f"ESTIMATE, not a measurement: preset {preset} on {gpus} H200 of {H200['memory'] / 1e9:.0f} GB, "
+          f"at {UTILISATION:.0%} of {H200['flops'] / 1e12:.0f} TFLOP/s")
+    print_head("memory per GPU", "GB")
+    for part, size in memory.items():
+        print_row(part, f"{size / 1e9:.1f}")
+    print_head("phase of a step", "seconds")
+    for phase, took in phases.items():
+        print_row(phase, f"{took:.0f}")
     if memory["peak"] > H200["memory"]:
-        print(f"\nThis does not fit: {memory['peak'] / 1e9:.0f} GB of {H200['memory'] / 1e9:.0f}. More GPUs, --parallel fsdp or --offload.")
+        print(f"\nThis does not fit: {memory['peak'] / 1e9:.0f} GB of {H200['memory'] / 1e9:.0f}. "
+              "More GPUs, --parallel fsdp or --offload.")
 
 
-PARTS = {"wan": wan_part, "transport": transport_part, "splat": splat_part, "tiny": tiny_part}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to time (default: all)")
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=(*PARTS, "all"), default="all", help="what to time")
     parser.add_argument("--repeat", type=int, default=7, help="timed turns; the median is shown")
     parser.add_argument("--estimate", choices=("small", "large"), help="a preset")
     parser.add_argument("--gpus", type=int, default=8, help="--estimate: how many H200")
     parser.add_argument("--check-memory", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "FRAMES"), help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     torch.manual_seed(0)
-    if a.peak:
-        print(peak_growth(a.peak[0], int(a.peak[1])))
-    elif a.estimate:
-        print_estimate(a.estimate, a.gpus)
-    elif a.check_memory:
-        check_memory()
-    else:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        for name in a.parts or PARTS:
-            try:
-                with torch.no_grad() if name != "wan" else torch.enable_grad():
-                    PARTS[name](a.repeat)
-            except ValueError as e:  # a model that is not shipped
-                print(f"bench.py: {name}: {e}", file=sys.stderr)
+    try:
+        if a.peak:
+            print(peak_growth(a.peak[0], int(a.peak[1])))
+        elif a.estimate:
+            print_estimate(a.estimate, a.gpus)
+        elif a.check_memory:
+            check_memory()
+        else:
+            print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+            for name in PARTS if "all" in a.parts else a.parts:
+                PARTS[name](a.repeat)
+    except ValueError as e:  # a model that is not shipped
+        print(f"bench.py: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,429 +1,527 @@
-"""Evaluation: metrics of any folder of videos, the paper's tables, the ablations.
+"""Evaluation: the metrics of any folder of videos, and the paper's tables.
 
-    python eval.py metrics --num 100 --out results/base                        sample the tiny model, score it
-    python eval.py metrics --num 100 --lora runs/tiny --out results/rl         the same prompts and seeds after training
-    python eval.py metrics --videos DIR --prompts prompts.txt --out results/x  score anybody's mp4s
-    python eval.py table --runs base=results/base rl=results/rl                the paper's tables
-    python eval.py sweep --out runs/sweep                                      the ablations, one run each
-    python eval.py report runs/tiny | study --a DIR --b DIR                    pages to look at (pages.py)
+    python eval.py metrics --num 100 --out results/base                       the tiny model's samples, scored
+    python eval.py metrics --num 100 --lora runs/tiny --out results/rl        same prompts and seeds, trained
+    python eval.py metrics --videos DIR --prompts FILE --out results/x        anybody's mp4s
+    python eval.py table --runs base=results/base rl=results/rl               the paper's tables
 
-One reconstruction a video serves every metric. It takes `views` frames, evenly spread; *held-out* frames lie midway
-between them and are rendered from cameras halfway between their neighbours'. Distances are in units of the video's
-median depth. Definitions and sources stand in each function. Left out: FVD and metrics that need reference videos.
+A results folder holds metrics.jsonl and metrics.csv (a row a video), summary.json (means with intervals) and,
+of a sampled model, videos/. One reconstruction a video serves every metric. It takes `views` frames, evenly
+spread; *held-out* frames lie midway between them and are rendered from cameras halfway between their
+neighbours': a stricter test that no paper reports. Distances are in units of the video's median depth.
+Definitions and sources stand in each function. Left out: FVD and metrics that need reference videos.
 """
 
 import argparse
 import csv
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
+from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 import splat
-from noise_warp import camera_path, parse_motion
-from rewards import TERMS, TINY, Rewards, bootstrap, lpips_distance, motion_magnitude, native_intrinsics
-from sample import initial_noise, model_defaults, read_video, sample, write_video
-from train import load_prompts, parse_arguments
+from lora import merge_lora
+from model import load_wan
+from noise_warp import camera_path, parse_motion, relative_to_first, rotation_angle
+from prompts import SPLITS, read_prompts, read_rows
+from rewards import TERMS, add_reward_options, lpips_distance, motion_magnitude, native_intrinsics, rewards_of
+from sample import check_size, psnr, read_video, sample_videos, sampling_of, write_video
+from weights import TINY, read_json, write_json, written_whole
 
-# ------------------------------------------------------------------------------------------------------------- pictures
 
-
-def psnr(a, b):
-    """Mean over frames of the PSNR in dB of videos (F, 3, H, W) in [0, 1]; identical frames count as 100 dB."""
-    mse = (a.float() - b.float()).square().mean((1, 2, 3))
-    return float((-10 * mse.clamp_min(1e-10).log10()).mean())
-
+# --------------------------------------------------------------------------------------------------- pictures
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of videos (F, 3, H, W) in [0, 1], mean over frames and channels.
+    """Structural similarity (Wang et al. 2004) of videos (F, 3, H, W) in [0, 1]: mean over frames, channels.
 
-    Gaussian window of deviation 1.5 over 11 x 11 pixels, population statistics, borders of 5 pixels left out: equal to
-    scikit-image's structural_similarity(gaussian_weights=True, use_sample_covariance=False, data_range=1).
+    scikit-image's with the paper's settings: a Gaussian window of deviation 1.5 over 11 x 11 pixels and
+    population statistics, in float64; borders of 5 pixels are left out.
     """
-    if min(a.shape[2:]) < 11:
-        raise ValueError(f"SSIM needs frames of at least 11x11 pixels, got {a.shape[2]}x{a.shape[3]}")
-    x = torch.arange(-5, 6, dtype=torch.float64)
-    g = torch.exp(-x * x / (2 * 1.5 ** 2))
-    window = ((g / g.sum())[:, None] * (g / g.sum())).expand(1, 1, 11, 11)
-    a, b = (v.double().cpu().flatten(0, 1)[:, None] for v in (a, b))
-    blur = lambda v: F.conv2d(v, window)  # noqa: E731
-    ma, mb = blur(a), blur(b)
-    va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
-    c1, c2 = .01 ** 2, .03 ** 2
-    return float(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean())
+    H, W = a.shape[2:]
+    if min(H, W) < 11:
+        raise ValueError(f"SSIM needs frames of at least 11x11 pixels, got {H}x{W}")
+    frames = zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True)
+    values = [structural_similarity(x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                                    data_range=1, channel_axis=0) for x, y in frames]
+    return float(np.mean(values))
 
 
-# -------------------------------------------------------------------------------------------------------------- cameras
+# ---------------------------------------------------------------------------------------------------- cameras
 
 def camera_errors(path, recovered):
-    """RotErr, TransErr, CamMC and their relative forms (CamI2V's evaluation, after MotionCtrl and CameraCtrl).
+    """RotErr, TransErr and CamMC, absolute and relative (CamI2V's evaluation, after MotionCtrl, CameraCtrl).
 
-    Camera-to-world (F, 4, 4), both taken relative to their frame 0. RotErr: sum over frames of the angle between the
-    rotations, in radians. TransErr: sum of the distances of positions. CamMC: sum of the Frobenius norms of [R|t] - [R'|t'].
-    Relative (_rel): each path is first divided by its own largest distance from frame 0, so that scale drops out.
+    path, recovered: camera-to-world (F, 4, 4), both taken relative to their frame 0.
+        rot_err      sum over frames of the angle between the rotations, in radians
+        trans_err    sum of the distances of positions
+        cam_mc       sum of the Frobenius norms of [R|t] - [R'|t']
+        ..._rel      the same of paths that are divided by their own largest distance from frame 0: no scale
     Sums grow with the number of frames: report it.
     """
-    E, R = (torch.linalg.inv(p[:1]) @ p for p in (path.double().cpu(), recovered.double().cpu()))
-    cosine = ((E[:, :3, :3] * R[:, :3, :3]).sum((1, 2)) - 1) / 2
-    out = {"rot_err": float(cosine.clamp(-1, 1).acos().sum())}
+    requested, found = relative_to_first(path), relative_to_first(recovered)
+    errors = {"rot_err": float(rotation_angle(requested[:, :3, :3], found[:, :3, :3]).sum())}
+    for tag in ("", "_rel"):
+        if tag:
+            requested, found = unit_reach(requested), unit_reach(found)
+        errors["trans_err" + tag] = float((requested[:, :3, 3] - found[:, :3, 3]).norm(dim=1).sum())
+        errors["cam_mc" + tag] = float((requested[:, :3] - found[:, :3]).flatten(1).norm(dim=1).sum())
+    return errors
 
-    def of(E, R, tag):
-        out["trans_err" + tag] = float((E[:, :3, 3] - R[:, :3, 3]).norm(dim=1).sum())
-        out["cam_mc" + tag] = float((E[:, :3] - R[:, :3]).flatten(1).norm(dim=1).sum())
 
-    of(E, R, "")
-    for p in (E, R):
-        far = p[:, :3, 3].norm(dim=1).max()
-        p[:, :3, 3] /= far if far > 1e-8 else 1.0
-    of(E, R, "_rel")
-    return out
+def unit_reach(path):
+    """A path (F, 4, 4), relative to frame 0, divided by its largest distance from there unless it is 0."""
+    path = path.clone()
+    reach = path[:, :3, 3].norm(dim=1).max()
+    if reach > 1e-8:
+        path[:, :3, 3] /= reach
+    return path
 
 
 def mvcs(depth, camera_to_world, intrinsics):
-    """Multi-view consistency score (GeoVideo; VideoGPA's mvcs): exp(-mean over consecutive frames of the squared difference
-    between frame i's depth seen from camera i+1 and frame i+1's depth there). Depth-scale dependent, so depths and positions
-    are divided by the video's median depth. depth (F, h, w), poses (F, 4, 4), K (F, 3, 3) in pixels of the depth."""
-    depth, poses, K = depth.double().cpu(), camera_to_world.double().cpu().clone(), intrinsics.double().cpu()
+    """Multi-view consistency score (GeoVideo; VideoGPA's mvcs), a float in (0, 1].
+
+    exp(-mean over consecutive frames of the squared difference between frame i's depth seen from camera i+1
+    and frame i+1's own depth there). It depends on the scale of depth, so depths and positions are divided by
+    the video's median depth. depth (F, h, w), poses (F, 4, 4), intrinsics (F, 3, 3) in pixels of the depth.
+    NaN if no frames overlap.
+    """
+    depth = depth.double().cpu()
+    poses = camera_to_world.double().cpu().clone()
+    K = intrinsics.double().cpu()
     unit = depth.median()
-    depth, poses[:, :3, 3] = depth / unit, poses[:, :3, 3] / unit
+    depth = depth / unit
+    poses[:, :3, 3] /= unit
+
     h, w = depth.shape[1:]
-    v, u = torch.meshgrid(torch.arange(h, dtype=torch.float64) + .5, torch.arange(w, dtype=torch.float64) + .5, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)
+    rows, columns = torch.arange(h, dtype=torch.float64) + .5, torch.arange(w, dtype=torch.float64) + .5
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
+    pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)  # (3, h w), homogeneous
     errors = []
     for i in range(len(depth) - 1):
+        # frame i's pixels as points, in the axes of camera i+1
         points = torch.linalg.inv(K[i]) @ pixels * depth[i].flatten()
         step = torch.linalg.inv(poses[i + 1]) @ poses[i]
         points = step[:3, :3] @ points + step[:3, 3:]
         z = points[2]
-        p = K[i + 1] @ points
-        x, y = p[0] / z.clamp_min(1e-9), p[1] / z.clamp_min(1e-9)
+        # where they land in frame i+1, and the depth it has there
+        projected = K[i + 1] @ points
+        x, y = projected[:2] / z.clamp_min(1e-9)
         inside = (z > 0) & (x >= 0) & (x < w) & (y >= 0) & (y < h)
         if inside.any():
             grid = torch.stack([2 * x / w - 1, 2 * y / h - 1], -1)[None, None]
-            seen = F.grid_sample(depth[None, i + 1:i + 2], grid, mode="bilinear", padding_mode="border", align_corners=False)[0, 0, 0]
+            seen = F.grid_sample(depth[None, i + 1:i + 2], grid, mode="bilinear", padding_mode="border",
+                                 align_corners=False)[0, 0, 0]  # (h w,)
             errors.append((z - seen)[inside].square().mean())
-    return float(torch.exp(-torch.stack(errors).mean())) if errors else math.nan
+    if not errors:
+        return math.nan
+    return float(torch.exp(-torch.stack(errors).mean()))
 
 
 def halfway(poses):
-    """Cameras midway between consecutive ones: mean position, and the rotation nearest to the mean of the two."""
+    """Cameras midway between consecutive ones, (F, 4, 4) -> (F-1, 4, 4): the mean position, and the rotation
+    nearest to the mean of the two."""
     mean = (poses[:-1] + poses[1:]) / 2
     U, _, Vt = torch.linalg.svd(mean[:, :3, :3])
     mean[:, :3, :3] = U @ Vt  # a mean of two rotations less than half a turn apart has a positive determinant
     return mean
 
 
-# ------------------------------------------------------------------------------------------------------------ one video
+# -------------------------------------------------------------------------------------------------- one video
 
 def rerender(rec, video, shown=None):
-    """(rendered, true) frames at the reconstructed views, and at the held-out ones (None if there are none between).
-    shown: the reconstructed views' renders, where S_recon has made them already."""
-    K, (H, W) = native_intrinsics(rec, *video.shape[2:]), video.shape[2:]
+    """-> (rendered, true) frames at the reconstructed views, and the same at the held-out ones (None if no
+    frame lies between). shown: the reconstructed views' renders (V, 3, H, W), where S_recon has made them
+    already."""
+    # the frames that the reconstruction was made of
+    H, W = video.shape[2:]
+    K = native_intrinsics(rec, H, W)
     if shown is None:
         shown = splat.render(rec.gaussians, rec.camera_to_world, K, H, W)[0].clamp(0, 1)
-    between = [(int(a) + int(b)) // 2 for a, b in zip(rec.frames, rec.frames[1:]) if b - a > 1]
-    held = None
-    if between:
-        gaps = [i for i, (a, b) in enumerate(zip(rec.frames, rec.frames[1:])) if b - a > 1]
-        held = splat.render(rec.gaussians, halfway(rec.camera_to_world)[gaps], K[:-1][gaps], H, W)[0].clamp(0, 1).cpu(), video[between]
-    return (shown.cpu(), video[rec.frames]), held
+    reconstructed = shown.cpu(), video[rec.frames]
+
+    # the frames midway between them, where there is room for one
+    frames = [int(frame) for frame in rec.frames]
+    gaps = [i for i in range(len(frames) - 1) if frames[i + 1] - frames[i] > 1]
+    if not gaps:
+        return reconstructed, None
+    cameras = halfway(rec.camera_to_world)[gaps]
+    rendered = splat.render(rec.gaussians, cameras, K[gaps], H, W)[0].clamp(0, 1)
+    middle = [(frames[i] + frames[i + 1]) // 2 for i in gaps]
+    return reconstructed, (rendered.cpu(), video[middle])
 
 
 @torch.no_grad()
 def measure(video, prompt, path, rewards):
-    """Every metric of one video (F, 3, H, W) with its prompt and requested path -> {name: float}."""
-    scores, seen = rewards.score(video, prompt, path)
-    if "rec" not in seen:
-        raise ValueError(rewards.reasons.get("recon") or rewards.reasons.get("meta") or rewards.reasons.get("traj") or "no reconstruction")
-    rec, row = seen["rec"], {f"reward_{name}": scores[name] for name in TERMS}
-    for tag, pair in zip(("", "_held_out"), rerender(rec, video, seen.get("render"))):
-        if pair is not None:
-            distance = 1 - scores["recon"] if not tag and "render" in seen else lpips_distance(rewards.lpips, *(x.to(rewards.device) for x in pair))
-            row |= {"psnr" + tag: psnr(*pair), "ssim" + tag: ssim(*pair), "lpips" + tag: distance}
+    """Every metric of a video (F, 3, H, W) with its prompt and requested path (F, 4, 4) -> {name: float}."""
+    clip = rewards.score(video, prompt, path)
+    rec = clip.reconstruction
+    if rec is None:
+        raise ValueError(next(iter(clip.errors.values()), "there is no reconstruction"))
+    device = rewards.device
+    row = {f"reward_{name}": score for name, score in clip.scores.items()}
+
+    # 3D consistency: what the reconstruction gives back of the frames it has seen, and of those it has not
+    for tag, pair in zip(("", "_held_out"), rerender(rec, video, clip.rerender)):
+        if pair is None:
+            continue
+        row["psnr" + tag] = psnr(*pair)
+        row["ssim" + tag] = ssim(*pair)
+        if tag == "" and clip.rerender is not None:
+            row["lpips"] = 1 - clip.scores["recon"]  # the same distance of the same pictures
+        else:
+            rendered, true = pair
+            row["lpips" + tag] = lpips_distance(rewards.lpips, rendered.to(device), true.to(device))
+    row["mvcs"] = mvcs(rec.depth, rec.camera_to_world, rec.intrinsics)
+
+    # camera control, in units of the median depth
     found = rec.camera_to_world.cpu().clone()
     found[:, :3, 3] /= float(rec.depth.median())
-    row |= {"mvcs": mvcs(rec.depth, rec.camera_to_world, rec.intrinsics)} | camera_errors(path[rec.frames], found)
-    row["three_d"] = sum(scores[name] for name in ("meta", "recon", "traj"))
-    row["motion"], row["frames"] = motion_magnitude(video), len(rec.frames)
+    row |= camera_errors(path[rec.frames], found)
+
+    # the plain sum of the 3D terms, and how much moves by itself: a frozen scene is easy to reconstruct
+    row["three_d"] = sum(clip.scores[name] for name, term in TERMS.items() if term.three_d)
+    row["motion"] = motion_magnitude(video)
+    row["frames"] = len(rec.frames)
     return row
 
 
 def interval(values):
-    """Mean and its bootstrap 95 % interval, NaN left out -> (mean, low, high)."""
-    x = torch.tensor([v for v in values if v is not None and math.isfinite(v)], dtype=torch.float64)
-    return bootstrap(lambda w: w @ x / len(x), len(x)) if len(x) else (math.nan,) * 3
+    """-> (mean, low, high): the mean with its 95 % interval, percentiles of 2,000 bootstrap samples.
+
+    NaN and None are left out; NaNs if nothing is left. One value is its own interval.
+    """
+    known = np.array([value for value in values if value is not None and math.isfinite(value)])
+    if len(known) == 0:
+        return math.nan, math.nan, math.nan
+    mean = float(known.mean())
+    if len(known) == 1:
+        return mean, mean, mean
+    low, high = scipy.stats.bootstrap((known,), np.mean, n_resamples=2000, method="percentile",
+                                      rng=np.random.default_rng(0)).confidence_interval
+    return mean, float(low), float(high)
 
 
-# --------------------------------------------------------------------------------------------------------- many videos
+# ------------------------------------------------------------------------------------------------ many videos
 
-def folder_videos(folder, prompts):
-    """-> [(name, load, prompt or None)] of a folder's mp4s in order of name. prompts: a file of one prompt a line or
-    jsonl; rows with an id (or video) that is a file's stem are matched by it, the rest in order."""
-    files = sorted(Path(folder).glob("*.mp4"))
-    if not files:
+def folder_videos(folder, prompt_file):
+    """A folder's mp4s in order of name -> {name: prompt or None}, load(name).
+
+    The file's rows belong to the videos by id where any id is a video's name, else in order.
+    """
+    folder = Path(folder)
+    names = [file.stem for file in sorted(folder.glob("*.mp4"))]
+    if not names:
         raise ValueError(f"{folder} holds no mp4")
-    rows, named = [], {}
-    for number, line in enumerate(Path(prompts).read_text(encoding="utf-8").splitlines(), 1):
-        if str(prompts).endswith(".jsonl") and line.strip():
-            try:
-                row = json.loads(line)
-                rows.append(row["prompt"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{prompts}, line {number}: not a JSON object with a prompt") from None
-            named |= {str(row[key]).removesuffix(".mp4"): row["prompt"] for key in ("id", "video") if key in row}
-        elif line.strip():
-            rows.append(line.strip())
-    by_name = any(f.stem in named for f in files)
-    return [(f.stem, lambda f=f: read_video(f)[0], named.get(f.stem) if by_name else rows[i] if i < len(rows) else None) for i, f in enumerate(files)]
+    rows = read_rows(prompt_file)
+    by_id = {str(row["id"]).removesuffix(".mp4"): row["prompt"] for row in rows}
+    by_order = dict(zip(names, (row["prompt"] for row in rows)))
+    matched = by_id if by_id.keys() & set(names) else by_order
+
+    def load(name):
+        video, _ = read_video(folder / f"{name}.mp4")
+        return video
+
+    return {name: matched.get(name) for name in names}, load
 
 
-def sampled_videos(a):
-    """-> [(name, load, prompt)] of videos sampled from a model, each batch of 10 when its first video is asked for. They
-    are written to OUT/videos as well."""
-    from lora import merge_lora
-    from model import load_wan
-    prompts = load_prompts(a.prompts or ("tiny" if Path(a.model).resolve() == (TINY / "wan").resolve() else Path(__file__).parent / "prompts.jsonl"))
-    prompts = prompts[a.split][:a.num]
-    wan, d = load_wan(a.model, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32), model_defaults(a.model)
+def sampled_videos(a, batch_size=10):
+    """A model's samples for the prompts of a split -> {name: prompt}, load(name).
+
+    A batch is sampled when its first video is asked for, and written to OUT/videos. Prompt k takes the seed's
+    k-th noise: the same in every batch, and before and after training.
+    """
+    # which prompts
+    file = a.prompts
+    if not file:
+        is_tiny = Path(a.model).resolve() == (TINY / "wan").resolve()
+        file = TINY / "prompts.jsonl" if is_tiny else Path(__file__).parent / "prompts.jsonl"
+    prompts = read_prompts(file)[a.split][:a.num]
+    if not prompts:
+        raise ValueError(f"{file} holds no {a.split} prompt; choose another --split")
+
+    # which model, at what size
+    check_size(a.frames, None, None)
+    sampling = sampling_of(a.model, frames=a.frames)
+    wan = load_wan(a.model, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
     if a.lora:
         merge_lora(wan.dit, a.lora)
-    frames, cache = a.frames or d["frames"], {}
+    names = [f"{k:04d}" for k in range(len(prompts))]
+    batch = {}  # name -> video
 
-    def load(i):
-        if i not in cache:
-            cache.clear()
-            part = list(range(i, min(i + 10, len(prompts))))
-            noise = torch.cat([initial_noise(wan, prompts[k], frames, d["height"], d["width"], [k], a.seed, a.transport, degradation=d["degradation"])[0] for k in part])
-            latents = sample(wan, [prompts[k] for k in part], noise, d["steps"], d["guidance"])
-            for k, x in zip(part, latents):
-                cache[k] = wan.vae.decode(x[None])[0].cpu()
-                write_video(a.out / "videos" / f"{k:04d}.mp4", cache[k], d["fps"])
-        return cache[i]
+    def load(name):
+        if name not in batch:
+            start = names.index(name)
+            members = range(start, min(start + batch_size, len(names)))
+            videos, _ = sample_videos(wan, [prompts[k] for k in members], sampling, a.seed, members=members,
+                                      transport=a.transport)
+            batch.clear()
+            for k, video in zip(members, videos):
+                batch[names[k]] = video
+                write_video(a.out / "videos" / f"{names[k]}.mp4", video, sampling.fps)
+        return batch[name]
 
-    return [(f"{i:04d}", lambda i=i: load(i), p) for i, p in enumerate(prompts)]
+    return dict(zip(names, prompts)), load
+
+
+def measured_row(name, prompt, load, rewards):
+    """A video's row; if it cannot be scored, a row that says why: a bad file must not lose the rest."""
+    row = dict(video=name, prompt=prompt)
+    try:
+        if not prompt:
+            raise ValueError("no prompt for this video")
+        video = load(name)  # (F, 3, H, W)
+        frames, _, height, width = video.shape
+        row["size"] = f"{frames}x{height}x{width}"
+        row |= measure(video, prompt, camera_path(parse_motion(prompt), frames), rewards)
+    except Exception as e:
+        row["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
+        tqdm.write(f"{name}: {row['error']}")
+    return row
 
 
 def metrics(a):
-    """Scores every video; a video that cannot be scored gets a row that says why. -> exit status."""
-    rewards = Rewards(a.depth_anything, a.critic, a.preference, a.lpips, a.views, device=a.device).load()
+    """Scores every video and writes the results folder -> exit status, 1 if a video could not be scored."""
+    # videos and models: what is wrong with the arguments is found here
+    if a.videos:
+        prompts, load = folder_videos(a.videos, a.prompts)
+    else:
+        prompts, load = sampled_videos(a)
+    rewards = rewards_of(a).load()
+
+    # one row a video; written at once, so that a stopped run keeps what it has
     a.out.mkdir(parents=True, exist_ok=True)
-    items = folder_videos(a.videos, a.prompts) if a.videos else sampled_videos(a)
-    rows, shape = [], None
-    for name, load, prompt in tqdm(items, desc="metrics", unit="video"):
-        row = dict(video=name, prompt=prompt)
-        try:
-            if not prompt:
-                raise ValueError("no prompt for this video")
-            video = load()
-            row |= dict(size="x".join(map(str, (len(video), *video.shape[2:]))))
-            shape = shape or row["size"]
-            row |= measure(video, prompt, camera_path(parse_motion(prompt), len(video)), rewards)
-        except Exception as e:  # one bad file must not lose the rest
-            row["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
-            tqdm.write(f"{name}: {row['error']}")
-        rows.append(row)
-        with open(a.out / "metrics.jsonl", "w" if len(rows) == 1 else "a") as f:
-            f.write(json.dumps(row) + "\n")
-    good = [r for r in rows if "error" not in r]
-    sizes = sorted({r["size"] for r in good})
-    names = list(dict.fromkeys(k for r in good for k in r if k not in ("video", "prompt", "size")))
-    with open(a.out / "metrics.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, ["video", "prompt", "size", *names, "error"], restval="")
-        writer.writeheader(), writer.writerows(rows)
-    summary = {name: interval([r.get(name) for r in good]) for name in names}
-    summary["vbench"] = vbench(a.out / "videos" if not a.videos else Path(a.videos), a.out)
-    about = dict(videos=len(good), failed=len(rows) - len(good), sizes=sizes, seed=a.seed, model=str(a.videos or a.model), lora=a.lora and str(a.lora),
-                 lpips="AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)", summary=summary)
-    (a.out / "summary.json").write_text(json.dumps(about, indent=2) + "\n")
-    print(f"{len(good)} videos ({', '.join(sizes)}), {len(rows) - len(good)} failed; mean [bootstrap 95 % interval]; LPIPS: {about['lpips']}")
+    rows = []
+    with open(a.out / "metrics.jsonl", "w") as log:
+        for name, prompt in tqdm(prompts.items(), desc="metrics", unit="video"):
+            rows.append(measured_row(name, prompt, load, rewards))
+            print(json.dumps(rows[-1]), file=log, flush=True)
+
+    return write_results(a, rows)
+
+
+def write_results(a, rows):
+    """metrics.csv and summary.json of all rows, the summary printed -> exit status."""
+    # a column for every metric that any video has
+    good = [row for row in rows if "error" not in row]
+    labels = ("video", "prompt", "size")
+    names = [name for name in dict.fromkeys(key for row in good for key in row) if name not in labels]
+    with written_whole(a.out / "metrics.csv") as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*labels, *names, "error"], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+    # means over the videos that could be scored
+    summary = {name: interval([row.get(name) for row in good]) for name in names}
+    summary["vbench"] = vbench(Path(a.videos) if a.videos else a.out / "videos", a.out)
+    sizes = sorted({row["size"] for row in good})
+    failed = len(rows) - len(good)
+    lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
+    write_json(a.out / "summary.json", dict(
+        videos=len(good), failed=failed, sizes=sizes, seed=a.seed, model=str(a.videos or a.model),
+        lora=a.lora, lpips=lpips, summary=summary))
+
+    print(f"{len(good)} videos ({', '.join(sizes)}), {failed} failed; LPIPS: {lpips}; "
+          "mean [bootstrap 95 % interval]")
     for name in names:
-        print(f"{name:20} {summary[name][0]:10.4f}  [{summary[name][1]:.4f}, {summary[name][2]:.4f}]")
+        mean, low, high = summary[name]
+        print(f"{name:20} {mean:10.4f}  [{low:.4f}, {high:.4f}]")
     print(f"{'vbench':20} {summary['vbench']}")
-    return 1 if len(good) < len(rows) else 0
+    return 1 if failed else 0
 
 
-VBENCH = ("aesthetic_quality", "imaging_quality", "motion_smoothness", "subject_consistency", "background_consistency")
+VBENCH = ("aesthetic_quality", "imaging_quality", "motion_smoothness", "subject_consistency",
+          "background_consistency")
 
 
 def vbench(videos, out):
-    """The five dimensions by the real vbench package -> {dimension: score}, or what to install. Never re-implemented."""
+    """The five dimensions by the real vbench package -> {dimension: score}, or what to install."""
     try:
-        from vbench import VBench
+        import vbench as package
     except ImportError:
         return "not measured: pip install vbench (it downloads its own models), then run this again"
-    judge = VBench(torch.device("cuda" if torch.cuda.is_available() else "cpu"), str(Path(sys.modules["vbench"].__file__).parent / "VBench_full_info.json"), str(out))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judge = package.VBench(device, str(Path(package.__file__).parent / "VBench_full_info.json"), str(out))
     judge.evaluate(videos_path=str(videos), name="vbench", dimension_list=list(VBENCH), mode="custom_input")
-    results = json.loads((out / "vbench_eval_results.json").read_text())
+    results = read_json(out / "vbench_eval_results.json")
     return {name: results[name][0] for name in VBENCH}
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
-PAPER = {  # World-R1 (arXiv 2604.24764), as published
-    "Wan2.1-1.3B": dict(psnr=17.40, ssim=.550, lpips=.467, mvcs=.974, rot_err=9.29, trans_err=62.94, cam_mc=66.21, vbench=(62.43, 66.51, 97.44, 96.34, 97.29)),
-    "Wan2.1-14B": dict(psnr=19.76, ssim=.629, lpips=.405, mvcs=.963, rot_err=17.01, trans_err=60.90, cam_mc=70.55),
-    "World-R1-Small": dict(psnr=27.63, ssim=.858, lpips=.201, mvcs=.989, rot_err=1.50, trans_err=2.76, cam_mc=3.39, vbench=(65.74, 67.53, 98.55, 97.58, 96.67)),
-    "World-R1-Large": dict(psnr=27.67, ssim=.865, lpips=.162, mvcs=.993, rot_err=1.21, trans_err=1.30, cam_mc=2.95),
+PAPER = {  # World-R1 (arXiv 2604.24764), as published; VBench in percent
+    "Wan2.1-1.3B": dict(
+        psnr=17.40, ssim=.550, lpips=.467, mvcs=.974, rot_err=9.29, trans_err=62.94, cam_mc=66.21,
+        aesthetic_quality=62.43, imaging_quality=66.51, motion_smoothness=97.44, subject_consistency=96.34,
+        background_consistency=97.29),
+    "Wan2.1-14B": dict(
+        psnr=19.76, ssim=.629, lpips=.405, mvcs=.963, rot_err=17.01, trans_err=60.90, cam_mc=70.55),
+    "World-R1-Small": dict(
+        psnr=27.63, ssim=.858, lpips=.201, mvcs=.989, rot_err=1.50, trans_err=2.76, cam_mc=3.39,
+        aesthetic_quality=65.74, imaging_quality=67.53, motion_smoothness=98.55, subject_consistency=97.58,
+        background_consistency=96.67),
+    "World-R1-Large": dict(
+        psnr=27.67, ssim=.865, lpips=.162, mvcs=.993, rot_err=1.21, trans_err=1.30, cam_mc=2.95),
 }
-TABLES = {
-    "3D consistency (re-render of the reconstruction)": ("psnr", "ssim", "lpips", "mvcs", "psnr_held_out", "ssim_held_out", "lpips_held_out"),
+REWARDS = tuple(f"reward_{name}" for name in TERMS)
+TABLES = {  # title -> columns
+    "3D consistency (re-render of the reconstruction)":
+        ("psnr", "ssim", "lpips", "mvcs", "psnr_held_out", "ssim_held_out", "lpips_held_out"),
     "Camera control": ("rot_err", "trans_err", "cam_mc", "trans_err_rel", "cam_mc_rel"),
-    "Rewards and motion": ("reward_meta", "reward_recon", "reward_traj", "reward_general", "three_d", "motion"),
+    "Rewards and motion": (*REWARDS, "three_d", "motion"),
 }
+CHANGES = ("psnr", "psnr_held_out", *REWARDS, "three_d", "motion")
 
-CHANGES = ("psnr", "psnr_held_out", "reward_meta", "reward_recon", "reward_traj", "three_d", "reward_general", "motion")
+
+def good_rows(folder):
+    """The scored videos of a results folder -> {(name, prompt, size): row}."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {(row["video"], row["prompt"], row["size"]): row for row in rows if "error" not in row}
 
 
 def changes(before, after):
-    """Videos of two results folders that share name, prompt and size -> {metric: (mean change, low, high, share that rose)},
-    the interval over videos; a metric that no shared video has is left out."""
-    one, two = ({(r["video"], r["prompt"], r["size"]): r for r in map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()) if "error" not in r}
-                for folder in (before, after))
-    out = {}
+    """Videos of two results folders that share name, prompt and size -> {metric: (mean change, low, high,
+    share that rose)}, the interval over videos; a metric that no shared video has is left out."""
+    rows_before, rows_after = good_rows(before), good_rows(after)
+    shared = [key for key in rows_before if key in rows_after]
+    found = {}
     for name in CHANGES:
-        d = [two[k].get(name, math.nan) - one[k].get(name, math.nan) for k in one.keys() & two.keys()]
-        d = sorted(x for x in d if math.isfinite(x))
-        if d:
-            out[name] = *interval(d), sum(x > 0 for x in d) / len(d)
-    return out
+        rises = []
+        for key in shared:
+            rise = rows_after[key].get(name, math.nan) - rows_before[key].get(name, math.nan)
+            if math.isfinite(rise):
+                rises.append(rise)
+        if rises:
+            found[name] = *interval(rises), sum(rise > 0 for rise in rises) / len(rises)
+    return found
+
+
+def markdown(title, columns, rows):
+    """A titled Markdown table. rows: [(label, cells)]."""
+    lines = [f"**{title}**", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows]
+    return "\n".join(lines)
+
+
+def paper_rows(columns):
+    """The paper's rows that have any of these columns, in italics."""
+    rows = []
+    for label, numbers in PAPER.items():
+        if any(name in numbers for name in columns):
+            cells = [f"*{numbers[name]}*" if name in numbers else "" for name in columns]
+            rows.append((f"*paper: {label}*", cells))
+    return rows
+
+
+def change_rows(runs, found, base):
+    """A row of changes for every run with the seed of the run `base` and videos in common with it."""
+    rows = []
+    for label, folder in runs.items():
+        if label == base or found[label]["seed"] != found[base]["seed"]:
+            continue
+        change = changes(runs[base], folder)
+        cells = ["{:+.3f} [{:+.3f}, {:+.3f}] ({:.0%})".format(*change[name]) if name in change else ""
+                 for name in CHANGES]
+        if change:
+            rows.append((label, cells))
+    return rows
 
 
 def table(runs):
-    """Markdown in the paper's layout. runs: {label: results folder}. The paper's own rows are marked as such. Runs on the
-    first one's prompts and seed are also compared with it video by video."""
+    """Markdown in the paper's layout, the paper's own rows marked as such. runs: {label: results folder}.
+
+    Runs on the first one's prompts and seed are also compared with it video by video.
+    """
     found = {}
     for label, folder in runs.items():
         file = Path(folder) / "summary.json"
         if not file.exists():
-            raise ValueError(f"{folder} holds no summary.json; make it with: python eval.py metrics --out {folder} ...")
-        found[label] = json.loads(file.read_text())
-    lines = []
+            raise ValueError(f"{folder} holds no summary.json; make it: python eval.py metrics --out ...")
+        found[label] = read_json(file)
+    parts = []
+
+    # means of every run
     for title, columns in TABLES.items():
-        lines += [f"**{title}**", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        rows = []
         for label, about in found.items():
-            cells = [about["summary"].get(c) for c in columns]
-            lines.append(f"| {label} | " + " | ".join(f"{c[0]:.3f} [{c[1]:.3f}, {c[2]:.3f}]" if c else "" for c in cells) + " |")
-        for label, numbers in PAPER.items():
-            if any(c in numbers for c in columns):
-                lines.append(f"| *paper: {label}* | " + " | ".join(f"*{numbers[c]}*" if c in numbers else "" for c in columns) + " |")
-        lines.append("")
-    base, *others = runs
-    rows = {label: changes(runs[base], runs[label]) for label in others if found[label]["seed"] == found[base]["seed"]}
-    if any(rows.values()):
-        lines += [f"**Change from {base}, same prompts and seeds (share of videos that rose)**", "", "| | " + " | ".join(CHANGES) + " |", "|---" * (len(CHANGES) + 1) + "|"]
-        lines += [f"| {label} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}] ({:.0%})".format(*row[c]) if c in row else "" for c in CHANGES) + " |" for label, row in rows.items() if row] + [""]
-    lines += ["**VBench**", "", "| | " + " | ".join(VBENCH) + " |", "|---" * 6 + "|"]
+            cells = []
+            for name in columns:
+                known = name in about["summary"]
+                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*about["summary"][name]) if known else "")
+            rows.append((label, cells))
+        parts.append(markdown(title, columns, rows + paper_rows(columns)))
+
+    # differences from the first, over the videos that both have
+    base = next(iter(runs))
+    rows = change_rows(runs, found, base)
+    if rows:
+        title = f"Change from {base}, same prompts and seeds (share of videos that rose)"
+        parts.append(markdown(title, CHANGES, rows))
+
+    # VBench
+    rows = []
     for label, about in found.items():
-        v = about["summary"].get("vbench")
-        lines.append(f"| {label} | " + (" | ".join(f"{v[d]:.3f}" for d in VBENCH) if isinstance(v, dict) else f"{v}" + " |" * 4) + " |")
-    lines += [f"| *paper: {label}* | " + " | ".join(f"*{x}*" for x in numbers["vbench"]) + " |" for label, numbers in PAPER.items() if "vbench" in numbers]
-    lines += ["", "Mean and bootstrap 95 % interval over videos. " + "; ".join(
-        f"{label}: {about['videos']} videos of {', '.join(about['sizes'])}, seed {about['seed']}, LPIPS {about['lpips']}" for label, about in found.items())
-        + ". The paper's rows are its own numbers, on its own models and videos: not comparable in value."]
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------------------------- sweeps
-
-SWEEP = {  # cell -> (arguments of train.py, arguments of metrics)
-    "full": ([], []),
-    "no_meta": (["--meta", "0"], []),
-    "no_recon": (["--recon", "0"], []),
-    "no_traj": (["--traj", "0"], []),
-    "no_transport": (["--degradation", "1"], ["--no-transport"]),
-    "no_decoupling": (["--dynamic-steps", "0"], []),
-    "no_3d": (["--meta", "0", "--recon", "0", "--traj", "0"], []),
-    "no_general": (["--general", "0", "--dynamic-steps", "0"], []),
-    "third_of_prompts": (["--train-prompts", "1000"], []),
-    "two_thirds_of_prompts": (["--train-prompts", "2000"], []),
-}
-
-
-def sweep(a, rest):
-    """Trains every cell (rest: further arguments for train.py) and scores it on the test and the dynamic prompts at the length
-    it was trained with, the base and the full cell at `a.also` frames too; what is done is not done again."""
-    cells = a.cells or list(SWEEP)
-    unknown = [c for c in cells if c not in SWEEP]
-    if unknown:
-        raise ValueError(f"unknown cell '{unknown[0]}'; the cells are {', '.join(SWEEP)}")
-    here, c = Path(__file__).parent, parse_arguments(rest)
-    launch = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(a.processes)] if a.processes > 1 else [])]
-    ways = {"results": ["--num", str(a.num)], "dynamic": ["--split", "dynamic", "--num", str(a.num // 2)], f"{a.also}_frames": ["--num", str(a.num), "--frames", str(a.also)]}
-    done = {way: {} for way in ways}
-    for cell in tqdm(["base", *cells], desc="sweep", unit="cell"):
-        training, scoring = SWEEP.get(cell, ([], []))
-        if cell == "base":
-            scoring = ["--lora", c.lora] if c.lora else []
+        scores = about["summary"].get("vbench", "")
+        if isinstance(scores, dict):
+            rows.append((label, [f"{scores[name]:.3f}" for name in VBENCH]))
         else:
-            subprocess.run([*launch, here / "train.py", "--runs", a.out, "--name", cell, *rest, *training], check=True)
-            scoring = [*scoring, "--lora", a.out / cell]
-        for way, how in ways.items():
-            if cell in ("base", "full") or way in ("results", "dynamic"):
-                folder = done[way][cell] = a.out / cell / way
-                if not (folder / "summary.json").exists():
-                    subprocess.run([sys.executable, here / "eval.py", "metrics", "--model", c.model, "--frames", str(c.frames), *how, "--out", folder, *scoring], check=True)
-    text = "\n\n".join(f"# {title}\n\n{table(done[way])}" for way, title in zip(ways, ("Test prompts", "Dynamic prompts", f"Test prompts, {a.also} frames"), strict=True) if done[way])
-    (a.out / "table.md").write_text(text + "\n")
-    print(text)
+            rows.append((label, [str(scores), "", "", "", ""]))
+    parts.append(markdown("VBench", VBENCH, rows + paper_rows(VBENCH)))
+
+    # what was measured
+    sources = [f"{label}: {about['videos']} videos of {', '.join(about['sizes'])}, seed {about['seed']}, "
+               f"LPIPS {about['lpips']}" for label, about in found.items()]
+    parts.append(f"Mean and bootstrap 95 % interval over videos. {'; '.join(sources)}. The paper's rows are "
+                 "its own numbers, on its own models and videos: not comparable in value.")
+    return "\n\n".join(parts)
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
+
+def parse_arguments(argv=None):
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    metrics_parser = commands.add_parser("metrics", help="score a folder of mp4s, or a model's samples")
+    add = metrics_parser.add_argument
+    add("--videos", help="folder of mp4s; else the model is sampled")
+    add("--prompts", help="file: one prompt a line, or jsonl (default: prompts.jsonl; the tiny model's own)")
+    add("--model", default=str(TINY / "wan"), help="folder (either layout) or hub id")
+    add("--lora", help="LoRA file or run folder")
+    add("--split", default="test", choices=SPLITS)
+    add("--num", type=int, default=100, help="prompts of the split")
+    add("--seed", type=int, default=0)
+    add("--frames", type=int, help="4k+1; default: the model's")
+    add("--no-transport", dest="transport", action="store_false", help="noise that follows no camera path")
+    add("--out", type=Path, default=Path("results"), help="the results folder")
+    add_reward_options(metrics_parser, views=9)
+
+    table_parser = commands.add_parser("table", help="the paper's tables from results folders")
+    table_parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=FOLDER")
+
+    return parser.parse_args(argv)
+
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    m = commands.add_parser("metrics", help="score a folder of mp4s, or a model's samples")
-    m.add_argument("--videos", help="folder of mp4s; else the model is sampled")
-    m.add_argument("--prompts", help="file: one prompt a line, or jsonl (default: the model's test prompts)")
-    m.add_argument("--model", default=str(TINY / "wan"))
-    m.add_argument("--lora", help="LoRA file or run folder")
-    m.add_argument("--split", default="test", choices=("train", "dynamic", "test"))
-    m.add_argument("--num", type=int, default=100)
-    m.add_argument("--seed", type=int, default=0)
-    m.add_argument("--frames", type=int, help="4k+1; default: the model's")
-    m.add_argument("--no-transport", dest="transport", action="store_false")
-    m.add_argument("--out", type=Path, default=Path("results"))
-    m.add_argument("--depth-anything", default=TINY / "depth_anything")
-    m.add_argument("--critic", default=TINY / "qwen3_vl")
-    m.add_argument("--preference", default=TINY / "hpsv3")
-    m.add_argument("--lpips", choices=("alex", "random"), default="random", help="trunk; random is a stand-in")
-    m.add_argument("--views", type=int, default=9, help="frames that are reconstructed; those midway between are held out")
-    m.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    t = commands.add_parser("table", help="the paper's tables from results folders")
-    t.add_argument("--runs", nargs="+", required=True, metavar="LABEL=FOLDER")
-    s = commands.add_parser("sweep", help="ablations; unknown arguments go to train.py")
-    s.add_argument("--out", type=Path, default=Path("runs/sweep"))
-    s.add_argument("--cells", nargs="+", help=", ".join(SWEEP))
-    s.add_argument("--num", type=int, default=100)
-    s.add_argument("--processes", type=int, default=1, help="of a training, by torchrun (on CPU: set OMP_NUM_THREADS=1)")
-    s.add_argument("--also", type=int, default=33, help="frames at which the base and the full cell are scored too (81-frame models: 121)")
-    r = commands.add_parser("report", help="one self-contained HTML page of a run")
-    r.add_argument("run", type=Path)
-    y = commands.add_parser("study", help="a blind pairwise study page, or its scores")
-    y.add_argument("--a", type=Path), y.add_argument("--b", type=Path), y.add_argument("--out", type=Path, default=Path("study"))
-    y.add_argument("--score", nargs="+", type=Path, help="answers downloaded from the page")
-    y.add_argument("--seed", type=int, default=0)
-    a, rest = parser.parse_known_args(argv)
-    if rest and a.command != "sweep":
-        parser.error(f"unknown argument {rest[0]}")
+    a = parse_arguments(argv)
     try:
         if a.command == "metrics":
             if a.videos and not a.prompts:
-                raise ValueError("--videos needs --prompts FILE: one prompt a line in the order of the file names, or jsonl with ids")
+                raise ValueError("--videos needs --prompts FILE: one prompt a line in the order of the "
+                                 "videos, or jsonl with ids")
             return metrics(a)
-        if a.command == "table":
-            print(table(dict(item.split("=", 1) for item in a.runs)))
-        elif a.command == "sweep":
-            sweep(a, rest)
-        else:
-            import pages
-            return pages.report(a.run) if a.command == "report" else pages.study(a)
-    except (ValueError, OSError, subprocess.CalledProcessError) as e:
+        if not all("=" in run for run in a.runs):
+            raise ValueError("--runs takes LABEL=FOLDER, such as base=results/base")
+        print(table(dict(run.split("=", 1) for run in a.runs)))
+    except (ValueError, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
     return 0

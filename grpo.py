@@ -1,79 +1,82 @@
-"""Flow-GRPO-Fast: groups of videos, advantages inside each group, a clipped surrogate on a short stochastic window.
+"""Flow-GRPO-Fast: groups of videos, advantages inside each group, a clipped surrogate on a short stochastic
+window.
 
-    groups   G members of one prompt; rewards r
-    A        (r - mean_group) / (std_group + 1e-4), clipped to +-5                           `advantages`
-    rollout  ODE steps, but for a random window of 1-3 consecutive high-noise steps that are SDE steps
-             x' ~ N(mean_theta(x), std^2)                                                     `rollout`
-    ratio    rho = exp(log p_theta(x'|x) - log p_old(x'|x)), log p a mean over elements       `sample.log_prob`
-    loss     mean max(-A rho, -A clip(rho, 1-eps, 1+eps)) + beta |mean - mean_ref|^2 / (2 std^2)    `surrogate`, `kl`
+    group      G members of one prompt; each gets a reward r, a weighted sum of terms    `Group`
+    rollout    ODE steps, but for a window of a few consecutive high-noise steps
+               that are SDE steps x' ~ N(mean_theta(x), std^2)                           `rollout`
+    advantage  A = (r - mean of the group) / (std of the group + 1e-4), within +-5       `advantages`
+    ratio      rho = exp(log p_theta(x'|x) - log p_old(x'|x)), log p a mean over
+               elements                                                                  `sample.log_prob`
+    loss       mean max(-A rho, -A clip(rho, 1-eps, 1+eps))                              `surrogate`
+               + beta |mean - mean_ref|^2 / (2 std^2)                                    `kl`
 
-Sources: Flow-GRPO (arXiv 2505.05470) and its Fast variant, GRPO-Guard's ratio normalisation (arXiv 2510.22319).
-`sample.transition` gives mean and std for sampling, log-probability and KL alike. Left out: value functions, replay,
-more than one policy update per rollout.
+Two choices are options of train.py. The paper sums the terms plainly; --standardise first brings each term to
+its own spread inside the group (`standardise`), so that no term drowns the others. A spread is each group's
+own; --pooled takes one over all groups of the step, so that a group whose members are alike counts for
+little. The presets say which.
+
+"Fast": only the window is trained, so a rollout keeps a few transitions instead of all. The window is drawn
+for each prompt, the same for its members. A rollout is used once: with --updates n the step's groups are
+split among n optimiser steps, not used n times.
+
+Sources: Flow-GRPO (arXiv 2505.05470) and its Fast variant, GRPO-Guard's ratio normalisation (arXiv
+2510.22319). `sample.transition` gives mean and std for sampling, log-probability and KL alike. Left out:
+value functions, replay.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 
 from sample import log_prob, transition
 
 
-# --------------------------------------------------------------------------------------------------------- statistics
-
-def standardise(values, group_ids, pooled=False, eps=1e-6):
-    """(x - group mean) / (group std + eps) of values (N,) with group ids (N,), float32; a masked sample (NaN) stays NaN.
-
-    pooled: one std for all, the root mean square of what is left after each group's mean. A group whose members are
-    nearly alike then counts for little; by its own std it counts as much as any other (Flow-GRPO's global_std).
-    A group whose values are all equal, or of which fewer than two are left, has nothing to compare and gets 0.
-    """
-    values, centred = values.float(), torch.full((len(values),), torch.nan, device=values.device)
-    std = torch.ones_like(centred)
-    for group in torch.unique(group_ids):
-        member = (group_ids == group) & ~values.isnan()
-        x = values[member]
-        centred[member] = x - x.mean() if len(x) > 1 and (x != x[0]).any() else torch.zeros_like(x)
-        std[member] = centred[member].square().mean().sqrt()
-    if pooled:
-        std[:] = centred[~centred.isnan()].square().mean().sqrt()
-    return torch.where(centred == 0, 0.0, centred / (std + eps))
+@dataclass
+class Transition:
+    """One stochastic step of a group's rollout, as the update needs it. All float32."""
+    index: int  # which of the denoising steps
+    x: torch.Tensor  # (G, C, T, h, w), the state before
+    x_next: torch.Tensor  # (G, C, T, h, w), the state drawn
+    mean: torch.Tensor  # (G, C, T, h, w), of the distribution it was drawn from
+    logp: torch.Tensor  # (G,), its log-probability then
 
 
-def advantages(rewards, group_ids, clip=5.0, pooled=False):
-    """Group-relative advantages (N,) of rewards (N,): standardised, clipped to +-clip, 0 for a masked sample (NaN)."""
-    return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)
+@dataclass
+class Group:
+    """G videos of one prompt."""
+    index: int  # of the prompt in its list
+    prompt: str
+    path: torch.Tensor  # the requested camera-to-world (F, 4, 4)
+    levels: torch.Tensor  # noise levels sigma (steps + 1,)
+    transitions: list  # of Transition, one a step of the window
+    videos: list  # G x (F, 3, H, W)
+    terms: dict = field(default_factory=dict)  # reward term -> (G,); NaN = masked
+    motion: list = field(default_factory=list)  # G x motion magnitude, watched beside the rewards
+    advantages: torch.Tensor | None = None  # (G,)
 
 
-def normalise_log_ratio(log_ratio, mean, mean_old, std):
-    """GRPO-Guard's RatioNorm: std (log rho + |mean - mean_old|^2 / (2 std^2)), (B,).
+# --------------------------------------------------------------------------------------------------- rollouts
 
-    Under the old policy log rho has mean -|mean - mean_old|^2/(2 std^2), a bias below 0, and a scale of |mean -
-    mean_old|/std that depends on the step: both make clipping one-sided. What is left is centred, and alike at all steps.
-    """
-    return (log_ratio + kl(mean, mean_old, std)) * std
+def draw_window(generator, steps, size, noisy_steps):
+    """A random window of `size` consecutive steps among the first `noisy_steps`, never the last one, where
+    std -> 0."""
+    noisy_steps = min(noisy_steps, steps - 1)
+    if not 1 <= size <= noisy_steps:
+        raise ValueError(f"a window of {size} steps does not fit into "
+                         f"the first {noisy_steps} of {steps} steps")
+    start = int(torch.randint(noisy_steps - size + 1, (), generator=generator))
+    return range(start, start + size)
 
-
-def surrogate(logp, logp_old, advantages, clip):
-    """Clipped policy surrogate, a scalar to minimise: mean of max(-A rho, -A clip(rho, 1-clip, 1+clip))."""
-    ratio = (logp - logp_old).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
-
-
-def kl(mean, mean_ref, std):
-    """KL between two Gaussian steps of the same std, averaged over elements: (B, ...) -> (B,)."""
-    return ((mean.float() - mean_ref.float()).square() / (2 * std * std)).flatten(1).mean(1)
-
-
-# ----------------------------------------------------------------------------------------------------------- rollouts
 
 @torch.no_grad()
 def rollout(velocity, noise, levels, window, eta=.7, kind="flow", generators=None, shared=False, members=1):
     """Samples with SDE steps on `window` (consecutive step indices) and Euler ODE steps elsewhere.
 
-    velocity(x, sigma) -> v; noise (B, ...); levels (steps + 1,). generators: one torch.Generator per final sample, for
-    its step noise. shared: the noise of a prompt is one sample until the window, where it branches into `members`.
-    -> latents (B or B*members, ...), and per window step what the update needs: x, x_next, log-prob (all float32).
+    velocity(x, sigma) -> v; noise (B, ...); levels (steps + 1,). generators: one torch.Generator per final
+    sample, for its step noise. shared: the noise of a prompt is one sample until the window, where it
+    branches into `members`. -> latents (B or B*members, ...), and the window's transitions.
     """
-    x, steps = noise.float(), []
+    x, transitions = noise.float(), []
     for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
         if shared and i == window[0]:
             x = x.repeat_interleave(members, 0)
@@ -82,17 +85,65 @@ def rollout(velocity, noise, levels, window, eta=.7, kind="flow", generators=Non
         if not stochastic:
             x = mean
             continue
-        draw = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(mean.device)
-        x_next = mean + std * draw
-        steps.append(dict(index=i, x=x, x_next=x_next, mean=mean, logp=log_prob(x_next, mean, std)))
+        # this is where the group's members part, and what the policy's probability is about
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(mean.device)
+        x_next = mean + std * noise
+        transitions.append(Transition(i, x, x_next, mean, log_prob(x_next, mean, std)))
         x = x_next
-    return x, steps
+    return x, transitions
 
 
-def draw_window(generator, steps, size, high):
-    """A random window of `size` consecutive steps among the first `high` (never the last step, where std -> 0)."""
-    high = min(high, steps - 1)
-    if not 1 <= size <= high:
-        raise ValueError(f"a window of {size} steps does not fit into the first {high} of {steps} steps")
-    start = int(torch.randint(high - size + 1, (), generator=generator))
-    return range(start, start + size)
+# ------------------------------------------------------------------------------------------------- advantages
+
+def standardise(values, group_ids, pooled=False, eps=1e-6):
+    """(x - group mean) / (group std + eps) of values (N,) with group ids (N,), float32; a masked sample (NaN)
+    stays NaN.
+
+    pooled: one std for all, the root mean square of what is left after each group's mean. A group whose
+    members are nearly alike then counts for little; by its own std it counts as much as any other
+    (Flow-GRPO's global_std). A group whose values are all equal, or of which fewer than two are left, has
+    nothing to compare and gets 0.
+    """
+    values = values.float()
+    centred = torch.full((len(values),), torch.nan, device=values.device)
+    std = torch.ones_like(centred)
+    for group in torch.unique(group_ids):
+        member = (group_ids == group) & ~values.isnan()
+        x = values[member]
+        comparable = len(x) > 1 and (x != x[0]).any()
+        centred[member] = x - x.mean() if comparable else torch.zeros_like(x)
+        std[member] = centred[member].square().mean().sqrt()
+    if pooled:
+        std[:] = centred[~centred.isnan()].square().mean().sqrt()
+    return torch.where(centred == 0, 0.0, centred / (std + eps))
+
+
+def advantages(rewards, group_ids, clip=5.0, pooled=False):
+    """Group-relative advantages (N,) of rewards (N,): standardised, clipped to +-clip, 0 for a masked sample
+    (NaN)."""
+    return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)
+
+
+# ------------------------------------------------------------------------------------------------------- loss
+
+def surrogate(logp, logp_old, advantages, clip):
+    """Clipped policy surrogate, a scalar to minimise: mean of max(-A rho, -A clip(rho, 1-clip, 1+clip))."""
+    ratio = (logp - logp_old).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(plain, clipped).mean()
+
+
+def kl(mean, mean_ref, std):
+    """KL between two Gaussian steps of the same std, averaged over elements: (B, ...) -> (B,)."""
+    return ((mean.float() - mean_ref.float()).square() / (2 * std * std)).flatten(1).mean(1)
+
+
+def normalise_log_ratio(log_ratio, mean, mean_old, std):
+    """GRPO-Guard's RatioNorm: std (log rho + |mean - mean_old|^2 / (2 std^2)), (B,).
+
+    Under the old policy log rho has mean -|mean - mean_old|^2/(2 std^2), a bias below 0, and a scale of |mean
+    - mean_old|/std that depends on the step: both make clipping one-sided. What is left is centred, and alike
+    at all steps.
+    """
+    return (log_ratio + kl(mean, mean_old, std)) * std

@@ -1,37 +1,44 @@
-"""Wan2.1 text-to-video (arXiv 2503.20314) in one file: causal 3D VAE, diffusion transformer, UMT5 text encoder.
+"""Wan2.1 text-to-video (arXiv 2503.20314): causal 3D VAE, diffusion transformer, UMT5 text encoder.
 
-    wan = load_wan("tiny/wan")                         # or a hub id, or a folder in either published layout
-    x0  = wan.vae.encode(video)                        # (B,F,3,H,W) in [0,1] -> (B,16,T,h,w), T = 1+(F-1)/4
-    v   = wan.dit(x, 1000 * sigma, wan.encode_text(prompts))   # the velocity eps - x0 at x = (1-sigma) x0 + sigma eps
+    wan = load_wan("tiny/wan")                # or a hub id, or a folder in either published layout
+    x0 = wan.vae.encode(video)                # (B, F, 3, H, W) in [0, 1] -> (B, 16, T, h, w), T = 1 + (F-1)/4
+    text = wan.encode_text(prompts)           # (B, 512, D)
+    v = wan.dit(x, 1000 * sigma, text)        # the velocity eps - x0 at x = (1-sigma) x0 + sigma eps
 
-Module names follow the Diffusers checkpoints; `original_key` maps them to the names of the original release, so
-both layouts load. What is Wan's keeps Wan's names (patch_embedding, scale_shift_table = modulation).
+Module names follow the Diffusers checkpoints; `original_dit_key` and its like map them to the names of the
+original release, so both layouts load. What is Wan's keeps Wan's names (patch_embedding, scale_shift_table =
+modulation). What makes these models fast, apart from what they are, stands in fast.py.
 
-Left out: image-to-video branches (img_emb, add_k_proj), Wan2.2's residual VAE, tiling (decoding streams over time
-instead). The text encoder is transformers' UMT5EncoderModel: it is frozen here and well kept there.
+Left out: image-to-video branches (img_emb, add_k_proj), Wan2.2's residual VAE, tiling (decoding streams over
+time instead). The text encoder is transformers' UMT5EncoderModel: it is frozen here and well kept there.
 """
 
-import dataclasses
-import functools
 import html
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import ftfy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors import safe_open
 
-# =================================================================================================================
-# Causal 3D VAE.  Stride 4x8x8, 16 channels.  Frame 0 stands alone, then every 4 frames make one latent frame.
-# Time is causal: a convolution sees the present and two past frames (zeros before the first). So a clip can be
-# processed whole (training) or in pieces with each layer remembering its last two inputs (bounded memory): the two
-# are equal. Activations are kept channels-last, where the channel norm reduces along contiguous memory.
-# =================================================================================================================
+from fast import conv3d, padding_bias, rms_norm, upsampled_conv
+from weights import config_from, fill, match_tensors, model_folder, open_tensors, read_json, weight_files
+
+# ============================================================================================================
+# Causal 3D VAE.  Stride 4x8x8 in (time, height, width), 16 channels.
+#
+# T = 1 + (F-1)/4: frame 0 makes a latent frame alone, then every 4 frames make one. So a still image is a
+# clip of one frame, and the VAE learns from images and videos alike.
+#
+# Time is causal: a convolution sees the present and two past frames, zeros before the first, never the
+# future. So a clip can be processed whole (training) or piece after piece in bounded memory, with the same
+# result: `memory` is a dict {layer: the last frames it was given}, which the layer puts before its next
+# piece. None = the clip is whole.
+#
+# Activations are (B, C, T, H, W), kept channels-last, where the channel norm reduces along contiguous memory.
+# ============================================================================================================
 
 # Per-channel statistics of Wan2.1's latents (the released VAE's constants).
 WAN_LATENTS_MEAN = (-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508,
@@ -51,62 +58,35 @@ class VAEConfig:
     latents_std: tuple = WAN_LATENTS_STD
 
 
-def conv3d(x, weight, bias, padding):
-    """F.conv3d, but a lone small clip on the CPU takes oneDNN too: PyTorch's choice looks at B*C*T*H alone and would run
-    it through an unfolding fallback, several times slower."""
-    if x.shape[0] == 1 and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, padding=padding)
-
-
 class CausalConv3d(nn.Conv3d):
-    """Conv3d that pads time on the past side only. memory: dict that carries each layer's last inputs between pieces."""
+    """Conv3d of stride 1 that pads time on the past side only: as many frames come out as go in."""
 
     def forward(self, x, memory=None):
-        k = self.kernel_size[0]
-        if k > 1:
-            past = memory.get(self) if memory is not None else None
-            if past is None and x.shape[2] == 1 and memory is None:  # a lone frame sees only zeros behind it
-                return conv3d(x, self.weight[:, :, -1:], self.bias, (0, *self.padding[1:]))
-            x = F.pad(x, (0, 0, 0, 0, k - 1, 0)) if past is None else torch.cat([past, x], 2)
-            if memory is not None:
-                memory[self] = x[:, :, 1 - k:].clone()
-        return conv3d(x, self.weight, self.bias, (0, *self.padding[1:]))
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = gamma sqrt(C) x / |x|_2 over channels (dim 1), with a backward of few passes over memory.
-
-    With x^ = y / gamma and p = grad x^:  d gamma = sum p,  dx = r (gamma grad - x^ (p . gamma) / C).
-    """
-
-    @staticmethod
-    def forward(ctx, x, gamma):  # (B, C, ...), (C,)
-        C = x.shape[1]
-        flat = x.movedim(1, -1).reshape(-1, C)  # a view when channels are last in memory
-        r = C ** .5 / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min_(1e-12)
-        ctx.save_for_backward(flat, gamma, r)
-        return (flat * r).mul_(gamma).view(x.movedim(1, -1).shape).movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        flat, gamma, r = ctx.saved_tensors
-        C = len(gamma)
-        g = grad.movedim(1, -1).reshape(-1, C)
-        x_hat = flat * r
-        p = g * x_hat
-        grad_gamma, along = p.sum(0), p @ (gamma / C).unsqueeze(1)
-        dx = torch.mul(g, gamma, out=p).addcmul_(x_hat, along, value=-1).mul_(r)
-        return dx.view(grad.movedim(1, -1).shape).movedim(-1, 1), grad_gamma
+        padding = (0, *self.padding[1:])  # none in time: the past is put there by hand
+        past = self.kernel_size[0] - 1
+        if past == 0:
+            return conv3d(x, self.weight, self.bias, padding)
+        if memory is None and x.shape[2] == 1:
+            # A lone frame meets only zeros behind it, so only the last tap in time counts.
+            return conv3d(x, self.weight[:, :, -1:], self.bias, padding)
+        if memory is None or self not in memory:
+            x = F.pad(x, (0, 0, 0, 0, past, 0))
+        else:
+            x = torch.cat([memory[self], x], 2)
+        if memory is not None:
+            memory[self] = x[:, :, -past:].clone()
+        return conv3d(x, self.weight, self.bias, padding)
 
 
 class RMSNorm(nn.Module):
+    """Scales each pixel's channels to root mean square gamma."""
+
     def __init__(self, dim, spatial):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial))
 
     def forward(self, x):
-        return _RMSNorm.apply(x, self.gamma.to(x.dtype).flatten())
+        return rms_norm(x, self.gamma.to(x.dtype).flatten())
 
 
 class ResidualBlock(nn.Module):
@@ -116,7 +96,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(in_dim, out_dim, 3, padding=1)
         self.norm2 = RMSNorm(out_dim, 3)
         self.conv2 = CausalConv3d(out_dim, out_dim, 3, padding=1)
-        self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+        self.conv_shortcut = nn.Identity()
+        if in_dim != out_dim:
+            self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1)
 
     def forward(self, x, memory=None):
         h = self.conv1(F.silu(self.norm1(x)), memory)
@@ -133,7 +115,7 @@ def batch_as_frames(x, B):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention within each frame."""
+    """Single-head self-attention within each frame: time stays causal, as frames do not see each other."""
 
     def __init__(self, dim):
         super().__init__()
@@ -143,15 +125,18 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         B, C, T, H, W = x.shape
-        qkv = self.to_qkv(self.norm(frames_as_batch(x)))
+        qkv = self.to_qkv(self.norm(frames_as_batch(x)))  # (B*T, 3C, H, W)
         q, k, v = qkv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B*T, 1, H*W, C)
         y = F.scaled_dot_product_attention(q, k, v)
-        y = y.squeeze(1).transpose(1, 2).unflatten(2, (H, W))
+        y = y.squeeze(1).transpose(1, 2).unflatten(2, (H, W))  # (B*T, C, H, W)
         return x + batch_as_frames(self.proj(y), B)
 
 
 class Downsample(nn.Module):
-    """Halves the frame, then (temporal) pairs of frames: out[0] = x[0], out[k] = time_conv(x[2k-2 .. 2k])."""
+    """Space: halved. Time (if temporal): 1 + 2n frames -> 1 + n.
+
+    The clip's first frame stays alone, y[0] = x[0]; then y[k] = time_conv(x[2k-2], x[2k-1], x[2k]).
+    """
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -159,55 +144,52 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x, memory=None):
-        x = batch_as_frames(self.resample(frames_as_batch(x)), x.shape[0])
+        x = batch_as_frames(self.resample(frames_as_batch(x)), len(x))
         if self.time_conv is None:
             return x
-        last = memory.get(self) if memory is not None else None
+        # A later piece holds an even number of frames: with the last one before it, that is 2n + 1.
+        if memory is not None and self in memory:
+            y = self.time_conv(torch.cat([memory[self], x], 2))
+        elif x.shape[2] == 1:
+            y = x
+        else:
+            y = torch.cat([x[:, :, :1], self.time_conv(x)], 2)
         if memory is not None:
             memory[self] = x[:, :, -1:].clone()
-        if last is not None:
-            return self.time_conv(torch.cat([last, x], 2))
-        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], 2)
-
-
-def upsampled_conv(x, conv):
-    """conv3x3(2x nearest upsampling of x (B, C, H, W)) without making the large picture: each of the four output phases
-    sees only 2x2 different pixels, so it is a 2x2 convolution with merged taps, 4/9 of the work."""
-    B, _, H, W = x.shape
-
-    def merged(weight, dim):  # the three taps along dim, as the even and the odd output pixel meet them
-        a, b, c = weight.unbind(dim)
-        return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
-
-    x = F.pad(x, (1, 1, 1, 1))
-    phases = [F.conv2d(x, w, conv.bias)[:, :, i:i + H, j:j + W]
-              for i, rows in enumerate(merged(conv.weight, 2)) for j, w in enumerate(merged(rows, 3))]
-    y = torch.stack([p.permute(0, 2, 3, 1) for p in phases], 3).unflatten(3, (2, 2))  # (B, H, W, 2, 2, C)
-    return y.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)
+        return y
 
 
 class Upsample(nn.Module):
-    """(temporal) Doubles every frame but the clip's first, then doubles the frame's size and halves the channels."""
+    """Time (if temporal): 1 + n frames -> 1 + 2n. Space: doubled, and the channels halved."""
 
     def __init__(self, dim, temporal):
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        # The identity keeps the checkpoints' names: upsampled_conv enlarges the picture itself.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim // 2, 3, padding=1))
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), padding=(1, 0, 0)) if temporal else None
 
     def forward(self, x, memory=None):
         if self.time_conv is not None:
-            head = None
-            if memory is None or self not in memory:  # the clip's first latent frame is one frame, unseen by time_conv
-                head, x = x[:, :, :1], x[:, :, 1:]
-            if x.shape[2]:
-                B, C, T, H, W = x.shape
-                x = self.time_conv(x, memory).view(B, 2, C, T, H, W)
-                x = x.permute(0, 2, 3, 1, 4, 5).reshape(B, C, 2 * T, H, W)
-            if head is not None:
-                x = torch.cat([head, x], 2)
-            if memory is not None:
-                memory[self] = True
-        return batch_as_frames(upsampled_conv(frames_as_batch(x), self.resample[1]), x.shape[0])
+            x = self.double_frames(x, memory)
+        return batch_as_frames(upsampled_conv(frames_as_batch(x), self.resample[1]), len(x))
+
+    def double_frames(self, x, memory):
+        first_piece = memory is None or self not in memory
+        if memory is not None:
+            memory[self] = True  # the clip's first frame has been
+        if not first_piece:
+            return self.as_pairs(self.time_conv(x, memory))
+        # The clip's first frame stays one frame, and time_conv never sees it: behind frame 1 there are zeros.
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        if rest.shape[2] == 0:
+            return x
+        return torch.cat([first, self.as_pairs(self.time_conv(rest, memory))], 2)
+
+    def as_pairs(self, x):
+        """Channels to time: (B, 2C, T, H, W) -> (B, C, 2T, H, W)."""
+        B, C, T, H, W = x.shape
+        x = x.view(B, 2, C // 2, T, H, W)
+        return x.permute(0, 2, 3, 1, 4, 5).reshape(B, C // 2, 2 * T, H, W)
 
 
 class MidBlock(nn.Module):
@@ -217,35 +199,47 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(dim)])
 
     def forward(self, x, memory=None):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, memory)), memory)
+        x = self.resnets[0](x, memory)
+        x = self.attentions[0](x)
+        return self.resnets[1](x, memory)
 
 
 class Encoder(nn.Module):
-    def __init__(self, c):
+    """(B, 3, F, H, W) -> (B, 2 z_dim, T, H/8, W/8): three Downsamples, two of them in time as well."""
+
+    def __init__(self, config):
         super().__init__()
-        dims = [c.base_dim * m for m in (1, *c.dim_mult)]
+        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+        last = len(config.dim_mult) - 1
         self.conv_in = CausalConv3d(3, dims[0], 3, padding=1)
+        # One flat list, as in the checkpoints.
         self.down_blocks = nn.ModuleList()
-        for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
-            for j in range(c.num_res_blocks):
-                self.down_blocks.append(ResidualBlock(out_dim if j else in_dim, out_dim))
-            if i < len(c.dim_mult) - 1:
-                self.down_blocks.append(Downsample(out_dim, c.temperal_downsample[i]))
+        for level in range(last + 1):
+            in_dim, out_dim = dims[level], dims[level + 1]
+            for _ in range(config.num_res_blocks):
+                self.down_blocks.append(ResidualBlock(in_dim, out_dim))
+                in_dim = out_dim
+            if level < last:
+                self.down_blocks.append(Downsample(out_dim, config.temperal_downsample[level]))
         self.mid_block = MidBlock(dims[-1])
         self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = CausalConv3d(dims[-1], 2 * c.z_dim, 3, padding=1)
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, 3, padding=1)
 
     def forward(self, x, memory=None):
         x = self.conv_in(x, memory)
         for block in self.down_blocks:
             x = block(x, memory)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x, memory))), memory)
+        x = self.mid_block(x, memory)
+        return self.conv_out(F.silu(self.norm_out(x)), memory)
 
 
 class UpBlock(nn.Module):
+    """One level of the decoder: residual blocks, then an Upsample except at the last level."""
+
     def __init__(self, in_dim, out_dim, blocks, upsample, temporal):
         super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(out_dim if j else in_dim, out_dim) for j in range(blocks)])
+        dims = [in_dim] + blocks * [out_dim]
+        self.resnets = nn.ModuleList([ResidualBlock(*pair) for pair in zip(dims, dims[1:])])
         self.upsamplers = nn.ModuleList([Upsample(out_dim, temporal)] if upsample else [])
 
     def forward(self, x, memory=None):
@@ -255,21 +249,28 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c):
+    """(B, z_dim, T, h, w) -> (B, 3, F, 8h, 8w): the encoder's levels backwards, the first two in time too."""
+
+    def __init__(self, config):
         super().__init__()
-        dims = [c.base_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])]
-        temporal = c.temperal_downsample[::-1]
-        last = len(c.dim_mult) - 1
-        self.conv_in = CausalConv3d(c.z_dim, dims[0], 3, padding=1)
+        dims = [config.base_dim * m for m in config.dim_mult[::-1]]
+        temporal = (*config.temperal_downsample[::-1], False)
+        last = len(dims) - 1
+        self.conv_in = CausalConv3d(config.z_dim, dims[0], 3, padding=1)
         self.mid_block = MidBlock(dims[0])
-        self.up_blocks = nn.ModuleList([
-            UpBlock(in_dim // 2 if i else in_dim, out_dim, c.num_res_blocks + 1, i < last, i < last and temporal[i])
-            for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:]))])
+        self.up_blocks = nn.ModuleList()
+        in_dim = dims[0]
+        for level, dim in enumerate(dims):
+            # A residual block more than the encoder has.
+            block = UpBlock(in_dim, dim, config.num_res_blocks + 1, level < last, temporal[level])
+            self.up_blocks.append(block)
+            in_dim = dim // 2  # the Upsample halved the channels
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], 3, 3, padding=1)
 
     def forward(self, x, memory=None):
-        x = self.mid_block(self.conv_in(x, memory), memory)
+        x = self.conv_in(x, memory)
+        x = self.mid_block(x, memory)
         for block in self.up_blocks:
             x = block(x, memory)
         return self.conv_out(F.silu(self.norm_out(x)), memory)
@@ -286,14 +287,36 @@ class VAE(nn.Module):
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
-    def _statistics(self, device):
-        shape = (1, -1, 1, 1, 1)
-        return (torch.tensor(self.config.latents_mean, device=device).view(shape),
-                torch.tensor(self.config.latents_std, device=device).view(shape))
+    def encode(self, video):
+        """(B, F, 3, H, W) in [0, 1] -> normalised latents (B, C, T, h, w), float32.
+
+        F = 4k+1, H and W multiples of 8, else ValueError. The latents are the posterior's mean,
+        (mu - mean)/std per channel, as everywhere in Wan.
+        """
+        B, frames, _, H, W = video.shape
+        if frames % 4 != 1 or H % 8 or W % 8:
+            raise ValueError("a video needs 4k+1 frames and sides that are multiples of 8, "
+                             f"got {frames} frames of {H}x{W}")
+        memory = {}
+        parts = []
+        for start, stop in self.pieces(1 + (frames - 1) // 4, B * H * W):
+            mu, _ = self.moments(video[:, frames_of(start, stop)], memory)
+            parts.append(self.normalise(mu))
+        return torch.cat(parts, 2)
+
+    def decode(self, latents):
+        """Normalised latents (B, C, T, h, w) -> video (B, F, 3, 8h, 8w) in [0, 1], float32, F = 4T-3."""
+        B, _, T, h, w = latents.shape
+        video = torch.empty(B, 4 * T - 3, 3, 8 * h, 8 * w, device=latents.device)
+        raw = self.denormalise(latents)
+        memory = {}
+        for start, stop in self.pieces(T, B * 64 * h * w):
+            video[:, frames_of(start, stop)] = self.decode_raw(raw[:, :, start:stop], memory).clamp_(0, 1)
+        return video
 
     def moments(self, video, memory=None):
         """(B, F, 3, H, W) in [0, 1] -> mean, log-variance of the raw latents, each (B, C, T, h, w)."""
-        x = video.transpose(1, 2).to(self.quant_conv.weight.dtype) * 2 - 1
+        x = video.transpose(1, 2).to(self.quant_conv.weight.dtype) * 2 - 1  # (B, 3, F, H, W) in [-1, 1]
         x = x.contiguous(memory_format=torch.channels_last_3d)
         return self.quant_conv(self.encoder(x, memory)).chunk(2, 1)
 
@@ -302,45 +325,40 @@ class VAE(nn.Module):
         x = z.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
         return self.decoder(self.post_quant_conv(x), memory).transpose(1, 2) / 2 + .5
 
-    def encode(self, video):
-        """(B, F, 3, H, W) in [0, 1], F = 4k+1, H and W multiples of 8 -> normalised latents (B, C, T, h, w), float32.
+    def normalise(self, raw):
+        """Raw latents -> about N(0, 1) per channel, the scale that diffusion's noise has; float32."""
+        mean, std = self.statistics(raw.device)
+        return (raw.float() - mean) / std
 
-        The latents are the posterior's mean, (mu - mean)/std per channel, as everywhere in Wan.
-        """
-        B, F_, _, H, W = video.shape
-        if F_ % 4 != 1 or H % 8 or W % 8:
-            raise ValueError(f"a video needs 4k+1 frames and sides that are multiples of 8, got {F_} frames of {H}x{W}")
-        mean, std = self._statistics(video.device)
-        memory, parts, start = {}, [], 0
-        for piece in self._pieces(1 + (F_ - 1) // 4, B, H * W):
-            stop = start + (4 * piece if start else 4 * piece - 3)
-            parts.append((self.moments(video[:, start:stop], memory)[0].float() - mean) / std)
-            start = stop
-        return torch.cat(parts, 2)
+    def denormalise(self, latents):
+        mean, std = self.statistics(latents.device)
+        return latents * std + mean
 
-    def decode(self, latents):
-        """Normalised latents (B, C, T, h, w) -> video (B, F, 3, 8h, 8w) in [0, 1], float32, F = 4T-3."""
-        B, _, T, h, w = latents.shape
-        mean, std = self._statistics(latents.device)
-        video = torch.empty(B, 4 * T - 3, 3, 8 * h, 8 * w, device=latents.device)
-        memory, start, done = {}, 0, 0
-        for piece in self._pieces(T, B, 64 * h * w):
-            frames = self.decode_raw(latents[:, :, start:start + piece] * std + mean, memory).clamp_(0, 1)
-            video[:, done:done + frames.shape[1]] = frames
-            start, done = start + piece, done + frames.shape[1]
-        return video
+    def statistics(self, device):
+        shape = (1, -1, 1, 1, 1)
+        mean = torch.tensor(self.config.latents_mean, device=device).view(shape)
+        std = torch.tensor(self.config.latents_std, device=device).view(shape)
+        return mean, std
 
-    def _pieces(self, T, B, pixels):
-        """Latent frames per piece: up to 4, one where the batch's picture has 256x256 pixels or more."""
-        size = min(max(2 ** 16 // (B * pixels), 1), 4)
-        return [min(size, T - i) for i in range(0, T, size)]
+    def pieces(self, T, pixels):
+        """(start, stop) of each piece in latent frames: up to 4, 1 where one frame has 256x256 pixels."""
+        size = min(max(2 ** 16 // pixels, 1), 4)
+        return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
-# =================================================================================================================
-# DiT.  (B, 16, T, h, w) noisy latents -> 1x2x2 patches -> blocks of [self-attention, cross-attention to the text,
-# feed-forward], the first and last modulated by the time step -> velocity.  The residual stream, layer norms,
-# modulation, time embedding and RoPE are float32 whatever the weights' dtype, as in the original.
-# =================================================================================================================
+def frames_of(start, stop):
+    """The frames that the latent frames start .. stop-1 stand for: frame 0 alone, then four each."""
+    return slice(max(4 * start - 3, 0), 4 * stop - 3)
+
+
+# ============================================================================================================
+# DiT.  (B, 16, T, h, w) noisy latents -> 1x2x2 patches -> blocks of [self-attention, cross-attention to the
+# text, feed-forward], the first and last modulated by the time step -> velocity.
+#
+# The residual stream, layer norms, modulation, time embedding and RoPE are float32 whatever the weights'
+# dtype, as in the original: 30 or 40 blocks each add a little to the stream, and bfloat16's 8 bits would
+# round that little away.
+# ============================================================================================================
 
 @dataclass
 class DiTConfig:
@@ -361,16 +379,21 @@ DIT_SIZES = {"1.3B": DiTConfig(),
 
 
 def rope(grid, head_dim, device):
-    """Rotation (cos, sin), each (L, 1, head_dim/2), of a (T, h, w) token grid: the head's pairs of channels are split
-    into a time part and two space parts (the two smaller), each rotated by position * 10000^(-2i/part)."""
+    """Rotary positions of a (T, h, w) token grid -> (cos, sin), each (L, 1, head_dim/2).
+
+    A token has three positions, so a head's channels are split in three parts, for t, y and x, and pair i of
+    a part is rotated by position * 10000^(-2i/part). The two space parts are equal and even; time takes the
+    rest: 44 + 42 + 42 of Wan's 128.
+    """
     space = 2 * (head_dim // 6)
     angles = []
-    for axis, dim in enumerate((head_dim - 2 * space, space, space)):
-        frequency = 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        shape = [1, 1, 1]
+    for axis, part in enumerate((head_dim - 2 * space, space, space)):
+        frequency = 1e4 ** (-torch.arange(0, part, 2, dtype=torch.float64) / part)
+        position = torch.arange(grid[axis], dtype=torch.float64)
+        shape = [1, 1, 1, -1]
         shape[axis] = grid[axis]
-        angle = torch.outer(torch.arange(grid[axis], dtype=torch.float64), frequency).view(*shape, -1)
-        angles.append(angle.expand(*grid, -1))
+        angle = torch.outer(position, frequency).view(shape)
+        angles.append(angle.expand(*grid, -1))  # (T, h, w, part/2)
     angle = torch.cat(angles, -1).reshape(-1, 1, head_dim // 2)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
@@ -388,33 +411,65 @@ def time_frequencies(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def linear32(layer, x):
+def linear_float32(layer, x):
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
+def modulate(x, shift, scale):
+    """x (1 + scale) + shift: x (B, L, D), shift and scale (B, 1, D), float32."""
+    # One fused addcmul, here and in add_gated: a product and then a sum would give other last bits.
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def add_gated(x, y, gate):
+    """x + gate y: the residual stream x (B, L, D) float32, a layer's output y (B, L, D), gate (B, 1, D)."""
+    return torch.addcmul(x, y.float(), gate)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with its weights taken to float32, the residual stream's dtype."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class QKNorm(nn.RMSNorm):
+    """RMS norm of queries or keys in their own dtype, also where autocast leaves the weight in float32."""
+
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Multi-head attention; queries and keys are RMS-normalised over all heads together."""
+    """Multi-head attention of x to itself or to a context; q and k are normalised over all heads at once."""
 
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = QKNorm(dim, eps), QKNorm(dim, eps)
+        self.norm_q = QKNorm(dim, eps)
+        self.norm_k = QKNorm(dim, eps)
 
-    def forward(self, x, context, rotation=None, bias=None):
-        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))  # (B, L, heads, head_dim)
+    def forward(self, x, context=None, rotation=None, bias=None):
+        """x (B, L, D), context (B, L', D), rotation of `rope`, bias (B, 1, L, L') -> (B, L, D)."""
+        if context is None:
+            context = x
+        q = self.split_heads(self.norm_q(self.to_q(x)))
+        k = self.split_heads(self.norm_k(self.to_k(context)))
+        v = self.split_heads(self.to_v(context))
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
+            q = rotate(q, *rotation)
+            k = rotate(k, *rotation)
+        q, k, v = [y.transpose(1, 2) for y in (q, k, v)]  # (B, heads, L, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1))  # (B, L, heads, head_dim)
 
 
 class GELU(nn.Module):
@@ -436,38 +491,59 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """A block whose norms and gates depend on the time step (adaLN): its own table plus `time`."""
+
     def __init__(self, dim, ffn_dim, heads, eps):
         super().__init__()
-        self.eps = eps
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.attn1 = Attention(dim, heads, eps)
-        self.norm2 = nn.LayerNorm(dim, eps)
+        self.norm2 = LayerNorm(dim, eps)
         self.attn2 = Attention(dim, heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim ** .5)
 
     def forward(self, x, text, time, rotation, bias):
-        dtype, dim = self.ffn.net[2].weight.dtype, (x.shape[-1],)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table.float() + time).chunk(6, 1)  # (B, 1, D)
-        h = torch.addcmul(shift1, F.layer_norm(x, dim, eps=self.eps), 1 + scale1).to(dtype)
-        x = torch.addcmul(x, self.attn1(h, h, rotation).float(), gate1)
-        h = F.layer_norm(x, dim, self.norm2.weight.float(), self.norm2.bias.float(), self.eps).to(dtype)
+        """x (B, L, D) float32 -> the same. text (B, L', D), time (B, 6, D), rotation of x, bias of text."""
+        modulation = self.scale_shift_table.float() + time
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 1)  # (B, 1, D)
+        dtype = self.ffn.net[2].weight.dtype
+        # attention to the whole video
+        h = modulate(self.norm1(x), shift1, scale1).to(dtype)
+        x = add_gated(x, self.attn1(h, rotation=rotation), gate1)
+        # attention to the text, which the time step does not modulate
+        h = self.norm2(x).to(dtype)
         x = x + self.attn2(h, text, bias=bias)
-        h = torch.addcmul(shift2, F.layer_norm(x, dim, eps=self.eps), 1 + scale2).to(dtype)
-        return torch.addcmul(x, self.ffn(h).float(), gate2)  # (B, L, D) float32
+        # each token by itself
+        h = modulate(self.norm3(x), shift2, scale2).to(dtype)
+        return add_gated(x, self.ffn(h), gate2)
 
 
 class TwoLinear(nn.Module):
     def __init__(self, dim, out):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
+        self.linear_1 = nn.Linear(dim, out)
+        self.linear_2 = nn.Linear(out, out)
 
 
 class Conditions(nn.Module):
+    """Embeds the time step and the text."""
+
     def __init__(self, dim, freq_dim, text_dim):
         super().__init__()
+        self.freq_dim = freq_dim
         self.time_embedder = TwoLinear(freq_dim, dim)
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = TwoLinear(text_dim, dim)
+
+    def forward(self, t, text):
+        """t (B,), text (B, L, text_dim) -> time (B, D), the blocks' modulation (B, 6, D), text (B, L, D)."""
+        time = linear_float32(self.time_embedder.linear_1, time_frequencies(t, self.freq_dim))
+        time = linear_float32(self.time_embedder.linear_2, F.silu(time))
+        modulation = linear_float32(self.time_proj, F.silu(time)).unflatten(1, (6, -1))
+        text = self.text_embedder.linear_1(text.to(self.text_embedder.linear_1.weight.dtype))
+        text = self.text_embedder.linear_2(F.gelu(text, approximate="tanh"))
+        return time, modulation, text
 
 
 class DiT(nn.Module):
@@ -479,309 +555,242 @@ class DiT(nn.Module):
 
     def __init__(self, config=DIT_SIZES["1.3B"]):
         super().__init__()
-        c = self.config = config
-        dim = c.num_attention_heads * c.attention_head_dim
-        self.patch_embedding = nn.Conv3d(c.in_channels, dim, c.patch_size, c.patch_size)
-        self.condition_embedder = Conditions(dim, c.freq_dim, c.text_dim)
-        self.blocks = nn.ModuleList([Block(dim, c.ffn_dim, c.num_attention_heads, c.eps) for _ in range(c.num_layers)])
+        self.config = config
+        heads = config.num_attention_heads
+        dim = heads * config.attention_head_dim
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.condition_embedder = Conditions(dim, config.freq_dim, config.text_dim)
+        self.blocks = nn.ModuleList(
+            [Block(dim, config.ffn_dim, heads, config.eps) for _ in range(config.num_layers)])
+        self.norm_out = nn.LayerNorm(dim, config.eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim ** .5)
-        self.proj_out = nn.Linear(dim, c.out_channels * c.patch_size[0] * c.patch_size[1] * c.patch_size[2])
+        self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.checkpointing = False
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
-        nn.init.zeros_(self.proj_out.weight)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.proj_out.weight)  # before training the velocity is zero everywhere
 
     def forward(self, x, t, text, text_padding=0):
-        """text_padding: number of further all-zero text tokens the last token of `text` stands for (`trim_text`)."""
-        c, dtype = self.config, self.proj_out.weight.dtype
-        B, C, T, h, w = x.shape
-        p = c.patch_size
-        grid = (T // p[0], h // p[1], w // p[2])
-        if (grid[0] * p[0], grid[1] * p[1], grid[2] * p[2]) != (T, h, w):
-            raise ValueError(f"latents of {T}x{h}x{w} do not divide into patches of {p[0]}x{p[1]}x{p[2]}")
-        x = x.view(B, C, grid[0], p[0], grid[1], p[1], grid[2], p[2]).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        x = x.reshape(B, -1, C * p[0] * p[1] * p[2]).to(dtype)  # (B, L, C*patch)
-        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
-
-        embed = self.condition_embedder
-        time = linear32(embed.time_embedder.linear_1, time_frequencies(t, c.freq_dim))
-        time = linear32(embed.time_embedder.linear_2, F.silu(time))  # (B, D)
-        time6 = linear32(embed.time_proj, F.silu(time)).unflatten(1, (6, -1))  # (B, 6, D)
-        text = embed.text_embedder.linear_1(text.to(dtype))
-        text = embed.text_embedder.linear_2(F.gelu(text, approximate="tanh"))
-        bias = None
-        if text_padding:  # n equal keys weigh as much as one key with log n added to its logit
-            bias = torch.zeros(text.shape[1], dtype=dtype, device=x.device)
-            bias[-1] = torch.tensor(float(text_padding)).log()
-            bias = bias.expand(B, 1, x.shape[1], -1)
-        rotation = rope(grid, c.attention_head_dim, x.device)
+        """text_padding: how many zero tokens the last of `text` stands for, of `fast.trim_text`."""
+        # Tokens, the conditions, and where each token stands.
+        x, grid = self.patchify(x)  # (B, L, D) float32
+        time, modulation, text = self.condition_embedder(t, text)  # (B, D), (B, 6, D), (B, L', D)
+        bias = padding_bias(text, text_padding, x.shape[1])
+        rotation = rope(grid, self.config.attention_head_dim, x.device)
 
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, text, time6, rotation, bias, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(
+                    block, x, text, modulation, rotation, bias, use_reentrant=False)
             else:
-                x = block(x, text, time6, rotation, bias)
+                x = block(x, text, modulation, rotation, bias)
 
+        # The last norm is modulated by the time embedding itself, not by its projection.
         shift, scale = (self.scale_shift_table.float() + time.unsqueeze(1)).chunk(2, 1)
-        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=c.eps), 1 + scale).to(dtype)
-        x = self.proj_out(x).float().view(B, *grid, *p, c.out_channels)
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, c.out_channels, T, h, w)
+        x = modulate(self.norm_out(x), shift, scale)
+        return self.unpatchify(self.proj_out(x.to(self.proj_out.weight.dtype)).float(), grid)
+
+    def patchify(self, x):
+        """Latents (B, C, T, h, w) -> tokens (B, L, D) of the residual stream, and their grid (T', h', w')."""
+        B, C, T, h, w = x.shape
+        p, q, r = self.config.patch_size
+        if T % p or h % q or w % r:
+            raise ValueError(f"latents of {T}x{h}x{w} do not divide into patches of {p}x{q}x{r}")
+        grid = (T // p, h // q, w // r)
+        x = x.view(B, C, grid[0], p, grid[1], q, grid[2], r)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, C * p * q * r)  # (B, L, C*patch)
+        # A convolution whose stride is its size is a linear layer of each patch.
+        weight = self.patch_embedding.weight.flatten(1)
+        return F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias).float(), grid
+
+    def unpatchify(self, x, grid):
+        """Tokens (B, L, patch*C) -> (B, C, T, h, w)."""
+        p, q, r = self.config.patch_size
+        T, h, w = grid
+        x = x.view(-1, T, h, w, p, q, r, self.config.out_channels)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.config.out_channels, T * p, h * q, w * r)
 
 
-def trim_text(text):
-    """Cuts all-zero padding: (B, L, D) -> (B, L', D), n. The last kept token is zero and stands for n equal ones.
-
-    Cross-attention has no mask and no positions, so equal padding tokens are one key with weight n: the same result
-    for a fraction of the work. Pass n as dit(..., text_padding=n).
-    """
-    length = int(text.abs().amax((0, 2)).ne(0).sum())  # tokens are contiguous from the start
-    return (text, 0) if length >= text.shape[1] - 1 else (text[:, :length + 1], text.shape[1] - length)
-
-
-# =================================================================================================================
+# ============================================================================================================
 # Checkpoints.  Two published layouts of the same weights:
 #   Diffusers  transformer/ vae/ text_encoder/ tokenizer/ scheduler/, each with config.json and safetensors
 #              (one file, or shards listed in an index)
-#   original   config.json + diffusion_pytorch_model*.safetensors (DiT), Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth,
-#              google/umt5-xxl/ (tokenizer)
-# Models are built on the meta device and filled tensor by tensor, each read straight into its device and dtype.
-# Every header is checked before the first tensor is read; a missing, unknown or misshapen tensor is an error.
-# =================================================================================================================
+#   original   config.json + diffusion_pytorch_model*.safetensors (DiT), Wan2.1_VAE.pth,
+#              models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/ (tokenizer)
+# Models are built on the meta device and filled tensor by tensor, each read into its device and dtype.
+# ============================================================================================================
 
-ORIGINAL_VAE, ORIGINAL_TEXT = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
+ORIGINAL_VAE = "Wan2.1_VAE.pth"
+ORIGINAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
 TEXT_LENGTH = 512  # tokens the text is padded to; it matters, as cross-attention sees the padding
 UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                relative_attention_num_buckets=32, relative_attention_max_distance=128, feed_forward_proj="gated-gelu",
-                dropout_rate=0.0, layer_norm_epsilon=1e-6)
+                relative_attention_num_buckets=32, relative_attention_max_distance=128,
+                feed_forward_proj="gated-gelu", dropout_rate=0.0, layer_norm_epsilon=1e-6)
+
+# Pattern in our name (= Diffusers' or transformers'): what the original release has there. Applied in order.
+ORIGINAL_DIT_NAMES = {
+    r"^condition_embedder\.time_embedder\.linear_1": "time_embedding.0",
+    r"^condition_embedder\.time_embedder\.linear_2": "time_embedding.2",
+    r"^condition_embedder\.text_embedder\.linear_1": "text_embedding.0",
+    r"^condition_embedder\.text_embedder\.linear_2": "text_embedding.2",
+    r"^condition_embedder\.time_proj": "time_projection.1",
+    r"^proj_out": "head.head",
+    r"^scale_shift_table": "head.modulation",
+    r"scale_shift_table": "modulation",
+    r"norm2": "norm3",
+    r"ffn\.net\.0\.proj": "ffn.0",
+    r"ffn\.net\.2": "ffn.2",
+    r"attn1": "self_attn",
+    r"attn2": "cross_attn",
+    r"to_out\.0": "o",
+    r"to_([qkv])": r"\1",
+}
+ORIGINAL_VAE_NAMES = {
+    r"^quant_conv": "conv1",
+    r"^post_quant_conv": "conv2",
+    r"coder\.conv_in": "coder.conv1",
+    r"coder\.conv_out": "coder.head.2",
+    r"coder\.norm_out": "coder.head.0",
+    r"mid_block\.resnets\.0": "middle.0",
+    r"mid_block\.attentions\.0": "middle.1",
+    r"mid_block\.resnets\.1": "middle.2",
+    r"down_blocks": "downsamples",
+    r"conv_shortcut": "shortcut",
+    r"(\.\d+)\.norm1\.": r"\1.residual.0.",
+    r"(samples\.\d+|middle\.\d+)\.conv1\.": r"\1.residual.2.",
+    r"(\.\d+)\.norm2\.": r"\1.residual.3.",
+    r"(samples\.\d+|middle\.\d+)\.conv2\.": r"\1.residual.6.",
+}
+ORIGINAL_TEXT_NAMES = {
+    r"^shared\.weight": "token_embedding.weight",
+    r"^encoder\.final_layer_norm": "norm",
+    r"^encoder\.block": "blocks",
+    r"layer\.0\.layer_norm": "norm1",
+    r"layer\.1\.layer_norm": "norm2",
+    r"layer\.0\.SelfAttention\.relative_attention_bias": "pos_embedding.embedding",
+    r"layer\.0\.SelfAttention": "attn",
+    r"layer\.1\.DenseReluDense\.wi_0": "ffn.gate.0",
+    r"layer\.1\.DenseReluDense\.wi_1": "ffn.fc1",
+    r"layer\.1\.DenseReluDense\.wo": "ffn.fc2",
+}
+
+
+def renamed(key, names):
+    for ours, theirs in names.items():
+        key = re.sub(ours, theirs, key)
+    return key
 
 
 def original_dit_key(key):
-    """A DiT parameter's name in the original release, from ours (= Diffusers')."""
-    if key == "scale_shift_table":
-        return "head.modulation"
-    for ours, theirs in (("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-                         ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-                         ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-                         ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-                         ("condition_embedder.time_proj", "time_projection.1"), ("proj_out", "head.head"),
-                         ("scale_shift_table", "modulation"), ("norm2", "norm3"),
-                         ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
-                         ("attn1", "self_attn"), ("attn2", "cross_attn"),
-                         ("to_out.0", "o"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v")):
-        key = re.sub(rf"(^|\.){re.escape(ours)}(\.|$)", rf"\g<1>{theirs}\g<2>", key)
-    return key
+    """A DiT parameter's name in the original release, from ours."""
+    return renamed(key, ORIGINAL_DIT_NAMES)
 
 
-def original_vae_key(key, num_res_blocks=2):
-    """A VAE parameter's name in the original release, from ours. There the decoder's levels are one flat list."""
-    n = num_res_blocks + 1
-    key = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"upsamples.{int(m[1]) * (n + 1) + int(m[2])}", key)
-    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"upsamples.{int(m[1]) * (n + 1) + n}", key)
-    for ours, theirs in ((r"^quant_conv", "conv1"), (r"^post_quant_conv", "conv2"), (r"coder\.conv_in", "coder.conv1"),
-                         (r"coder\.conv_out", "coder.head.2"), (r"coder\.norm_out", "coder.head.0"),
-                         (r"mid_block\.resnets\.0", "middle.0"), (r"mid_block\.resnets\.1", "middle.2"),
-                         (r"mid_block\.attentions\.0", "middle.1"), (r"down_blocks", "downsamples"),
-                         (r"conv_shortcut", "shortcut"), (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
-                         (r"(samples\.\d+|middle\.\d+)\.conv1\.", r"\1.residual.2."), (r"(\.\d+)\.norm2\.", r"\1.residual.3."),
-                         (r"(samples\.\d+|middle\.\d+)\.conv2\.", r"\1.residual.6.")):
-        key = re.sub(ours, theirs, key)
-    return key
+def original_vae_key(key):
+    """A VAE parameter's name in the original release, where the decoder's levels are one flat list."""
+    def index(match):
+        level, kind, place = int(match[1]), match[2], int(match[3])
+        if kind == "upsamplers":
+            place = 3  # after a level's three residual blocks
+        return f"upsamples.{4 * level + place}"
+
+    key = re.sub(r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", index, key)
+    return renamed(key, ORIGINAL_VAE_NAMES)
 
 
 def original_text_key(key):
-    """A text encoder parameter's name in the original release, from that of transformers' UMT5EncoderModel."""
-    for ours, theirs in ((r"^shared\.weight", "token_embedding.weight"), (r"^encoder\.final_layer_norm", "norm"),
-                         (r"^encoder\.block", "blocks"), (r"layer\.0\.layer_norm", "norm1"), (r"layer\.1\.layer_norm", "norm2"),
-                         (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
-                         (r"layer\.0\.SelfAttention", "attn"), (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
-                         (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"), (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2")):
-        key = re.sub(ours, theirs, key)
-    return key
-
-
-def _read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; download the checkpoint again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); download it again") from None
-
-
-def _weight_files(folder, stem):
-    """The safetensors files of `stem` in a folder: one file, or the shards its index lists."""
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
-    elif (folder / f"{stem}.safetensors").exists():
-        files = [folder / f"{stem}.safetensors"]
-    else:
-        files = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-        total = int(files[0].stem.rsplit("-", 1)[1]) if files else 0
-        files = [folder / f"{stem}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-    missing = [f.name for f in files if not f.exists()]
-    if missing or not files:
-        raise ValueError(f"{folder} lacks {', '.join(missing) or stem + '.safetensors'}; download the checkpoint again")
-    return files
-
-
-def _open_tensors(files, device="cpu"):
-    """{name: (shape, read)} over safetensors or .pth files, from their headers alone; read() loads one tensor."""
-    tensors = {}
-    for file in files:
-        if Path(file).suffix == ".safetensors":
-            try:
-                f = safe_open(file, framework="pt", device=str(device))
-            except Exception as e:
-                raise ValueError(f"{file} is not a whole safetensors file ({e}); download it again") from None
-            for name in f.keys():
-                tensors[name] = tuple(f.get_slice(name).get_shape()), functools.partial(f.get_tensor, name)
-        else:
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                if not (isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())):
-                    raise ValueError("it holds something else")
-            except Exception as e:
-                reason = str(e).strip().split("\n")[0][:120]
-                raise ValueError(f"{file} is not a .pth of plain tensors ({reason}); use the published file") from None
-            tensors.update({name: (tuple(v.shape), functools.partial(state.__getitem__, name)) for name, v in state.items()})
-    return tensors
-
-
-def _match(model, files, rename, device="cpu", unused=frozenset()):
-    """Pairs every tensor of a (meta) model with one in the files, by name and shape. -> {our name: read}
-
-    unused: names that the files may hold and the model has no use for.
-    """
-    tensors = _open_tensors(files, device)
-    where = Path(files[0]).parent if len(files) > 1 else files[0]
-    names = {key: rename(key) for key in model.state_dict(keep_vars=True)}
-    tied = {"encoder.embed_tokens.weight"}  # UMT5's second name for shared.weight; files hold either or both
-    if "shared.weight" in names and names["shared.weight"] not in tensors:
-        names["shared.weight"] = "encoder.embed_tokens.weight"
-    names = {key: name for key, name in names.items() if key not in tied}
-    missing = [name for name in names.values() if name not in tensors]
-    unknown = sorted(set(tensors) - set(names.values()) - tied - unused)
-    for what, keys in (("lacks", missing), ("has the unknown", unknown)):
-        if keys:
-            raise ValueError(f"{where} {what} tensor {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-                             + "; it is not the checkpoint its config describes")
-    for key, parameter in model.state_dict(keep_vars=True).items():
-        if key in names and tensors[names[key]][0] != tuple(parameter.shape):
-            raise ValueError(f"{where}: tensor {names[key]} has shape {tensors[names[key]][0]}, the config asks for {tuple(parameter.shape)}")
-    return {key: tensors[name][1] for key, name in names.items()}
-
-
-def _fill(model, reads, device, dtype):
-    """Fills a meta model in place, one tensor at a time: no second copy of the weights is ever held."""
-    for key, read in reads.items():
-        owner, _, leaf = key.rpartition(".")
-        value = read().to(device=device, dtype=dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-    return model.eval()
-
-
-def _fields(cls, config, path):
-    """The dataclass cls from a config.json's entries that it knows."""
-    values = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except TypeError as e:
-        raise ValueError(f"{path}: {e}") from None
-
-
-def _folder(path, wanted):
-    """A local folder for a path or hub id (owner/name); only the `wanted` patterns are downloaded."""
-    if Path(path).exists():
-        return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise ValueError(f"no model folder '{path}'; give a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted, etag_timeout=3))
-    except Exception as e:
-        reason = str(e).strip().split("\n")[0][:160]
-        raise ValueError(f"'{path}' is neither a folder nor a hub id that can be fetched ({reason}); "
-                         f"download it first: hf download {path} --local-dir {Path(path).name}") from None
+    """A UMT5 parameter's name in the original release, from transformers'."""
+    return renamed(key, ORIGINAL_TEXT_NAMES)
 
 
 def _dit_part(folder):
     """-> (meta DiT, weight files, rename) for a model folder of either layout, or a transformer folder."""
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    rename = str
     if "dim" in config and "num_heads" in config:  # the original's config
-        config = DiTConfig(config["num_heads"], config["dim"] // config["num_heads"], config["ffn_dim"], config["num_layers"],
-                           config["in_dim"], config["out_dim"], freq_dim=config["freq_dim"], eps=config["eps"],
-                           text_dim=config.get("text_dim", 4096))
         rename = original_dit_key
-    elif "num_attention_heads" in config:
-        config, rename = _fields(DiTConfig, config, folder), str
-    else:
+        config = {"text_dim": 4096, **config,
+                  "num_attention_heads": config["num_heads"],
+                  "attention_head_dim": config["dim"] // config["num_heads"],
+                  "in_channels": config["in_dim"],
+                  "out_channels": config["out_dim"]}
+    if "num_attention_heads" not in config:
         raise ValueError(f"{folder / 'config.json'} does not describe a Wan2.1 transformer")
     with torch.device("meta"):
-        dit = DiT(config)
-    return dit, _weight_files(folder, "diffusion_pytorch_model"), rename
+        dit = DiT(config_from(DiTConfig, config, folder))
+    return dit, weight_files(folder, "diffusion_pytorch_model"), rename
 
 
 def _vae_part(folder):
-    """-> (meta VAE, weight files, rename)."""
-    if (folder / ORIGINAL_VAE).exists() or folder.suffix == ".pth":
-        config, files, rename = VAEConfig(), [folder if folder.suffix == ".pth" else folder / ORIGINAL_VAE], original_vae_key
+    """-> (meta VAE, weight files, rename) for a model folder of either layout, a vae folder, a .pth file."""
+    original = folder if folder.suffix == ".pth" else folder / ORIGINAL_VAE
+    if original.exists():
+        config, files, rename = VAEConfig(), [original], original_vae_key
     else:
         if (folder / "vae").is_dir():
             folder = folder / "vae"
-        config = _fields(VAEConfig, _read_json(folder / "config.json"), folder)
-        files, rename = _weight_files(folder, "diffusion_pytorch_model"), str
+        config = config_from(VAEConfig, read_json(folder / "config.json"), folder)
+        files, rename = weight_files(folder, "diffusion_pytorch_model"), str
     with torch.device("meta"):
         vae = VAE(config)
     return vae, files, rename
 
 
 def _text_part(folder):
-    """-> (meta UMT5EncoderModel, weight files, rename, tokenizer folder)."""
+    """-> (meta UMT5EncoderModel, weight files, rename) for a model folder of either layout."""
     if (folder / "text_encoder").is_dir():
-        files, rename, tokenizer = _weight_files(folder / "text_encoder", "model"), str, folder / "tokenizer"
-        config = _read_json(folder / "text_encoder" / "config.json")
+        config = read_json(folder / "text_encoder" / "config.json")
+        files, rename = weight_files(folder / "text_encoder", "model"), str
     else:
-        files, rename, tokenizer, config = [folder / ORIGINAL_TEXT], original_text_key, folder / "google" / "umt5-xxl", UMT5_XXL
+        config, files, rename = UMT5_XXL, [folder / ORIGINAL_TEXT], original_text_key
         if not files[0].exists():
             raise ValueError(f"{folder} lacks {ORIGINAL_TEXT}; download the checkpoint again")
-    if not tokenizer.is_dir():
-        raise ValueError(f"{folder} lacks the tokenizer folder {tokenizer.relative_to(folder)}; download the checkpoint again")
-    _open_tensors(files)  # broken files are named before the slow import
+    open_tensors(files)  # broken files are named before the slow import
     import transformers
     with torch.device("meta"):
-        model = transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
-    return model, files, rename, tokenizer
+        text_encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
+    return text_encoder, files, rename
+
+
+def _tokenizer_folder(folder):
+    name = "tokenizer" if (folder / "text_encoder").is_dir() else "google/umt5-xxl"
+    if not (folder / name).is_dir():
+        raise ValueError(f"{folder} lacks the tokenizer folder {name}; download the checkpoint again")
+    return folder / name
 
 
 def load_dit(path, device="cpu", dtype=torch.float32):
     """DiT from a model folder (either layout), its transformer folder, or a hub id."""
-    model, files, rename = _dit_part(_folder(path, ["*config.json", "*diffusion_pytorch_model*"]))
-    return _fill(model, _match(model, files, rename, device), device, dtype)
+    dit, files, rename = _dit_part(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"]))
+    return fill(dit, match_tensors(dit, files, rename, device), device, dtype)
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """VAE from a model folder (either layout), its vae folder, a .pth file, or a hub id."""
-    model, files, rename = _vae_part(_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE]))
-    return _fill(model, _match(model, files, rename, device), device, dtype)
+    vae, files, rename = _vae_part(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE]))
+    return fill(vae, match_tensors(vae, files, rename, device), device, dtype)
 
 
 def clean_prompt(text):
     """Wan's text cleaning: ftfy, HTML entities twice, white space collapsed."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
 
 
 class Wan:
-    """A text-to-video model: .dit, .vae, .text_encoder, .tokenizer, .shift (of its scheduler, or None), .device."""
+    """A text-to-video model: .dit .vae .text_encoder .tokenizer .device, .shift of its scheduler or None."""
 
     def __init__(self, dit, vae, text_encoder, tokenizer, shift=None):
-        self.dit, self.vae, self.text_encoder, self.tokenizer, self.shift = dit, vae, text_encoder, tokenizer, shift
+        self.dit = dit
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.shift = shift
 
     @property
     def device(self):
@@ -793,10 +802,10 @@ class Wan:
 
         The encoder runs at the longest prompt's length: masked padding cannot change the tokens before it.
         """
-        tokens = self.tokenizer([clean_prompt(p) for p in prompts], padding="longest", truncation=True, max_length=TEXT_LENGTH,
-                                return_attention_mask=True, return_tensors="pt")
+        tokens = self.tokenizer([clean_prompt(p) for p in prompts], padding="longest", truncation=True,
+                                max_length=TEXT_LENGTH, return_attention_mask=True, return_tensors="pt")
         device = self.text_encoder.device
-        mask = tokens.attention_mask.to(device)
+        mask = tokens.attention_mask.to(device)  # (B, L)
         text = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state * mask.unsqueeze(-1)
         return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])).to(self.device)
 
@@ -804,22 +813,29 @@ class Wan:
 def load_wan(path, device="cpu", dtype=torch.float32):
     """Wan2.1 from a folder in either published layout, or a hub id.
 
-    dtype is the DiT's and text encoder's; the VAE is float32 always, its official precision. Raises ValueError with
-    one sentence when a file is missing, cut short, mislabelled or not what the config describes; every part is checked
-    before any is loaded.
+    dtype is the DiT's and text encoder's; the VAE is float32 always, its official precision. Raises
+    ValueError with one sentence when a file is missing, cut short, mislabelled or not what the config
+    describes; every part is checked before any is loaded.
     """
-    folder = _folder(path, ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"])
+    folder = model_folder(path, ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"])
     if not folder.is_dir():
         raise ValueError(f"'{path}' is not a folder; give the folder that holds the checkpoint")
     if not (folder / "transformer").is_dir() and not (folder / ORIGINAL_VAE).exists():
-        raise ValueError(f"'{path}' holds neither transformer/ (Diffusers layout) nor {ORIGINAL_VAE} (original layout)")
-    parts = []
-    for kind, part in ((dtype, _dit_part), (torch.float32, _vae_part), (dtype, _text_part)):
-        model, files, rename, *tokenizer = part(folder)
-        parts.append((model, _match(model, files, rename, device), device, kind))
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _read_json(scheduler) if scheduler.exists() else {}
+        raise ValueError(f"'{path}' holds neither transformer/ (Diffusers layout) "
+                         f"nor {ORIGINAL_VAE} (original layout)")
+
+    # Check every part by its files' headers.
+    checked = []
+    for part, its_dtype in ((_dit_part, dtype), (_vae_part, torch.float32), (_text_part, dtype)):
+        model, files, rename = part(folder)
+        checked.append((model, match_tensors(model, files, rename, device), device, its_dtype))
+    tokenizer_folder = _tokenizer_folder(folder)
+    scheduler = {}
+    if (folder / "scheduler" / "scheduler_config.json").exists():
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+
+    # Read the weights.
     import transformers
-    dit, vae, text = (_fill(*part) for part in parts)
-    shift = scheduler.get("flow_shift", scheduler.get("shift"))
-    return Wan(dit, vae, text, transformers.AutoTokenizer.from_pretrained(tokenizer[0]), shift)
+    dit, vae, text_encoder = [fill(*part) for part in checked]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    return Wan(dit, vae, text_encoder, tokenizer, scheduler.get("flow_shift", scheduler.get("shift")))

@@ -5,9 +5,9 @@
     noise = latent_noise(camera_path(parse_motion(prompt), 81), 81, 60, 104, generator=g)    # for the DiT
     python noise_warp.py "push_in" --show     path, flow and noise frames as a picture
 
-A video model keeps much of its initial noise's layout, so noise that already moves like the camera makes the video
-do so. Every frame of it alone must stay white N(0, 1), or the model sees something it was never trained on; that is
-what the density tracker is for (Go-with-the-Flow, arXiv 2501.08331).
+A video model keeps much of its initial noise's layout, so noise that already moves like the camera makes the
+video do so. Every frame of it alone must stay white N(0, 1), or the model sees something it was never trained
+on; that is what the density tracker is for (Go-with-the-Flow, arXiv 2501.08331).
 
 Conventions: camera-to-world 4x4, OpenCV axes (x right, y down, z forward), frame 0 = identity, angles in
 radians, distances in units of the assumed scene depth (the plane the camera looks at sits at z = 1).
@@ -19,9 +19,11 @@ import math
 import re
 import sys
 import warnings
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+
+from weights import written_whole
 
 PUSH = 0.35  # push_in / pull_out travel along z, in scene depths
 MOVE = 0.35  # move_left / move_right travel along x
@@ -32,57 +34,92 @@ FOV = math.radians(60)  # assumed horizontal field of view
 MOTIONS = ("push_in", "pull_out", "move_left", "move_right", "orbit_left", "orbit_right",
            "pan_left", "pan_right", "pull_left", "pull_right", "fixed")
 
-_MOTION = re.compile(r"\b(?:(push)(?:es|ing)?[\s_-]+(in)|(pull)(?:s|ing)?[\s_-]+(out|left|right)"
-                     r"|(move|orbit|pan)(?:s|ing|ning)?[\s_-]+(left|right)|(moving)[\s_-]+(left|right))\b", re.I)
-_LOOKALIKE = re.compile(r"\b(zoom(?:s|ing)?[\s_-]+(?:in|out)|dolly[\s_-]+\w+|tilt(?:s|ing)?[\s_-]+(?:up|down)"
-                        r"|(?:pan|move|orbit|push|pull)[\s_-]+(?:up|down|forward|backward|back)"
-                        r"|push[\s_-]+(?:out|left|right)|pull[\s_-]+in|roll[\s_-]+(?:left|right))\b", re.I)
+
+# -------------------------------------------------------------------------------------------------- the words
+
+# The prompt says how the camera moves, in eleven words and their everyday forms. What only sounds like one of
+# them would silently be a camera that stands still, so it is warned of.
+
+_MOTION = re.compile(r"""\b(?:
+    (push)(?:es|ing)?[\s_-]+(in) |
+    (pull)(?:s|ing)?[\s_-]+(out|left|right) |
+    (move|orbit|pan)(?:s|ing|ning)?[\s_-]+(left|right) |
+    (moving)[\s_-]+(left|right))\b""", re.IGNORECASE | re.VERBOSE)
+_LOOKALIKE = re.compile(r"""\b(?:
+    zoom(?:s|ing)?[\s_-]+(?:in|out) |
+    dolly[\s_-]+\w+ |
+    tilt(?:s|ing)?[\s_-]+(?:up|down) |
+    (?:pan|move|orbit|push|pull)[\s_-]+(?:up|down|forward|backward|back) |
+    push[\s_-]+(?:out|left|right) |
+    pull[\s_-]+in |
+    roll[\s_-]+(?:left|right))\b""", re.IGNORECASE | re.VERBOSE)
 
 
 def parse_motion(prompt):
-    """The camera motions a prompt asks for, in order: "Camera push in, then pan left." -> ["push_in", "pan_left"].
+    """The camera motions of a prompt, in order: "Camera push in, then pan left." -> ["push_in", "pan_left"].
 
-    Spaces, hyphens, underscores, capitals and -s / -ing forms are read. A prompt with none is ["fixed"].
-    A phrase that looks like a motion but is not one of the eleven ("zoom in") raises a warning that lists them.
+    Spaces, hyphens, underscores, capitals and -s / -ing forms are read. A prompt with none is ["fixed"]. A
+    phrase that looks like a motion but is not one of the eleven ("zoom in") raises a warning that lists them.
     """
     motions = []
     for match in _MOTION.finditer(prompt):
-        verb, direction = (g.lower() for g in match.groups() if g)
-        motions.append(f"{'move' if verb == 'moving' else verb}_{direction}")
-    sentences = prompt.split(".")  # only where the camera is spoken of: a scene's blind may well tilt down
-    stray = _LOOKALIKE.search(". ".join([t for t in sentences if "camera" in t.lower()] or sentences[:1]))
+        verb, direction = (word.lower() for word in match.groups() if word)
+        if verb == "moving":
+            verb = "move"
+        motions.append(f"{verb}_{direction}")
+
+    # Only where the camera is spoken of: a scene's blind may well tilt down.
+    sentences = prompt.split(".")
+    spoken = [sentence for sentence in sentences if "camera" in sentence.lower()] or sentences[:1]
+    stray = _LOOKALIKE.search(". ".join(spoken))
     if stray:
-        warnings.warn(f"'{stray.group()}' is not a camera motion here; the motions are {', '.join(MOTIONS)}", stacklevel=2)
+        warnings.warn(f"'{stray.group()}' is not a camera motion here; the motions are {', '.join(MOTIONS)}",
+                      stacklevel=2)
     return motions or ["fixed"]
 
 
+# --------------------------------------------------------------------------------------------------- the path
+
+# Each word is a rigid motion of the camera, and each motion starts in the frame the one before it ended in.
+# The path is the product of their small steps (paper, eq. 5), E_f camera-to-world:
+#     E_0 = I,    E_f = E_{f-1} T_action
+
 def _turn(angle):
-    """(F,) angles about y (down) -> (F, 3, 3); a positive angle looks right."""
-    c, s, o, l = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([c, o, s, o, l, o, -s, o, c], -1).view(-1, 3, 3)
+    """Angles (F,) about y (down) -> rotations (F, 3, 3); a positive angle looks right."""
+    cos, sin = angle.cos(), angle.sin()
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    return torch.stack([cos, zero, sin,
+                        zero, one, zero,
+                        -sin, zero, cos], -1).view(-1, 3, 3)
 
 
-def _segment(motion, s):
-    """Pose of one motion at progress s (F,) in [0, amount] -> (F, 4, 4), identity at s = 0."""
+def _segment(motion, progress):
+    """Poses (F, 4, 4) of one motion at progress (F,) from 0 (the identity) to 1 (its whole travel)."""
     side = -1.0 if motion.endswith("left") else 1.0
-    angle, x, z = torch.zeros_like(s), torch.zeros_like(s), torch.zeros_like(s)
-    if motion in ("push_in", "pull_out"):
-        z = PUSH * s * (1 if motion == "push_in" else -1)
+    angle, x, z = torch.zeros_like(progress), torch.zeros_like(progress), torch.zeros_like(progress)
+    if motion == "push_in":
+        z = PUSH * progress
+    elif motion == "pull_out":
+        z = -PUSH * progress
     elif motion.startswith("move"):
-        x = MOVE * s * side
+        x = MOVE * progress * side
     elif motion.startswith("pan"):
-        angle = PAN * s * side
+        angle = PAN * progress * side
     elif motion.startswith("orbit"):  # the camera goes left, so it turns right to keep the centre in view
-        angle = -ORBIT * s * side
-        x, z = -angle.sin(), 1 - angle.cos()  # c = p - R p with p = (0, 0, 1)
-    elif motion.startswith("pull"):  # pull_left / pull_right: move + pull out + pan together, so half of move and pan
-        x, z, angle = MOVE / 2 * s * side, -PUSH * s, PAN / 2 * s * side
+        angle = -ORBIT * progress * side
+        x = -angle.sin()  # (x, 0, z) = p - R p with p = (0, 0, 1), the point it turns about
+        z = 1 - angle.cos()
+    elif motion.startswith("pull"):  # move, pull out and pan at once, so half of move and pan
+        x = MOVE / 2 * progress * side
+        z = -PUSH * progress
+        angle = PAN / 2 * progress * side
     elif motion != "fixed":
         raise ValueError(f"unknown camera motion '{motion}'; the motions are {', '.join(MOTIONS)}")
-    pose = torch.eye(4, dtype=s.dtype).repeat(len(s), 1, 1)
-    pose[:, :3, :3] = _turn(angle)
-    pose[:, 0, 3], pose[:, 2, 3] = x, z
-    return pose
+    poses = torch.eye(4, dtype=progress.dtype).repeat(len(progress), 1, 1)
+    poses[:, :3, :3] = _turn(angle)
+    poses[:, 0, 3] = x
+    poses[:, 2, 3] = z
+    return poses
 
 
 def camera_path(motions, frames, strength=1.0):
@@ -104,108 +141,167 @@ def camera_path(motions, frames, strength=1.0):
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
-    n = len(motions)
-    time = torch.linspace(0, n, frames, dtype=torch.float64) if frames > 1 else torch.zeros(1, dtype=torch.float64)
+    time = torch.linspace(0, len(motions), frames, dtype=torch.float64)  # in motions
     path = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
     for i, motion in enumerate(motions):
         u = (time - i).clamp(0, 1)
-        path = path @ _segment(motion, (1 - torch.cos(math.pi * u)) / 2 * strength / n)
+        eased = (1 - torch.cos(math.pi * u)) / 2
+        path = path @ _segment(motion, eased * strength / len(motions))
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------- the flow
+def relative_to_first(path):
+    """Camera-to-world poses (F, 4, 4) in any world axes -> in their first camera's; float64, on the CPU."""
+    path = path.double().cpu()
+    return torch.linalg.inv(path[:1]) @ path
+
+
+def rotation_angle(A, B):
+    """The angle in radians, in [0, pi], between rotation matrices A and B (..., 3, 3).
+
+    By the chord |A - B| = sqrt(8) sin(angle / 2): unlike the trace's arc cosine, exact for small angles too.
+    """
+    chord = (A - B).flatten(-2).norm(dim=-1) / math.sqrt(8)
+    return 2 * chord.clamp(max=1).asin()
+
+
+# --------------------------------------------------------------------------------------------------- the flow
+
+# Nothing is known of the scene before it is made, so it is taken for one plane at depth 1. Then every pixel's
+# way from frame to frame follows from the cameras alone, by the homography of that plane (paper, eq. 6):
+#     flow(p) = project(E_{f+1}^-1 X) - p,    X the point where pixel p's ray from camera E_f meets the plane
 
 def path_flow(path, height, width, depth=1.0, fov=FOV):
-    """Forward optical flow (F-1, 2, H, W) of a camera path (F, 4, 4), in pixels (dx, dy), previous -> next frame.
+    """Optical flow (F-1, 2, H, W) of a camera path (F, 4, 4), in pixels (dx, dy), previous -> next frame.
 
-    The scene is one plane, z = depth in frame 0's axes, seen by a pinhole camera of horizontal field of view `fov`
-    (radians); pixel centres at +.5. Exact for every pixel; a pixel that cannot be followed (its ray misses the
-    plane, or the point falls behind the next camera) gets a flow that leaves the picture.
+    The scene is one plane, z = depth in frame 0's axes, seen by a pinhole camera of horizontal field of view
+    `fov` (radians); pixel centres at +.5. Exact for every pixel; a pixel that cannot be followed (its ray
+    misses the plane, or the point falls behind the next camera) gets a flow that leaves the picture.
     """
     path = torch.as_tensor(path, dtype=torch.float64)
     focal = width / 2 / math.tan(fov / 2)
     x = (torch.arange(width, dtype=torch.float64) + .5 - width / 2) / focal
     y = (torch.arange(height, dtype=torch.float64) + .5 - height / 2) / focal
-    rays = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.ones(height, width, dtype=torch.float64)])
-    flows = []
-    for here, there in zip(path, path[1:]):  # a frame at a time: in float64 all at once would take gigabytes
-        world = torch.einsum("ij,jhw->ihw", here[:3, :3], rays)  # ray directions
-        t = (depth - here[2, 3]) / world[2]
-        point = here[:3, 3, None, None] + t * world - there[:3, 3, None, None]
-        seen = torch.einsum("ji,jhw->ihw", there[:3, :3], point)  # in the next camera
-        flow = (seen[:2] / seen[2:] - rays[:2]) * focal
-        lost = (t <= 0) | (seen[2] <= 0) | ~flow.isfinite().all(0)
-        flows.append(torch.where(lost, 4.0 * (height + width), flow).float())
-    return torch.stack(flows) if flows else torch.empty(0, 2, height, width)
+    x, y = torch.meshgrid(x, y, indexing="xy")
+    rays = torch.stack([x, y, torch.ones_like(x)])  # (3, H, W), each pixel's direction in its camera
+
+    flow = torch.empty(len(path) - 1, 2, height, width)
+    for f in range(len(path) - 1):  # a frame at a time: in float64 all at once would take gigabytes
+        R, t = path[f, :3, :3], path[f, :3, 3, None, None]
+        next_R, next_t = path[f + 1, :3, :3], path[f + 1, :3, 3, None, None]
+        # Along the ray to the plane, and from there into the next camera.
+        direction = torch.einsum("ij,jhw->ihw", R, rays)
+        distance = (depth - t[2]) / direction[2]
+        point = t + distance * direction - next_t
+        seen = torch.einsum("ji,jhw->ihw", next_R, point)
+        moved = (seen[:2] / seen[2:] - rays[:2]) * focal
+        lost = (distance <= 0) | (seen[2] <= 0) | ~moved.isfinite().all(0)
+        flow[f] = torch.where(lost, 4.0 * (height + width), moved)
+    return flow
 
 
-# ------------------------------------------------------------------------------------------------------ the transport
+# ---------------------------------------------------------------------------------------------- the transport
 
-def draw(rows, samples, channels, generator, device):
-    """White noise (rows, samples * channels). generator: one for all, or a list with one a sample: then no sample's
-    noise depends on which others are drawn beside it."""
+# The first frame's noise moves along the flow, cell by cell, and stays white in every frame. A cell v' that
+# several cells v flow into takes their sum at unit variance; a cell v that flows into n of them is split:
+#     z'(v') = sum_v rho(v) z(v) / sqrt(sum_v rho(v)^2)       rho: density, how much of frame 0 a cell holds
+#     z'(v'_k) = z(v) / sqrt(n) + e_k - mean(e)               e_k ~ N(0, 1), k = 1 ... n
+
+def white_noise(rows, samples, channels, generator, device="cpu"):
+    """N(0, 1) of (rows, samples * channels). generator: one for all, or a list with one a sample: then no
+    sample's noise depends on which others are made beside it."""
     if not isinstance(generator, (list, tuple)):
         return torch.randn(rows, samples * channels, generator=generator, device=device)
     return torch.cat([torch.randn(rows, channels, generator=g, device=device) for g in generator], 1)
 
 
-def _frames(flow, samples, channels, generator):
-    """Yields F noise frames (H*W, samples * channels), each the one before carried along `flow` (F-1, 2, H, W). See
-    transport_noise."""
-    _, _, H, W = flow.shape
-    N, K = H * W, samples * channels
-    device = flow.device
+def _nearest_cell(position, height, width):
+    """Positions (2, n) = x, y -> index (n,) of the nearest cell, and whether it lies in the picture (n,)."""
+    x, y = position.round()
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long()
+    return index, inside
+
+
+def _who_goes_where(step, offset):
+    """A step of flow (2, H, W) as P pairs of cells -> source (P,), target (P,), remainder (2, P), fresh (n,).
+
+    offset (2, H*W): how far from its cell's centre each value really sits. remainder: the same after the
+    step, carried on so that slow flow is not rounded away. fresh: the cells nothing reaches.
+    """
+    H, W = step.shape[1:]
+    step = step.flatten(1)
+    axes = torch.arange(W, device=step.device), torch.arange(H, device=step.device)
+    grid = torch.stack(torch.meshgrid(*axes, indexing="xy")).flatten(1).float()  # (2, H*W)
+
+    # Every cell goes forward along the flow.
+    position = grid + offset + step
+    target, inside = _nearest_cell(position, H, W)
+    source = inside.nonzero().squeeze(1)
+    target = target[source]
+    remainder = position[:, source] - grid[:, target]
+
+    # A cell that received nothing (the picture is stretched there) looks back along the flow.
+    received = torch.zeros(H * W, dtype=torch.bool, device=step.device)
+    received[target] = True
+    hole = (~received).nonzero().squeeze(1)
+    back, _ = _nearest_cell(grid[:, hole] - step[:, hole], H, W)
+    back, inside = _nearest_cell(grid[:, hole] - step[:, hole] - offset[:, back], H, W)
+
+    source = torch.cat([source, back[inside]])
+    target = torch.cat([target, hole[inside]])
+    remainder = torch.cat([remainder, offset.new_zeros(2, int(inside.sum()))], 1)
+    return source, target, remainder, hole[~inside]
+
+
+def _split(noise, source, copies, samples, channels, generator):
+    """Values (P, K) of the sources, K = samples * channels: z/sqrt(n) + e_k - mean(e) where there are n > 1
+    copies, which makes them independent N(0, 1) again."""
+    values = noise.index_select(0, source)
+    split = (copies[source] > 1).nonzero().squeeze(1)
+    owner = source[split]
+    n = copies[owner].unsqueeze(1)
+    extra = white_noise(len(split), samples, channels, generator, noise.device)  # e
+    summed = torch.zeros_like(noise).index_add_(0, owner, extra)
+    values[split] = values[split] / n.sqrt() + extra - summed[owner] / n
+    return values
+
+
+def _merge(values, target, share, cells):
+    """Noise (cells, K): sum(rho z) / sqrt(sum(rho^2)) over the values reaching a cell; 0 where none does."""
+    crowd = torch.bincount(target, minlength=cells)
+    square = torch.zeros(cells, device=values.device).index_add_(0, target, share * share)
+    weight = torch.where(crowd[target] > 1, share / square[target].sqrt(), 1.0)
+    merged = torch.zeros(cells, values.shape[1], device=values.device)
+    return merged.index_add_(0, target, values * weight.unsqueeze(1))
+
+
+def _transported_frames(flow, samples, channels, generator):
+    """Yields F noise frames (H*W, samples * channels), each the last carried along flow (F-1, 2, H, W)."""
     if isinstance(generator, (list, tuple)) and len(generator) != samples:
         raise ValueError(f"{samples} samples need as many generators, got {len(generator)}")
-    noise = draw(N, samples, channels, generator, device)
+    device = flow.device
+    cells = flow.shape[2] * flow.shape[3]
+    noise = white_noise(cells, samples, channels, generator, device)
+    offset = torch.zeros(2, cells, device=device)
+    density = torch.ones(cells, device=device)
     yield noise
-    grid = torch.stack(torch.meshgrid(torch.arange(W, device=device), torch.arange(H, device=device), indexing="xy")).flatten(1).float()
-    offset, density = torch.zeros(2, N, device=device), torch.ones(N, device=device)
 
-    def cells(position):  # (2, n) -> cell index, whether it lies inside
-        x, y = position.round()
-        inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-        return (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).long(), inside
+    for step in flow.float():
+        # Who goes where; the copies of one source share its density.
+        source, target, remainder, fresh = _who_goes_where(step, offset)
+        copies = torch.bincount(source, minlength=cells)
+        share = density[source] / copies[source]  # (P,)
 
-    for step in flow.flatten(2).float():
-        # Who goes where: every source cell forward; cells that receive nothing look back along the flow.
-        position = grid + offset + step
-        target, inside = cells(position)
-        source = inside.nonzero().squeeze(1)
-        target = target[source]
-        residue = position[:, source] - grid[:, target]  # carried on, so that slow flow is not rounded away
-        received = torch.zeros(N, dtype=torch.bool, device=device)
-        received[target] = True
-        hole = (~received).nonzero().squeeze(1)
-        back, _ = cells(grid[:, hole] - step[:, hole])
-        back, inside = cells(grid[:, hole] - step[:, hole] - offset[:, back])
-        source, target = torch.cat([source, back[inside]]), torch.cat([target, hole[inside]])
-        residue = torch.cat([residue, offset.new_zeros(2, int(inside.sum()))], 1)
-        fresh = hole[~inside]
+        # The noise: split, merged, and fresh where nothing arrives.
+        values = _split(noise, source, copies, samples, channels, generator)
+        noise = _merge(values, target, share, cells)
+        noise[fresh] = white_noise(len(fresh), samples, channels, generator, device)
 
-        copies = torch.bincount(source, minlength=N)
-        share = density[source] / copies[source]  # one source's density is split among its copies
-        total = torch.zeros(N, device=device).index_add_(0, target, share)
-        square = torch.zeros(N, device=device).index_add_(0, target, share * share)
-        crowd = torch.bincount(target, minlength=N)
-
-        # Copies of one source become independent: value/sqrt(n) + zero-sum noise.
-        split = (copies[source] > 1).nonzero().squeeze(1)
-        values = noise.index_select(0, source)
-        if len(split):
-            owner = source[split]
-            extra = draw(len(split), samples, channels, generator, device)
-            mean = torch.zeros(N, K, device=device).index_add_(0, owner, extra)
-            n = copies[owner].unsqueeze(1)
-            values[split] = values[split] / n.sqrt() + extra - mean[owner] / n
-        # Several values in one cell: their density-weighted sum, at unit variance.
-        merge = (crowd[target] > 1).nonzero().squeeze(1)
-        values[merge] *= (share[merge] / square[target[merge]].sqrt()).unsqueeze(1)
-        noise = torch.zeros(N, K, device=device).index_add_(0, target, values)
-        noise[fresh] = draw(len(fresh), samples, channels, generator, device)
-
-        offset = torch.zeros(2, N, device=device).index_add_(1, target, residue * share) / total.clamp_min(1e-20)
-        density = torch.where(crowd > 0, total, 1.0)
+        # The density tracker: how much each cell holds now (1 if fresh), and where in the cell it sits.
+        total = torch.zeros(cells, device=device).index_add_(0, target, share)
+        offset = torch.zeros_like(offset).index_add_(1, target, remainder * share) / total.clamp_min(1e-20)
+        density = torch.where(total > 0, total, 1.0)
         density = (density / density.mean()).clamp(1e-3, 1e3)
         yield noise
 
@@ -213,11 +309,12 @@ def _frames(flow, samples, channels, generator):
 def transport_noise(flow, channels, samples=1, generator=None):
     """Noise that moves with the picture: (samples, channels, F, H, W), every frame white N(0, 1).
 
-    flow (F-1, 2, H, W): pixels (dx, dy), previous -> next. Go-with-the-Flow's transport (arXiv 2501.08331): values
-    that meet in a cell are summed with weights w / sqrt(sum w^2), w their density (a cell that was stretched counts
-    less); a value that is stretched over n cells becomes value/sqrt(n) + zero-sum noise in each; cells nothing
-    reaches get fresh noise. Cells are followed by their index, so one index map a frame serves all channels and
-    samples; sub-cell remainders are carried along. Zero flow returns the same noise, to the bit.
+    flow (F-1, 2, H, W): pixels (dx, dy), previous -> next. Go-with-the-Flow's transport (arXiv 2501.08331):
+    values that meet in a cell are summed with weights w / sqrt(sum w^2), w their density (a cell that was
+    stretched counts less); a value that is stretched over n cells becomes value/sqrt(n) + zero-sum noise in
+    each; cells nothing reaches get fresh noise. Cells are followed by their index, so one index map a frame
+    serves all channels and samples; sub-cell remainders are carried along. Zero flow returns the same noise,
+    to the bit.
     """
     flow = torch.as_tensor(flow)
     if flow.dim() != 4 or flow.shape[1] != 2 or not flow.is_floating_point():
@@ -225,50 +322,59 @@ def transport_noise(flow, channels, samples=1, generator=None):
     if not flow.isfinite().all():
         raise ValueError("flow has NaN or infinite values")
     H, W = flow.shape[2:]
-    frames = [f.view(H, W, samples, channels) for f in _frames(flow, samples, channels, generator)]
-    return torch.stack(frames).permute(3, 4, 0, 1, 2).contiguous()
+    frames = torch.stack(list(_transported_frames(flow, samples, channels, generator)))  # (F, H*W, K)
+    return frames.view(-1, H, W, samples, channels).permute(3, 4, 0, 1, 2).contiguous()
 
 
-def latent_noise(path, frames, height, width, samples=1, generator=None, channels=16, degradation=0.0, multiple=4):
-    """Initial noise (samples, C, T, h, w) for the DiT, transported along a camera path (F, 4, 4) of `frames` frames.
+def latent_noise(path, frames, height, width, samples=1, generator=None, channels=16, degradation=0.0,
+                 multiple=4):
+    """Initial noise (samples, C, T, h, w) for the DiT, transported along a camera path (frames, 4, 4).
 
-    height, width: the latents'. The noise moves at `multiple` times that size along the flow between the frames that
-    the latent frames end on (0, 4, 8, ...), then each multiple x multiple patch is averaged and rescaled to unit
-    variance. degradation d in [0, 1] mixes in fresh noise, ((1-d) transported + d fresh) / sqrt((1-d)^2 + d^2), as in
-    Go-with-the-Flow. generator: one, or a list with one a sample.
+    height, width: the latents'. The noise moves at `multiple` times that size along the flow between the
+    frames that the latent frames end on (0, 4, 8, ...), then each multiple x multiple patch is averaged and
+    rescaled to unit variance. degradation d in [0, 1] mixes in fresh noise, ((1-d) transported + d fresh) /
+    sqrt((1-d)^2 + d^2), as in Go-with-the-Flow. generator: one, or a list with one a sample.
     """
     if len(path) != frames or frames % 4 != 1:
-        raise ValueError(f"the path must have as many frames as the video, 4k+1; got {len(path)} poses for {frames} frames")
+        raise ValueError("the path must have as many frames as the video, 4k+1; "
+                         f"got {len(path)} poses for {frames} frames")
     if not 0 <= degradation <= 1:
         raise ValueError(f"degradation must be in [0, 1], got {degradation}")
-    m = multiple
-    flow = path_flow(path[::4], height * m, width * m)
-    out = torch.empty(samples, channels, len(path[::4]), height, width)
-    for f, noise in enumerate(_frames(flow, samples, channels, generator)):
-        coarse = noise.view(height, m, width, m, samples, channels).mean((1, 3)) * m
-        out[:, :, f] = coarse.permute(2, 3, 0, 1)
+
+    flow = path_flow(path[::4], height * multiple, width * multiple)
+    latents = torch.empty(samples, channels, len(flow) + 1, height, width)
+    for f, noise in enumerate(_transported_frames(flow, samples, channels, generator)):
+        patches = noise.view(height, multiple, width, multiple, samples, channels)
+        latents[:, :, f] = (patches.mean((1, 3)) * multiple).permute(2, 3, 0, 1)
     if degradation:
-        fresh = draw(out[0, 0].numel(), samples, channels, generator, "cpu").view(*out.shape[2:], samples, channels)
-        out = ((1 - degradation) * out + degradation * fresh.permute(3, 4, 0, 1, 2)) / math.hypot(1 - degradation, degradation)
-    return out
+        T = latents.shape[2]
+        fresh = white_noise(T * height * width, samples, channels, generator)
+        fresh = fresh.view(T, height, width, samples, channels).permute(3, 4, 0, 1, 2)
+        latents = (1 - degradation) * latents + degradation * fresh
+        latents = latents / math.hypot(1 - degradation, degradation)
+    return latents
 
 
 def released_push(base, transported, strength=.35, steps=8, kernel=9):
-    """The way World-R1's released code uses the transported noise: sampling starts from the white `base`, and after
-    each of the first steps the low-passed difference is pushed in. -> push(x, step) for `sample(..., after_step=)`.
+    """The way World-R1's released code uses the transported noise: sampling starts from the white `base`, and
+    after each of the first steps the low-passed difference is pushed in. -> push(x, step) for `sample(...,
+    after_step=)`.
 
-    delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the mean and
-    std that x had; w falls linearly from 1 to .1 and sums to 1. All statistics are per sample.
+    delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the
+    mean and std that x had; w falls linearly from 1 to .1 and sums to 1. All statistics are per sample.
     """
     if base.shape != transported.shape or base.dim() != 5:
-        raise ValueError(f"base and transported noise must both be (B, C, T, h, w), got {tuple(base.shape)} and {tuple(transported.shape)}")
-    delta = torch.nn.functional.avg_pool2d((transported - base).flatten(0, 2)[:, None], kernel, 1, kernel // 2).view_as(base)
-    weights = torch.linspace(1, .1, steps)
+        raise ValueError("base and transported noise must both be (B, C, T, h, w), "
+                         f"got {tuple(base.shape)} and {tuple(transported.shape)}")
 
     def statistics(x):
         return x.mean((1, 2, 3, 4), keepdim=True), x.std((1, 2, 3, 4), keepdim=True)
 
-    delta, weights = delta / (statistics(delta)[1] + 1e-6), weights / weights.sum()
+    frames = (transported - base).flatten(0, 2)[:, None]  # (B*C*T, 1, h, w)
+    delta = F.avg_pool2d(frames, kernel, 1, kernel // 2).view_as(base)
+    delta = delta / (statistics(delta)[1] + 1e-6)
+    weights = torch.linspace(1, .1, steps)
+    weights = weights / weights.sum()
 
     def push(x, step):
         if step >= steps:
@@ -281,64 +387,73 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
     return push
 
 
-# ----------------------------------------------------------------------------------------------------------- a picture
+# --------------------------------------------------------------------------------------------------- pictures
 
-def show(motions, path, frames=17, size=256):
-    """Writes a PNG: the path from above, flow arrows of the first, middle and last step (each
-    scaled to its longest), and noise frames in a row."""
-    import imageio.v3 as iio
-    poses = camera_path(motions, frames)
-    flow = path_flow(poses, size, size)
+def draw_paths(axes, paths):
+    """Camera paths from above on a matplotlib Axes: x to the right, z (forward) up, equal scales, a legend.
 
-    def canvas():
-        return torch.ones(size, size, 3)
+    paths: {label: camera-to-world (F, 4, 4)}, all in the same axes and scale. Arrows show where the first,
+    middle and last camera of each look.
+    """
+    positions = torch.cat([path[:, :3, 3].double().cpu() for path in paths.values()])
+    reach = max(float((positions.amax(0) - positions.amin(0)).max()), .2)  # a path that stands still has none
+    for label, path in paths.items():
+        path = path.double().cpu()
+        line, = axes.plot(path[:, 0, 3], path[:, 2, 3], label=label)
+        shown = path[[0, len(path) // 2, len(path) - 1]]
+        axes.quiver(shown[:, 0, 3], shown[:, 2, 3], shown[:, 0, 2], shown[:, 2, 2], color=line.get_color(),
+                    angles="xy", scale_units="xy", scale=5 / reach, width=.008)
+    axes.set(xlabel="x", ylabel="z (forward)")
+    axes.axis("equal")
+    axes.margins(.25)
+    axes.legend(fontsize="small")
 
-    def line(image, a, b, colour, width=1.5):
-        """Paints pixels within `width` of the segment a-b (x, y)."""
-        y, x = torch.meshgrid(torch.arange(size) + .5, torch.arange(size) + .5, indexing="ij")
-        (ax, ay), (bx, by) = a, b
-        length = max((bx - ax) ** 2 + (by - ay) ** 2, 1e-9)
-        u = (((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / length).clamp(0, 1)
-        near = (x - ax - u * (bx - ax)) ** 2 + (y - ay - u * (by - ay)) ** 2 < width ** 2
-        image[near] = torch.tensor(colour)
 
-    top = canvas()  # x to the right, z up; the plane at z = 1 as a grey line; the camera's gaze every fourth frame
-    place = lambda x, z: (float(size * (.5 + x * .45)), float(size * (.8 - z * .6)))  # noqa: E731
-    line(top, place(-1, 1), place(1, 1), (.7, .7, .7))
-    for f, pose in enumerate(poses):
-        here = place(pose[0, 3], pose[2, 3])
-        line(top, here, here, (.1, .3, .9), 3.0)
-        if f % 4 == 0:
-            line(top, here, place(pose[0, 3] + .2 * pose[0, 2], pose[2, 3] + .2 * pose[2, 2]), (.9, .3, .1), 1.0)
-    panels = [top]
-    for f in (0, (frames - 1) // 2, frames - 2):
-        arrows, longest = canvas(), max(float(flow[f].abs().max()), 1e-9)
-        for y in range(size // 16, size, size // 8):
-            for x in range(size // 16, size, size // 8):
-                dx, dy = flow[f, :, y, x].tolist()
-                line(arrows, (x, y), (x, y), (.1, .1, .1), 2.5)
-                line(arrows, (x, y), (x + 24 * dx / longest, y + 24 * dy / longest), (.1, .5, .2))
-        panels.append(arrows)
-    noise = transport_noise(path_flow(poses, 64, 64), 3, generator=torch.Generator().manual_seed(0))[0]  # (3, F, H, W)
-    for f in torch.linspace(0, frames - 1, 4).round().long():
-        panels.append((noise[:, f].permute(1, 2, 0) / 5 + .5).clamp(0, 1).repeat_interleave(4, 0).repeat_interleave(4, 1))
-    sheet = torch.cat([torch.cat(panels[:4], 1), torch.cat(panels[4:], 1)])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, (sheet * 255).round().byte().numpy())
+def show(motions, file, frames=17, size=64):
+    """Writes a PNG: the path from above, the flow of the first, middle and last step (arrows scaled to the
+    longest of each), and below them four frames of noise carried along it, the first to the last."""
+    from matplotlib.figure import Figure  # slow to import
+    if frames < 2:
+        raise ValueError(f"a picture of the flow needs at least 2 frames, got {frames}")
+    path = camera_path(motions, frames)
+    flow = path_flow(path, size, size)
+    noise = transport_noise(flow, 3, generator=torch.Generator().manual_seed(0))[0]  # (3, F, H, W)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 4)
+
+    draw_paths(top[0], {", ".join(motions): path})
+    every = torch.arange(size // 16, size, size // 8)
+    for axes, f in zip(top[1:], (0, (frames - 1) // 2, frames - 2)):
+        dx, dy = flow[f][:, every][:, :, every]
+        longest = max(float(torch.hypot(dx, dy).max()), 1e-9)
+        axes.quiver(every, every, dx, dy, angles="xy", scale_units="xy", scale=longest / (size / 8))
+        axes.set(title=f"flow {f} -> {f + 1}", xlim=(0, size), ylim=(size, 0), aspect="equal")
+    for axes, f in zip(bottom, torch.linspace(0, frames - 1, 4).round().long()):
+        axes.imshow((noise[:, f].permute(1, 2, 0) / 5 + .5).clamp(0, 1))
+        axes.set(title=f"noise {f}")
+    with written_whole(file) as part:
+        figure.savefig(part)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("prompt", help="a prompt, or motions such as push_in")
     parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--show", nargs="?", const="out/noise_warp.png", metavar="PNG", help="write the picture")
-    a = parser.parse_args(argv)
-    motions = parse_motion(a.prompt)
-    print("motions:", ", ".join(motions))
-    print("last pose:", *camera_path(motions, a.frames)[-1].tolist(), sep="\n")
-    if a.show:
-        show(motions, a.show, a.frames)
-        print(a.show)
+    parser.add_argument("--show", nargs="?", const="out/noise_warp.png", metavar="PNG",
+                        help="write the picture")
+    options = parser.parse_args(argv)
+    motions = parse_motion(options.prompt)
+    try:
+        path = camera_path(motions, options.frames)
+        print("motions:", ", ".join(motions))
+        print("last pose:", *path[-1].tolist(), sep="\n")
+        if options.show:
+            show(motions, options.show, options.frames)
+            print(options.show)
+    except ValueError as error:
+        print(f"noise_warp.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -4,39 +4,64 @@
     python sample.py "Camera orbit left. A lighthouse ..." --model Wan-AI/Wan2.1-T2V-1.3B --device cuda
 
 Rectified flow: x = (1 - sigma) x0 + sigma eps, the model predicts v = eps - x0. ODE solvers: Euler, and UniPC
-(order 2, B2; arXiv 2302.04867), Wan's default. `transition` is the one place where a stochastic step's mean and
-standard deviation are computed: sampling, log-probabilities and KL all read it.
+(order 2, B2; arXiv 2302.04867), Wan's default. `transition` is the one place where a stochastic step's mean
+and standard deviation are computed: sampling, log-probabilities and KL all read it.
 
 Left out: schedulers other than these, image or video input, tiling.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
 import re
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from fast import trim_text
 from lora import merge_lora
-from model import load_wan, trim_text
-from noise_warp import camera_path, latent_noise, parse_motion, released_push
-
-WAN_DEFAULTS = dict(frames=81, height=480, width=832, steps=50, guidance=5.0, fps=16,  # the release's, at 480p
-                    degradation=.35)  # World-R1's released value
+from model import load_wan
+from noise_warp import camera_path, latent_noise, parse_motion, relative_to_first, released_push
+from weights import TINY, read_json, written_whole
 
 
 def generator(*key):
-    """A CPU torch.Generator seeded by a key such as (seed, step, prompt, member, purpose): no draw depends on any other."""
+    """A CPU torch.Generator seeded by a key such as (seed, step, prompt, member, purpose): no draw depends on
+    another."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# -------------------------------------------------------------------------------------------------- the noise schedule
+@dataclass
+class Sampling:
+    """How a model is sampled. The defaults are Wan2.1's at 480p; a model's folder may hold its own in
+    sampling.json."""
+    frames: int = 81  # 4k + 1
+    height: int = 480  # multiples of 16
+    width: int = 832
+    steps: int = 50
+    guidance: float = 5.0  # classifier-free guidance; 1 turns it off
+    shift: float | None = None  # of the noise schedule; None: the model's scheduler_config
+    fps: int = 16
+    degradation: float = .35  # fresh noise mixed into the transported; World-R1's released value
+
+
+def sampling_of(model, **given):
+    """-> the Sampling of a model (folder or hub id): its own values, over them those given that are not
+    None."""
+    file = Path(model) / "sampling.json"
+    values = read_json(file) if file.exists() else {}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return Sampling(**values)
+
+
+# ----------------------------------------------------------------------------------------- the noise schedule
 
 def sigmas(steps, shift):
     """Noise levels (steps + 1,), float32, from 1 to 0: sigma = shift u / (1 + (shift - 1) u).
@@ -51,13 +76,14 @@ def sigmas(steps, shift):
     return torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)]).float()
 
 
-# ----------------------------------------------------------------------------------------------------------- one step
+# --------------------------------------------------------------------------------------------------- one step
 
 def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     """One step sigma -> sigma_next < sigma as a Gaussian. -> mean (like x), std (a 0-dim tensor), float32.
 
     ODE (eta 0)  mean = x - v D,  D = sigma - sigma_next
-    flow         s = eta sqrt(sigma/(1-sigma)); mean = x - [v + s^2/(2 sigma) (x + (1-sigma) v)] D; std = s sqrt(D)
+    flow         s = eta sqrt(sigma/(1-sigma)); std = s sqrt(D);
+                 mean = x - [v + s^2/(2 sigma) (x + (1-sigma) v)] D
                  (Flow-GRPO, arXiv 2505.05470; at sigma = 1 the denominator takes sigma_next)
     dance        the same with s = eta (DanceGRPO, arXiv 2505.07818)
     cps          std = sigma_next sin(eta pi/2); mean = (1-sigma_next) x0 + sigma_next cos(eta pi/2) eps
@@ -68,17 +94,23 @@ def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     if kind not in ("flow", "dance", "cps"):
         raise ValueError(f"kind must be flow, dance or cps, got '{kind}'")
     x, v = x.float(), v.float()
-    sigma, sigma_next = (torch.as_tensor(s, dtype=torch.float32, device=x.device) for s in (sigma, sigma_next))
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
     step = sigma - sigma_next
     if eta == 0:
         return x - v * step, torch.zeros((), device=x.device)
+
+    x0, eps = x - sigma * v, x + (1 - sigma) * v  # what the model takes for latents and noise
     if kind == "cps":
-        std = sigma_next * math.sin(eta * math.pi / 2)
-        return (1 - sigma_next) * (x - sigma * v) + sigma_next * math.cos(eta * math.pi / 2) * (x + (1 - sigma) * v), std
-    s = torch.full_like(sigma, eta)
-    if kind == "flow":
-        s = eta * (sigma / (1 - (sigma_next if sigma == 1 else sigma))).sqrt()
-    mean = x - (v + s * s / (2 * sigma) * (x + (1 - sigma) * v)) * step
+        angle = eta * math.pi / 2
+        mean = (1 - sigma_next) * x0 + sigma_next * math.cos(angle) * eps
+        return mean, sigma_next * math.sin(angle)
+    if kind == "dance":
+        s = torch.full_like(sigma, eta)
+    else:
+        below_one = sigma_next if sigma == 1 else sigma  # the first step would divide by zero
+        s = eta * (sigma / (1 - below_one)).sqrt()
+    mean = x - (v + s * s / (2 * sigma) * eps) * step
     return mean, s * step.sqrt()
 
 
@@ -92,18 +124,24 @@ def log_prob(x_next, mean, std):
     return logp.flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------- ODE solvers
+# ------------------------------------------------------------------------------------------------ ODE solvers
 
-def euler(velocity, x, levels, after_step=lambda x, i: x):
-    """x at levels[0] -> x at levels[-1]. velocity(x, sigma) -> v. after_step(x, i) may change x after step i."""
+def unchanged(x, step):
+    return x
+
+
+def euler(velocity, x, levels, after_step=unchanged):
+    """x at levels[0] -> x at levels[-1]. velocity(x, sigma) -> v. after_step(x, i) may change x after step
+    i."""
     for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
         x, _ = transition(x, velocity(x, sigma), sigma, sigma_next)
         x = after_step(x, i)
     return x
 
 
-def unipc(velocity, x, levels, after_step=lambda x, i: x):
-    """UniPC of order 2 in data prediction with B(h) = e^h - 1: each new x0 first corrects the step that led to it.
+def unipc(velocity, x, levels, after_step=unchanged):
+    """UniPC of order 2 in data prediction with B(h) = e^h - 1: each new x0 first corrects the step that led
+    to it.
 
     With lambda = log((1-sigma)/sigma), h = lambda_next - lambda, k = expm1(-h), both parts take the form
         x_next = sigma_next/sigma x - (1-sigma_next) k [m0 + r_1 D_1 + r_2 D_2]
@@ -111,18 +149,21 @@ def unipc(velocity, x, levels, after_step=lambda x, i: x):
     First and last steps are of order 1. sigma = 1 is taken as 1 - 1e-6, where lambda is finite.
     """
     levels = levels.float().clamp(max=1 - 1e-6)
-    s = levels.double().cpu()
-    lam = ((1 - s) / s).log()
-    n = len(s) - 1
+    sigma = levels.double().cpu()
+    lam = ((1 - sigma) / sigma).log()
+    steps = len(sigma) - 1
 
-    def step(x, i, m0, m_prev=None, m_next=None):  # from level i to i + 1
+    def step(x, i, m0, m_prev=None, m_next=None):
+        """From level i to i + 1. m_prev: the x0 before (order 2); m_next: the x0 found there (the
+        corrector)."""
         h = float(lam[i + 1] - lam[i])
         k = math.expm1(-h)
-        change = m0
-        rho = float(lam[i - 1] - lam[i]) / h if m_prev is not None else None
-        if m_next is None:
-            if m_prev is not None:
-                change = m0 + .5 / rho * (m_prev - m0)
+        if m_prev is not None:
+            rho = float(lam[i - 1] - lam[i]) / h
+        if m_prev is None and m_next is None:
+            change = m0
+        elif m_next is None:
+            change = m0 + .5 / rho * (m_prev - m0)
         elif m_prev is None:
             change = m0 + .5 * (m_next - m0)
         else:  # solve [[1, 1], [rho, 1]] r = b
@@ -130,16 +171,16 @@ def unipc(velocity, x, levels, after_step=lambda x, i: x):
             b2 = 2 * ((k / -h - 1) / -h - .5) / k
             r1 = (b1 - b2) / (1 - rho)
             change = m0 + r1 / rho * (m_prev - m0) + (b1 - r1) * (m_next - m0)
-        return float(s[i + 1] / s[i]) * x - float(1 - s[i + 1]) * k * change
+        return float(sigma[i + 1] / sigma[i]) * x - float(1 - sigma[i + 1]) * k * change
 
-    m_prev = m0 = last = None
+    m_prev = m0 = x_before = None
     second_order = False
-    for i in range(n):
+    for i in range(steps):
         m = x - levels[i] * velocity(x, levels[i])  # the data prediction x0
-        if i > 0:
-            x = step(last, i - 1, m0, m_prev if second_order else None, m)
-        m_prev, m0, last = m0, m, x
-        second_order = 0 < i < n - 1
+        if i > 0:  # correct the step that led here
+            x = step(x_before, i - 1, m0, m_prev if second_order else None, m)
+        m_prev, m0, x_before = m0, m, x
+        second_order = 0 < i < steps - 1
         x = after_step(step(x, i, m0, m_prev if second_order else None), i)
     return x
 
@@ -147,77 +188,132 @@ def unipc(velocity, x, levels, after_step=lambda x, i: x):
 SOLVERS = {"unipc": unipc, "euler": euler}
 
 
-# -------------------------------------------------------------------------------------------------------- the sampler
+# ------------------------------------------------------------------------------------------------ the sampler
 
 def guided_velocity(wan, text, negative=None, guidance=1.0):
-    """-> velocity(x, sigma) with classifier-free guidance u + g (c - u), as one batched forward, combined in float32.
+    """-> velocity(x, sigma) with classifier-free guidance u + g (c - u), as one batched forward, combined in
+    float32.
 
     text, negative: (B, L, D) from wan.encode_text. Without guidance (g = 1) the model runs once per sample.
     """
-    double = guidance != 1
-    text, padding = trim_text(torch.cat([text, negative]) if double else text)
+    guided = guidance != 1
+    text, padding = trim_text(torch.cat([text, negative]) if guided else text)
 
     def velocity(x, sigma):
-        x = torch.cat([x, x]) if double else x
-        v = wan.dit(x, (1000 * sigma).to(x.device).expand(len(x)), text, text_padding=padding).float()
-        if double:
-            c, u = v.chunk(2)
-            v = u + guidance * (c - u)
-        return v
+        if guided:
+            x = torch.cat([x, x])
+        t = (1000 * sigma).to(x.device).expand(len(x))
+        v = wan.dit(x, t, text, text_padding=padding).float()
+        if not guided:
+            return v
+        conditional, unconditional = v.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
 
     return velocity
 
 
 @torch.no_grad()
-def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unipc", negative="", progress=False, after_step=None):
+def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unipc", negative="",
+           progress=False, after_step=None):
     """Noise (B, C, T, h, w), N(0, 1) per element -> latents of the same shape, float32, for B prompts.
 
-    shift: of the schedule; None takes the model's scheduler_config, else 5.0 (Wan's for text-to-video). after_step(x, i)
-    may change the latents after step i (`noise_warp.released_push`).
+    shift: of the schedule; None takes the model's scheduler_config, else 5.0 (Wan's for text-to-video).
+    after_step(x, i) may change the latents after step i (`noise_warp.released_push`).
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got '{solver}'")
     if len(prompts) != len(noise):
         raise ValueError(f"{len(prompts)} prompts need as many noise samples, got {len(noise)}")
     levels = sigmas(steps, shift if shift is not None else wan.shift or 5.0)
-    negative = wan.encode_text([negative]).expand(len(prompts), -1, -1) if guidance != 1 else None
-    velocity = guided_velocity(wan, wan.encode_text(prompts), negative, guidance)
+    unconditional = None
+    if guidance != 1:
+        unconditional = wan.encode_text([negative]).expand(len(prompts), -1, -1)
+    velocity = guided_velocity(wan, wan.encode_text(prompts), unconditional, guidance)
+
     with tqdm(total=steps, desc="sample", unit="step", disable=not progress) as bar:
         def counted(x, sigma):
-            if solver == "unipc":  # the release and Diffusers cut UniPC's time steps 1000 sigma to whole numbers
+            if solver == "unipc":  # the release and Diffusers cut its time steps 1000 sigma to whole numbers
                 sigma = (1000 * sigma).floor() / 1000
             v = velocity(x, sigma)
             bar.update()
             return v
-        return SOLVERS[solver](counted, noise.float().to(wan.device), levels, *([after_step] if after_step else []))
+
+        x = noise.float().to(wan.device)
+        return SOLVERS[solver](counted, x, levels, after_step or unchanged)
 
 
-def initial_noise(wan, prompt, frames, height, width, members, seed, transport=True, strength=1.0, degradation=0.0, path=None):
-    """Noise (len(members), C, T, h, w) for a prompt, each member from its own generator. Also returns the path (F, 4, 4).
+# --------------------------------------------------------------------------------- noise -> latents -> videos
 
-    transport: carry it along `path`, by default the prompt's camera path times strength (World-R1); else it is white
-    in time too. degradation: share of fresh noise mixed in (`latent_noise`).
+def initial_noise(wan, path, height, width, generators, transport=True, degradation=0.0):
+    """Noise (len(generators), C, T, h, w) for videos of height x width along a camera path (F, 4, 4), one a
+    generator.
+
+    transport: carry it along the path (World-R1); else it is white in time too. degradation: share of fresh
+    noise mixed in (`noise_warp.latent_noise`).
     """
-    C, h, w = wan.dit.config.in_channels, height // 8, width // 8
-    if path is None:
-        path = camera_path(parse_motion(prompt), frames, strength)
-    draws = [generator(seed, 0, 0, member, "noise") for member in members]
+    channels, frames = wan.dit.config.in_channels, len(path)
+    h, w = height // 8, width // 8
     if not transport:
-        return torch.stack([torch.randn(C, (frames - 1) // 4 + 1, h, w, generator=g) for g in draws]), path
-    return latent_noise(path, frames, h, w, len(draws), draws, C, degradation), path
+        shape = (channels, (frames - 1) // 4 + 1, h, w)
+        return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return latent_noise(path, frames, h, w, len(generators), generators, channels, degradation)
 
 
-# -------------------------------------------------------------------------------------------------------- video files
+def sample_latents(wan, prompts, sampling, seed=0, members=None, paths=None, strength=1.0, transport=True,
+                   released=False, solver="unipc", negative="", progress=False):
+    """One sample a prompt. -> latents (B, C, T, h, w), and the camera paths [(F, 4, 4)] that were asked for.
+
+    members: which of the seed's noises each prompt takes (default: the i-th the i-th), so that no sample
+    depends on the batch. paths: instead of the prompts' own camera paths, times strength. released: as
+    World-R1's released code uses transport, white noise with the transported pushed in over the first steps.
+    """
+    if paths is None:
+        paths = [camera_path(parse_motion(prompt), sampling.frames, strength) for prompt in prompts]
+    draws = range(len(prompts)) if members is None else members
+
+    def noise(transport):
+        parts = []
+        for path, member in zip(paths, draws, strict=True):
+            key = [generator(seed, 0, 0, member, "noise")]
+            parts.append(initial_noise(wan, path, sampling.height, sampling.width, key, transport,
+                                       sampling.degradation))
+        return torch.cat(parts)
+
+    start, push = noise(transport and not released), None
+    if released:
+        push = released_push(start, noise(True))
+    latents = sample(wan, prompts, start, sampling.steps, sampling.guidance, sampling.shift, solver, negative,
+                     progress, push)
+    return latents, paths
+
+
+@torch.no_grad()
+def decode_videos(wan, latents):
+    """Latents (B, C, T, h, w) -> B videos (F, 3, H, W) in [0, 1] on the CPU. One at a time: pixels do not
+    depend on the batch, and memory does not grow with it."""
+    return [wan.vae.decode(x[None])[0].cpu() for x in latents]
+
+
+def sample_videos(wan, prompts, sampling, seed=0, **options):
+    """Noise, latents, pixels. -> videos [(F, 3, H, W)], camera paths [(F, 4, 4)]. options: of
+    `sample_latents`."""
+    latents, paths = sample_latents(wan, prompts, sampling, seed, **options)
+    return decode_videos(wan, latents), paths
+
+
+# ------------------------------------------------------------------------------------------------ video files
+
+def as_bytes(images):
+    """Images (..., 3, H, W) in [0, 1] -> uint8 array (..., H, W, 3)."""
+    return (images.clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
+
 
 def write_video(path, video, fps=16):
-    """Video (F, 3, H, W) in [0, 1] -> H.264 mp4 (yuv420p, plays in browsers), written to a temporary name and renamed."""
+    """Video (F, 3, H, W) in [0, 1] -> H.264 mp4 (yuv420p, plays in browsers), written whole."""
     import imageio.v2 as iio
-    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    part = Path(path).with_name(f".{Path(path).stem}.part.mp4")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    iio.mimwrite(part, frames, fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=1,
-                 output_params=["-crf", "12", "-preset", "medium"])
-    part.rename(path)
+    with written_whole(path) as part:
+        iio.mimwrite(part, as_bytes(video), fps=fps, codec="libx264", pixelformat="yuv420p",
+                     macro_block_size=1, output_params=["-crf", "12", "-preset", "medium"])
 
 
 def read_video(path):
@@ -228,41 +324,57 @@ def read_video(path):
             fps = reader.get_meta_data()["fps"]
             frames = [torch.from_numpy(f.copy()) for f in reader]
     except Exception as e:
-        raise ValueError(f"'{path}' cannot be read as a video ({str(e).strip().splitlines()[0][:120] if str(e) else type(e).__name__})") from None
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise ValueError(f"'{path}' cannot be read as a video ({lines[0][:120]})") from None
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, fps
 
 
 def contact_sheet(path, videos, columns=6, width=1152):
-    """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames evenly spread, small frames enlarged."""
+    """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames evenly spread, small frames
+    enlarged."""
     import imageio.v3 as iio
     rows = []
     for video in videos:
         pick = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
-        rows.append(torch.cat(list(video[pick].float().cpu()), -1))
-    sheet = (torch.cat(rows, 1).clamp(0, 1).permute(1, 2, 0) * 255).round().byte()
+        rows.append(torch.cat(list(video[pick].float().cpu()), -1))  # (3, H, columns * W)
+    sheet = as_bytes(torch.cat(rows, 1))
     scale = max(1, width // sheet.shape[1])
-    part = Path(path).with_name(f".{Path(path).stem}.part.png")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(part, sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
-    part.rename(path)
+    with written_whole(path) as part:
+        iio.imwrite(part, sheet.repeat(scale, 0).repeat(scale, 1))
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
+def psnr(a, b, per_frame=True):
+    """PSNR in dB of videos (F, 3, H, W) in [0, 1]: the mean over frames, identical frames counting as 100 dB,
+    or (per_frame=False) one value over everything given."""
+    error = (a.float() - b.float()).square()
+    if not per_frame:
+        return -10 * math.log10(error.mean().item())
+    return float((-10 * error.mean((1, 2, 3)).clamp_min(1e-10).log10()).mean())
 
-def check(a):
-    """Raises ValueError with one sentence for the first argument that cannot work; loads and writes nothing."""
-    if not a.prompt.strip():
-        raise ValueError('the prompt is empty; say what to show, e.g. "push_in a red sphere on a checkered green floor, yellow walls"')
-    for name in ("frames", "height", "width"):
-        value = getattr(a, name)
+
+# ------------------------------------------------------------------------------------------- the command line
+
+def check_size(frames, height, width):
+    """ValueError with one sentence if a video of this size cannot be made; None stands for the model's own
+    value."""
+    for name, value in (("frames", frames), ("height", height), ("width", width)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be positive, got {value}")
-    if a.frames is not None and a.frames % 4 != 1:
-        raise ValueError(f"--frames must be 4k+1, got {a.frames}; try {a.frames // 4 * 4 + 1}")
-    for name in ("height", "width"):
-        value = getattr(a, name)
+    if frames is not None and frames % 4 != 1:
+        raise ValueError(f"--frames must be 4k+1, got {frames}; try {frames // 4 * 4 + 1}")
+    for name, value in (("height", height), ("width", width)):
         if value is not None and value % 16:
-            raise ValueError(f"--{name} must be a multiple of 16, got {value}; try {max(16, round(value / 16) * 16)}")
+            nearest = max(16, round(value / 16) * 16)
+            raise ValueError(f"--{name} must be a multiple of 16, got {value}; try {nearest}")
+
+
+def check(a):
+    """Raises ValueError with one sentence for the first argument that cannot work; loads and writes
+    nothing."""
+    if not a.prompt.strip():
+        raise ValueError("the prompt is empty; say what to show, "
+                         'e.g. "push_in a red sphere on a checkered green floor, yellow walls"')
+    check_size(a.frames, a.height, a.width)
     for name in ("steps", "num"):
         value = getattr(a, name)
         if value is not None and value < 1:
@@ -270,26 +382,36 @@ def check(a):
     if a.guidance is not None and not math.isfinite(a.guidance):
         raise ValueError(f"--guidance must be a finite number, got {a.guidance}; 1 turns guidance off")
     if a.released and not a.transport:
-        raise ValueError("--released pushes transported noise in, and --no-transport asks for none; give one of them")
+        raise ValueError("--released pushes transported noise in, and --no-transport asks for none; "
+                         "give one of them")
     if a.shift is not None and not (math.isfinite(a.shift) and a.shift > 0):
         raise ValueError(f"--shift must be a positive number, got {a.shift}")
     if not math.isfinite(a.strength):
         raise ValueError(f"--strength must be a finite number, got {a.strength}")
     if a.degradation is not None and not 0 <= a.degradation <= 1:
         raise ValueError(f"--degradation must be between 0 and 1, got {a.degradation}")
-    if a.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
+    check_device(a.device)
     if a.out.suffix != ".mp4":
         raise ValueError(f"--out must end in .mp4, got '{a.out}'")
-    folder = a.out.absolute().parent
+    check_writable(a.out)
+
+
+def check_device(device):
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
+
+
+def check_writable(file):
+    """ValueError if a file could not be written there; makes no folder."""
+    folder = file.absolute().parent
     while not folder.exists():
         folder = folder.parent
     try:
-        if a.out.is_dir():
-            raise IsADirectoryError(f"{a.out} is a folder")
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise ValueError(f"cannot write '{a.out}' ({e.strerror or e}); choose another --out") from None
+        raise ValueError(f"cannot write '{file}' ({e.strerror or e}); choose another --out") from None
 
 
 def read_path(file, frames):
@@ -297,80 +419,76 @@ def read_path(file, frames):
     try:
         path = torch.tensor(json.loads(Path(file).read_text()), dtype=torch.float64)
     except (OSError, ValueError, TypeError) as e:
-        raise ValueError(f"--path {file} is not a JSON list of 4x4 matrices ({str(e).splitlines()[0]})") from None
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--path {file} is not a JSON list of 4x4 matrices ({reason})") from None
     if path.shape != (frames, 4, 4) or not path.isfinite().all():
-        raise ValueError(f"--path {file} must hold {frames} finite 4x4 camera-to-world matrices, one a frame; it has shape {tuple(path.shape)}")
-    return torch.linalg.inv(path[:1]) @ path
+        raise ValueError(f"--path {file} must hold {frames} finite 4x4 camera-to-world matrices, "
+                         f"one a frame; it has shape {tuple(path.shape)}")
+    return relative_to_first(path)
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt")
-    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny" / "wan"), help="folder (either layout) or hub id")
-    parser.add_argument("--lora", help="LoRA file of either layout, or a training run's folder; merged into the model")
-    parser.add_argument("--out", type=Path, help="the mp4; a contact sheet goes beside it (default out/PROMPT_SEED.mp4)")
-    parser.add_argument("--num", type=int, default=1, help="videos of the prompt, sampled as one batch")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, help="4k+1; default: the model's")
-    parser.add_argument("--height", type=int, help="multiple of 16; default: the model's")
-    parser.add_argument("--width", type=int, help="multiple of 16; default: the model's")
-    parser.add_argument("--steps", type=int, help="default: the model's")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = off; default: the model's")
-    parser.add_argument("--shift", type=float, help="of the noise schedule; default: the model's scheduler_config")
-    parser.add_argument("--solver", choices=list(SOLVERS), default="unipc")
-    parser.add_argument("--negative", default="", help="negative prompt")
-    parser.add_argument("--no-transport", dest="transport", action="store_false", help="plain noise, not carried along the camera path")
-    parser.add_argument("--released", action="store_true", help="as World-R1's released code: white noise, the transported pushed in over 8 steps")
-    parser.add_argument("--strength", type=float, default=1.0, help="scales the camera path of the noise")
-    parser.add_argument("--degradation", type=float, help="fresh noise mixed into the transported, 0 to 1; default: the model's")
-    parser.add_argument("--path", help="JSON list of 4x4 camera-to-world matrices, one a frame, instead of the prompt's path")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the DiT and text encoder; default bfloat16 on CUDA")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the DiT")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompt")
+    add("--model", default=str(TINY / "wan"), help="folder (either layout) or hub id")
+    add("--lora", help="LoRA file of either layout, or a training run's folder; merged into the model")
+    add("--out", type=Path, help="the mp4; a contact sheet goes beside it (default out/PROMPT_SEED.mp4)")
+    add("--num", type=int, default=1, help="videos of the prompt, sampled as one batch")
+    add("--seed", type=int, default=0)
+    add("--frames", type=int, help="4k+1; default: the model's")
+    add("--height", type=int, help="multiple of 16; default: the model's")
+    add("--width", type=int, help="multiple of 16; default: the model's")
+    add("--steps", type=int, help="default: the model's")
+    add("--guidance", type=float, help="classifier-free guidance, 1 = off; default: the model's")
+    add("--shift", type=float, help="of the noise schedule; default: the model's scheduler_config")
+    add("--solver", choices=list(SOLVERS), default="unipc")
+    add("--negative", default="", help="negative prompt")
+    add("--no-transport", dest="transport", action="store_false",
+        help="plain noise, not carried along the camera path")
+    add("--released", action="store_true",
+        help="as World-R1's released code: white noise, the transported pushed in over 8 steps")
+    add("--strength", type=float, default=1.0, help="scales the camera path of the noise")
+    add("--degradation", type=float, help="fresh noise mixed in, 0 to 1; default: the model's")
+    add("--path", help="JSON list of 4x4 camera-to-world matrices, one a frame, instead of the prompt's path")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16"), help="of DiT and text encoder; default bfloat16 on CUDA")
+    add("--compile", action="store_true", help="torch.compile the DiT")
     a = parser.parse_args(argv)
     if a.out is None:
         slug = re.sub(r"[^a-z0-9]+", "_", a.prompt.lower()).strip("_")[:60].strip("_") or "video"
         a.out = Path("out") / f"{slug}_{a.seed}.mp4"
-    a.dtype = getattr(torch, a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32"))
+    if a.dtype is None:
+        a.dtype = "bfloat16" if a.device.startswith("cuda") else "float32"
     return a
-
-
-def model_defaults(model):
-    """A model's sampling defaults: Wan's, and over them those of a sampling.json in its folder (the tiny model's own)."""
-    file = Path(model) / "sampling.json"
-    return {**WAN_DEFAULTS, **(json.loads(file.read_text()) if file.exists() else {})}
 
 
 def main(argv=None):
     a = parse_arguments(argv)
     try:
         check(a)
-        path = read_path(a.path, a.frames or model_defaults(a.model)["frames"]) if a.path else None
-        wan = load_wan(a.model, a.device, a.dtype)
+        own = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
+        sampling = sampling_of(a.model, **own)
+        paths = [read_path(a.path, sampling.frames)] * a.num if a.path else None
+        wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
         if a.lora:
             merge_lora(wan.dit, a.lora)
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
-    for name, value in model_defaults(a.model).items():
-        if getattr(a, name, None) is None:
-            setattr(a, name, value)
     if a.compile:
         wan.dit = torch.compile(wan.dit)
-    size = (a.frames, a.height, a.width, range(a.num), a.seed)
-    noise, _ = initial_noise(wan, a.prompt, *size, a.transport, a.strength, a.degradation, path)
-    push = None
-    if a.released:
-        base, _ = initial_noise(wan, a.prompt, *size, transport=False)
-        noise, push = base, released_push(base, noise)
-    latents = sample(wan, [a.prompt] * a.num, noise, a.steps, a.guidance, a.shift, a.solver, a.negative, progress=True, after_step=push)
-    videos = [wan.vae.decode(latent[None])[0] for latent in latents]
+    videos, _ = sample_videos(wan, [a.prompt] * a.num, sampling, a.seed, paths=paths, strength=a.strength,
+                              transport=a.transport, released=a.released, solver=a.solver,
+                              negative=a.negative, progress=True)
     for i, video in enumerate(videos):
-        path = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")
-        write_video(path, video, a.fps)
-        print(path)
-    contact_sheet(a.out.with_suffix(".png"), videos)
-    print(a.out.with_suffix(".png"))
+        file = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")
+        write_video(file, video, sampling.fps)
+        print(file)
+    sheet = a.out.with_suffix(".png")
+    contact_sheet(sheet, videos)
+    print(sheet)
     return 0
 
 

@@ -3,16 +3,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import VAE, DiT, DiTConfig, VAEConfig  # noqa: E402
-from tiny_train import make_tokenizer, write_wan  # noqa: E402
+from tiny.judges import build_critic, build_depth, build_preference, write_depth  # noqa: E402
+from tiny.train import make_tokenizer, write_wan  # noqa: E402
 
-DIT = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=56, num_layers=2, text_dim=32, in_channels=4, out_channels=4)
-VAE_ = dict(base_dim=4, z_dim=4, num_res_blocks=2, dim_mult=(1, 2, 2, 2), latents_mean=(.1, -.2, .3, 0.), latents_std=(1.1, .9, 1.3, .7))
-TEXT = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+DIT = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=56, num_layers=2, text_dim=32, in_channels=4,
+           out_channels=4)
+VAE_ = dict(base_dim=4, z_dim=4, num_res_blocks=2, dim_mult=(1, 2, 2, 2), latents_mean=(.1, -.2, .3, 0.),
+            latents_std=(1.1, .9, 1.3, .7))
+TEXT = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+            dropout_rate=0.0)
 
 
 @torch.no_grad()
@@ -29,10 +34,21 @@ def randomise(model, seed=0):
 
 
 def random_parts():
-    import transformers
+    """-> DiT, VAE, text encoder, tokenizer, all small and random."""
     tokenizer = make_tokenizer()
     text = randomise(transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=len(tokenizer), **TEXT)))
     return randomise(DiT(DiTConfig(**DIT))), randomise(VAE(VAEConfig(**VAE_))), text, tokenizer
+
+
+def train_twice(train, file):
+    """Calls train(minutes) for a moment, then again to go on from its state in `file`. -> both states
+
+    Asks for a budget of time that the first leg has not used, so each leg takes at least one step at any speed.
+    """
+    train(.001)
+    first = torch.load(file, weights_only=True)
+    train(first["spent"] / 60 + .001)
+    return first, torch.load(file, weights_only=True)
 
 
 @pytest.fixture(scope="session")
@@ -47,15 +63,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory):
     """Folders of the three critics at random weights: depth_anything, qwen3_vl, hpsv3."""
-    import dataclasses
-    from safetensors.torch import save_file
-    from depth_anything import checkpoint_key
-    from tiny_judges import build_critic, build_depth, build_preference, write_json
     root = tmp_path_factory.mktemp("twins")
     torch.manual_seed(0)
-    da3 = build_depth()
-    (root / "depth_anything").mkdir()
-    save_file({checkpoint_key(k): v.contiguous() for k, v in da3.state_dict().items()}, root / "depth_anything" / "model.safetensors")
-    write_json(root / "depth_anything" / "config.json", dataclasses.asdict(da3.config))
-    build_critic(root / "qwen3_vl"), build_preference(root / "hpsv3")
+    write_depth(root / "depth_anything", build_depth(), torch.float32)
+    build_critic(root / "qwen3_vl")
+    build_preference(root / "hpsv3")
     return root

@@ -1,7 +1,9 @@
-"""Runs train.main in forked children: torch is imported once for many runs, and a run can be killed at any moment.
+"""Runs train.main in forked children: torch is imported once for many runs, and a run can be killed anytime.
 
-Reads a JSON list of jobs from stdin, each {"args": [...], "world": 1, "kill": null | seconds | "sigterm"}; prints a JSON
-list with the exit code of every child of every job.
+Reads a JSON list of jobs from stdin, prints a JSON list with the exit codes of each job's children. A job:
+    {"args": [...], "world": 2}                               train.main(args) on 2 processes (default 1)
+    {"args": [...], "kill": 1.5}                              killed (SIGKILL) after so many seconds
+    {"args": [...], "kill": "sigterm", "after": "a file"}     asked to stop once that file exists
 """
 import json
 import os
@@ -23,39 +25,54 @@ import transformers  # noqa: E402
 
 import train  # noqa: E402
 
-transformers.Qwen3VLForConditionalGeneration, transformers.Qwen2VLModel, transformers.AutoProcessor, transformers.UMT5EncoderModel  # lazy imports, done
+for lazy in ("Qwen3VLForConditionalGeneration", "Qwen2VLModel", "AutoProcessor", "UMT5EncoderModel"):
+    getattr(transformers, lazy)  # imported here, once, not in each child
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def child(job, rank, world, port):
+    """Never returns: exits with train.main's code, or 70 after an exception that it let through."""
+    if world > 1:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stdout = open(os.devnull, "w")
+    code = 70
+    try:
+        code = train.main(job["args"])
+    except BaseException as e:  # noqa: BLE001
+        print(repr(e), file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def run(job):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    world, children = job.get("world", 1), []
+    """-> the exit codes of the job's processes; -9 if killed."""
+    world = job.get("world", 1)
+    port = free_port()
+    children = []
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
-            if world > 1:
-                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            sys.stdout = open(os.devnull, "w")
-            code = 70
-            try:
-                code = train.main(job["args"])
-            except BaseException as e:  # noqa: BLE001
-                print(repr(e), file=sys.stderr)
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
+            child(job, rank, world, port)
         children.append(pid)
-    if isinstance(job.get("kill"), (int, float)):
-        time.sleep(job["kill"])
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-    elif job.get("kill") == "sigterm":
-        file = Path(job["after"])  # once this file exists, i.e. in the middle of the run
+
+    kill = job.get("kill")
+    if kill == "sigterm":
+        file = Path(job["after"])  # it exists in the middle of the run
         while not file.exists():
             time.sleep(.01)
         for pid in children:
             os.kill(pid, signal.SIGTERM)
+    elif kill is not None:
+        time.sleep(kill)
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 

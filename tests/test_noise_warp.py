@@ -5,8 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from noise_warp import FOV, MOTIONS, MOVE, ORBIT, PAN, PUSH, camera_path, latent_noise, main, parse_motion, path_flow, released_push, transport_noise
+from noise_warp import (FOV, MOTIONS, MOVE, ORBIT, PAN, PUSH, camera_path, draw_paths, latent_noise, main,
+                        parse_motion, path_flow, relative_to_first, released_push, rotation_angle,
+                        transport_noise)
 
 
 @pytest.mark.parametrize("prompt, motions", [
@@ -30,7 +33,8 @@ def test_lookalike_motion_warns_with_the_list():
         assert parse_motion("Camera zoom in on a tower") == ["fixed"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert parse_motion("Camera push in. Crocuses push up through snow; the slats tilt down.") == ["push_in"]
+        prompt = "Camera push in. Crocuses push up through snow; the slats tilt down."
+        assert parse_motion(prompt) == ["push_in"]
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
@@ -49,10 +53,17 @@ def screen_x(pose, point):
 
 
 @pytest.mark.parametrize("motion, x, z, yaw", [
-    ("push_in", 0, PUSH, 0), ("pull_out", 0, -PUSH, 0), ("move_left", -MOVE, 0, 0), ("move_right", MOVE, 0, 0),
-    ("pan_left", 0, 0, -PAN), ("pan_right", 0, 0, PAN), ("fixed", 0, 0, 0),
-    ("orbit_left", -math.sin(ORBIT), 1 - math.cos(ORBIT), ORBIT), ("orbit_right", math.sin(ORBIT), 1 - math.cos(ORBIT), -ORBIT),
-    ("pull_left", -MOVE / 2, -PUSH, -PAN / 2), ("pull_right", MOVE / 2, -PUSH, PAN / 2)])
+    ("push_in", 0, PUSH, 0),
+    ("pull_out", 0, -PUSH, 0),
+    ("move_left", -MOVE, 0, 0),
+    ("move_right", MOVE, 0, 0),
+    ("pan_left", 0, 0, -PAN),
+    ("pan_right", 0, 0, PAN),
+    ("fixed", 0, 0, 0),
+    ("orbit_left", -math.sin(ORBIT), 1 - math.cos(ORBIT), ORBIT),
+    ("orbit_right", math.sin(ORBIT), 1 - math.cos(ORBIT), -ORBIT),
+    ("pull_left", -MOVE / 2, -PUSH, -PAN / 2),
+    ("pull_right", MOVE / 2, -PUSH, PAN / 2)])
 def test_final_poses(motion, x, z, yaw):
     pose = camera_path([motion], 9)[-1]
     assert torch.allclose(pose[:3, 3], torch.tensor([x, 0, z], dtype=pose.dtype), atol=1e-12)
@@ -64,10 +75,11 @@ def test_the_scene_moves_against_the_camera():
         assert screen_x(camera_path([motion], 9)[-1], (0, 0, 1)) > .1
     for motion in ("pan_right", "move_right", "pull_right"):
         assert screen_x(camera_path([motion], 9)[-1], (0, 0, 1)) < -.1
-    for motion in ("orbit_left", "orbit_right"):  # the centre stays, what lies behind it drifts with the camera
+    for motion, side in (("orbit_left", -1), ("orbit_right", 1)):
+        # the centre stays, what lies behind it drifts with the camera
         path = camera_path([motion], 9)
         assert all(abs(screen_x(pose, (0, 0, 1))) < 1e-9 for pose in path)
-        assert math.copysign(1, screen_x(path[-1], (0, 0, 2))) == (-1 if motion == "orbit_left" else 1)
+        assert math.copysign(1, screen_x(path[-1], (0, 0, 2))) == side
 
 
 def test_composites_join_without_a_jump_in_position_or_velocity():
@@ -75,7 +87,8 @@ def test_composites_join_without_a_jump_in_position_or_velocity():
     steps = (path[1:] - path[:-1]).flatten(1).norm(dim=1)
     assert steps.max() < .004  # 400 steps
     assert (steps[1:] - steps[:-1]).abs().max() < 1e-4
-    assert path[200, 2, 3] == pytest.approx(PUSH / 2) and torch.allclose(path[200, :3, :3], torch.eye(3, dtype=path.dtype))
+    assert path[200, 2, 3] == pytest.approx(PUSH / 2)
+    assert torch.allclose(path[200, :3, :3], torch.eye(3, dtype=path.dtype))
 
 
 def test_strength_scales_and_unknown_motion_is_named():
@@ -84,10 +97,26 @@ def test_strength_scales_and_unknown_motion_is_named():
         camera_path(["zoom_in"], 5)
 
 
-# --------------------------------------------------------------------------------------------------------------- flow
+def test_relative_to_first_undoes_the_choice_of_world_axes():
+    path = camera_path(["orbit_left", "push_in"], 9)
+    world = camera_path(["pull_right"], 5)[-1]
+    assert torch.allclose(relative_to_first(world @ path), path, atol=1e-12)
+    assert relative_to_first(path.float()).dtype == torch.float64
+
+
+def test_rotation_angle_from_tiny_to_half_a_turn():
+    angles = torch.tensor([0, 1e-9, 1e-4, .5, 2, math.pi], dtype=torch.float64)
+    turned = torch.eye(3, dtype=torch.float64).repeat(6, 1, 1)
+    turned[:, 0, 0] = turned[:, 2, 2] = angles.cos()
+    turned[:, 0, 2] = angles.sin()
+    turned[:, 2, 0] = -angles.sin()
+    assert torch.allclose(rotation_angle(turned, torch.eye(3)), angles, rtol=1e-6, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- flow
 
 def test_flow_is_exact_for_every_pixel():
-    """Each pixel's ray meets the plane z = depth; the meeting point is projected into the next camera. One by one."""
+    """One by one: each pixel's ray meets the plane z = depth; the point is projected into the next camera."""
     path = camera_path(["orbit_left", "pull_right"], 5)
     H, W, depth = 6, 10, 1.3
     focal = W / 2 / math.tan(FOV / 2)
@@ -95,11 +124,13 @@ def test_flow_is_exact_for_every_pixel():
     for f in range(4):
         for row in range(H):
             for column in range(W):
-                ray = torch.tensor([(column + .5 - W / 2) / focal, (row + .5 - H / 2) / focal, 1.0], dtype=path.dtype)
+                ray = [(column + .5 - W / 2) / focal, (row + .5 - H / 2) / focal, 1.0]
+                ray = torch.tensor(ray, dtype=path.dtype)
                 direction = path[f, :3, :3] @ ray
                 point = path[f, :3, 3] + direction * (depth - path[f, 2, 3]) / direction[2]
                 x, y, z = torch.linalg.inv(path[f + 1, :3, :3]) @ (point - path[f + 1, :3, 3])
-                expected = torch.stack([x / z * focal + W / 2 - column - .5, y / z * focal + H / 2 - row - .5])
+                expected = [x / z * focal + W / 2 - column - .5, y / z * focal + H / 2 - row - .5]
+                expected = torch.stack(expected)
                 assert torch.allclose(flow[f, :, row, column].double(), expected, atol=1e-5)
 
 
@@ -107,24 +138,31 @@ def test_flow_directions_and_pixels_that_cannot_be_followed():
     for motion, sign in (("pan_left", 1), ("move_left", 1), ("pan_right", -1), ("move_right", -1)):
         assert (path_flow(camera_path([motion], 5), 8, 8)[:, 0] * sign > 0).all()
     grow = path_flow(camera_path(["push_in"], 5), 8, 8)
-    assert (grow[:, 0, :, 4:] > 0).all() and (grow[:, 0, :, :4] < 0).all() and (grow[:, 1, 4:] > 0).all()
+    assert (grow[:, 0, :, 4:] > 0).all()
+    assert (grow[:, 0, :, :4] < 0).all()
+    assert (grow[:, 1, 4:] > 0).all()
     assert path_flow(camera_path(["fixed"], 5), 8, 8).abs().max() == 0
     through = path_flow(camera_path(["push_in"], 3, strength=5.0), 8, 8)  # through the plane
-    assert through.isfinite().all() and (through[-1].abs() > 8).all()
+    assert through.isfinite().all()
+    assert (through[-1].abs() > 8).all()
+    assert path_flow(camera_path(["push_in"], 1), 8, 8).shape == (0, 2, 8, 8)
 
 
-# ---------------------------------------------------------------------------------------------------------- transport
+# -------------------------------------------------------------------------------------------------- transport
 
 def go_with_the_flow(flow, channels, generator):
     """Oracle: the published discrete transport, cell by cell. -> (channels, F, H, W)
 
-    Every source cell lands in the nearest target; targets nothing lands in copy the cell their negated flow points
-    to. A cell copied n times becomes value/sqrt(n) + zero-sum noise and gives each copy 1/n of its weight; values
-    that meet are added with their weights over the root of the weights' squared sum.
+    Every source cell lands in the nearest target; targets nothing lands in copy the cell their negated flow
+    points to. A cell copied n times becomes value/sqrt(n) + zero-sum noise and gives each copy 1/n of its
+    weight; values that meet are added with their weights over the root of the weights' squared sum.
     """
     H, W = flow.shape[2:]
-    draw = lambda: torch.randn(channels, generator=generator)  # noqa: E731
-    value = {(y, x): draw() for y in range(H) for x in range(W)}
+
+    def fresh():
+        return torch.randn(channels, generator=generator)
+
+    value = {(y, x): fresh() for y in range(H) for x in range(W)}
     weight = {cell: 1.0 for cell in value}
     frames = [value]
     for step in flow:
@@ -145,23 +183,30 @@ def go_with_the_flow(flow, channels, generator):
         arriving = {cell: [] for cell in value}
         for source, targets in owners.items():
             n = len(targets)
-            extra = [draw() for _ in targets] if n > 1 else [torch.zeros(channels)]
+            extra = [fresh() for _ in targets] if n > 1 else [torch.zeros(channels)]
             mean = sum(extra) / n
             for target, e in zip(targets, extra):
                 arriving[target].append((weight[source] / n, value[source] / math.sqrt(n) + e - mean))
-        value = {cell: sum(w * v for w, v in got) / math.sqrt(sum(w * w for w, _ in got)) if got else draw() for cell, got in arriving.items()}
-        weight = {cell: sum(w for w, _ in got) if got else 1.0 for cell, got in arriving.items()}
+        value, weight = {}, {}
+        for cell, got in arriving.items():
+            if got:
+                value[cell] = sum(w * v for w, v in got) / math.sqrt(sum(w * w for w, _ in got))
+                weight[cell] = sum(w for w, _ in got)
+            else:
+                value[cell] = fresh()
+                weight[cell] = 1.0
         average = sum(weight.values()) / len(weight)
         weight = {cell: w / average for cell, w in weight.items()}
         frames.append(value)
-    stacked = [torch.stack([torch.stack([frame[y, x] for x in range(W)], -1) for y in range(H)], -2) for frame in frames]
-    return torch.stack(stacked, 1)
+    cells = [frame[y, x] for frame in frames for y in range(H) for x in range(W)]
+    return torch.stack(cells, -1).view(channels, -1, H, W)
 
 
 def correlation_along_the_flow(noise, path, m):
-    """Mean correlation of the last frame's noise with frame 0's, looked up where the composed flow comes from.
+    """Mean correlation of the last frame's noise with frame 0's, looked up where it came from.
 
-    noise (K, F, H*m, W*m) -> reduced to (H, W) cells by averaging; frame 0 is read at the m-times finer resolution.
+    noise (K, F, H*m, W*m) -> reduced to (H, W) cells by averaging; frame 0 is read at the m-times finer
+    resolution.
     """
     K, F_, Hm, Wm = noise.shape
     back = path_flow(torch.stack([path[-1], path[0]]), Hm, Wm)[0]
@@ -169,7 +214,10 @@ def correlation_along_the_flow(noise, path, m):
     sx, sy = (x + back[0]).round().long(), (y + back[1]).round().long()
     seen = (sx >= 0) & (sx < Wm) & (sy >= 0) & (sy < Hm)
     start = noise[:, 0, sy.clamp(0, Hm - 1), sx.clamp(0, Wm - 1)]
-    cells = lambda z: z.reshape(K, Hm // m, m, Wm // m, m).mean((2, 4))  # noqa: E731
+
+    def cells(z):
+        return z.reshape(K, Hm // m, m, Wm // m, m).mean((2, 4))
+
     whole = cells(seen.float().expand(K, -1, -1)) == 1
     a, b = cells(noise[:, -1])[whole], cells(start)[whole]
     return float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt())
@@ -181,19 +229,25 @@ def test_transport_follows_the_flow_at_least_as_well_as_the_published_form(motio
     flow = path_flow(path, 8 * m, 8 * m)
     ours = transport_noise(flow, 24, generator=torch.Generator().manual_seed(0))[0]
     theirs = go_with_the_flow(flow, 24, torch.Generator().manual_seed(0))
-    got, published = (correlation_along_the_flow(z, path, m) for z in (ours, theirs))
+    got = correlation_along_the_flow(ours, path, m)
+    published = correlation_along_the_flow(theirs, path, m)
     assert got > .3 and got >= published, (got, published)
     for z in (ours, theirs):
-        assert z[:, -1].mean().abs() < 4 / math.sqrt(z[:, -1].numel()) and abs(z[:, -1].var() - 1) < .06
-    a, b = (z[:, -1].flatten().sort().values for z in (ours, theirs))  # one distribution: two-sample Kolmogorov-Smirnov
-    every, n = torch.cat([a, b]), len(a)
-    distance = (torch.searchsorted(a, every, right=True) - torch.searchsorted(b, every, right=True)).abs().max() / n
+        assert z[:, -1].mean().abs() < 4 / math.sqrt(z[:, -1].numel())
+        assert abs(z[:, -1].var() - 1) < .06
+    # one distribution: two-sample Kolmogorov-Smirnov
+    a, b = (z[:, -1].flatten().sort().values for z in (ours, theirs))
+    n = len(a)
+    every = torch.cat([a, b])
+    below = torch.searchsorted(a, every, right=True) - torch.searchsorted(b, every, right=True)
+    distance = below.abs().max() / n
     assert distance < math.sqrt(-math.log(.001 / 10 / 2) / n)
 
 
 def test_zero_flow_returns_the_same_noise_to_the_bit():
     noise = transport_noise(torch.zeros(4, 2, 5, 7), 3, samples=2, generator=torch.Generator().manual_seed(1))
-    assert noise.shape == (2, 3, 5, 5, 7) and all(torch.equal(noise[:, :, 0], noise[:, :, f]) for f in range(5))
+    assert noise.shape == (2, 3, 5, 5, 7)
+    assert all(torch.equal(noise[:, :, 0], noise[:, :, f]) for f in range(5))
 
 
 def test_whole_cell_shift_moves_values_exactly():
@@ -208,20 +262,28 @@ def test_slow_flow_is_not_rounded_away():
     flow[:, 0] = .2
     noise = transport_noise(flow, 64, generator=torch.Generator().manual_seed(2))[0]
     shifted = (noise[:, 20, :, 4:] * noise[:, 0, :, :-4]).mean()
-    assert shifted > .9 and (noise[:, 20] * noise[:, 0]).mean().abs() < .1
+    assert shifted > .9
+    assert (noise[:, 20] * noise[:, 0]).mean().abs() < .1
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_every_frame_is_white(motion):
-    """200 samples a motion, all latent frames: moments, neighbours in x, y, both diagonals, channels, and KS."""
-    noise = torch.cat([latent_noise(camera_path([motion], 9), 9, 12, 16, samples=25, channels=12, generator=torch.Generator().manual_seed(s))
-                       for s in range(8)])  # (200, 12, 3, 12, 16)
+    """200 samples a motion, all latent frames: moments, neighbours in x, y, diagonals and channels, and KS.
+    """
+    path = camera_path([motion], 9)
+    noise = []
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        noise.append(latent_noise(path, 9, 12, 16, samples=25, channels=12, generator=g))
+    noise = torch.cat(noise)  # (200, 12, 3, 12, 16)
     tests = 3 * len(MOTIONS)
     for z in noise.unbind(2):
         n = z.numel()
-        assert abs(z.mean()) < 4 / math.sqrt(n) and abs(z.var() - 1) < .01
+        assert abs(z.mean()) < 4 / math.sqrt(n)
+        assert abs(z.var() - 1) < .01
         assert abs(z.pow(4).mean() / z.square().mean() ** 2 - 3) < .05
-        pairs = [(z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :]), (z[..., 1:, 1:], z[..., :-1, :-1]),
+        pairs = [(z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :]),
+                 (z[..., 1:, 1:], z[..., :-1, :-1]),
                  (z[..., 1:, :-1], z[..., :-1, 1:]), (z[:, 1:], z[:, :-1])]
         assert all(abs((a * b).mean()) < .01 for a, b in pairs)
         ordered = torch.special.ndtr(z.flatten().double().sort().values)
@@ -231,7 +293,8 @@ def test_every_frame_is_white(motion):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, .1, .49, .51, 1.0, 3.0, 50.0, 1e6, 1e30]), st.integers(0, 9), st.booleans())
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, .1, .49, .51, 1.0, 3.0, 50.0, 1e6, 1e30]),
+       st.integers(0, 9), st.booleans())
 def test_any_flow_keeps_the_statistics(height, width, size, seed, collapse):
     g = torch.Generator().manual_seed(seed)
     flow = torch.randn(3, 2, height, width, generator=g) * size
@@ -240,13 +303,16 @@ def test_any_flow_keeps_the_statistics(height, width, size, seed, collapse):
         flow[1, 1] = -torch.arange(height).float()[:, None]
     noise = transport_noise(flow, 500, generator=g)
     assert noise.isfinite().all()
-    covariance = noise[0, :, -1].flatten(1).T @ noise[0, :, -1].flatten(1) / 500  # over channels, between cells
+    last = noise[0, :, -1].flatten(1)  # (500, cells)
+    covariance = last.T @ last / 500  # over channels, between cells
     assert (covariance - torch.eye(height * width)).abs().max() < 6 * math.sqrt(2 / 500)
 
 
 @pytest.mark.parametrize("flow, message", [
-    (torch.full((1, 2, 3, 3), math.nan), "NaN or infinite"), (torch.zeros(1, 3, 3, 3), "must be float \\(F-1, 2, H, W\\), got float32 \\(1, 3"),
-    (torch.zeros(2, 3, 3), "must be float"), (torch.zeros(1, 2, 3, 3, dtype=torch.long), "got int64")])
+    (torch.full((1, 2, 3, 3), math.nan), "NaN or infinite"),
+    (torch.zeros(1, 3, 3, 3), r"must be float \(F-1, 2, H, W\), got float32 \(1, 3"),
+    (torch.zeros(2, 3, 3), "must be float"),
+    (torch.zeros(1, 2, 3, 3, dtype=torch.long), "got int64")])
 def test_bad_flow_is_refused(flow, message):
     with pytest.raises(ValueError, match=message):
         transport_noise(flow, 4)
@@ -254,10 +320,17 @@ def test_bad_flow_is_refused(flow, message):
 
 def test_latent_noise_shape_seed_and_degradation():
     path = camera_path(["move_left"], 17)
-    make = lambda seed=0, **k: latent_noise(path, 17, 8, 8, samples=2, generator=torch.Generator().manual_seed(seed), **k)  # noqa: E731
-    clean, again, half, gone = make(), make(), make(degradation=.6), make(degradation=1.0)
-    assert clean.shape == (2, 16, 5, 8, 8) and torch.equal(clean, again) and not torch.equal(clean, make(1))
-    assert (clean * half).mean() == pytest.approx(.4 / math.hypot(.4, .6), abs=.03) and abs((clean * gone).mean()) < .03
+
+    def make(seed=0, degradation=0.0):
+        g = torch.Generator().manual_seed(seed)
+        return latent_noise(path, 17, 8, 8, samples=2, generator=g, degradation=degradation)
+
+    clean, half, gone = make(), make(degradation=.6), make(degradation=1.0)
+    assert clean.shape == (2, 16, 5, 8, 8)
+    assert torch.equal(clean, make())
+    assert not torch.equal(clean, make(1))
+    assert (clean * half).mean() == pytest.approx(.4 / math.hypot(.4, .6), abs=.03)
+    assert abs((clean * gone).mean()) < .03
     assert half.var() == pytest.approx(1, abs=.03)
     with pytest.raises(ValueError, match="17 poses for 21 frames"):
         latent_noise(path, 21, 8, 8)
@@ -266,13 +339,33 @@ def test_latent_noise_shape_seed_and_degradation():
 
 
 def test_picture(tmp_path, capsys):
-    assert main(["push in, then pan left", "--show", str(tmp_path / "a" / "b.png")]) == 0
-    assert (tmp_path / "a" / "b.png").stat().st_size > 10000 and "push_in, pan_left" in capsys.readouterr().out
+    for prompt, motions in (("push in, then pan left", "push_in, pan_left"), ("fixed", "fixed")):
+        file = tmp_path / motions / "b.png"
+        assert main([prompt, "--show", str(file)]) == 0
+        assert file.stat().st_size > 10000
+        assert motions in capsys.readouterr().out
+    assert main(["fixed", "--frames", "1", "--show", str(tmp_path / "c.png")]) == 2
+    assert "at least 2 frames" in capsys.readouterr().err
+    assert main(["fixed", "--frames", "0"]) == 2
+
+
+def test_drawn_paths_are_seen_from_above():
+    """A line a path through its x and z, and a legend of the labels."""
+    axes = Figure().subplots()
+    paths = {"asked": camera_path(["pull_left"], 5), "found": camera_path(["fixed"], 5).float()}
+    draw_paths(axes, paths)
+    for line, (label, path) in zip(axes.get_lines(), paths.items(), strict=True):
+        assert line.get_label() == label
+        assert torch.allclose(torch.tensor(line.get_xydata()), path[:, [0, 2], 3].double())
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["asked", "found"]
 
 
 def test_one_generator_a_sample_makes_samples_independent_of_their_company():
     path = camera_path(["orbit_left", "push_in"], 9)
-    make = lambda seeds: [torch.Generator().manual_seed(s) for s in seeds]  # noqa: E731
+
+    def make(seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
     group = latent_noise(path, 9, 6, 8, 3, make([5, 6, 7]), 4, .3)
     assert torch.equal(group[1:2], latent_noise(path, 9, 6, 8, 1, make([6]), 4, .3))
     assert torch.equal(group[:1], latent_noise(path, 9, 6, 8, 1, torch.Generator().manual_seed(5), 4, .3))
@@ -281,16 +374,20 @@ def test_one_generator_a_sample_makes_samples_independent_of_their_company():
 
 
 def test_released_push_moves_white_noise_towards_the_transported():
-    """Correlation with the blurred difference rises with every step, statistics stay, and after the last step nothing moves."""
-    path = camera_path(["pan_left"], 17)
-    moved, base = latent_noise(path, 17, 12, 16, 2, torch.Generator().manual_seed(0)), torch.randn(2, 16, 5, 12, 16, generator=torch.Generator().manual_seed(1))
-    push, x, seen = released_push(base, moved, steps=4), base, []
+    """Correlation with the blurred difference rises with every step, statistics stay; then nothing moves."""
+    moved = latent_noise(camera_path(["pan_left"], 17), 17, 12, 16, 2, torch.Generator().manual_seed(0))
+    base = torch.randn(2, 16, 5, 12, 16, generator=torch.Generator().manual_seed(1))
     low = torch.nn.functional.avg_pool2d((moved - base).flatten(0, 2)[:, None], 9, 1, 4).view_as(base)
+    push = released_push(base, moved, steps=4)
+    x = base
+    seen = []
     for i in range(4):
         x = push(x, i)
         seen.append(torch.corrcoef(torch.stack([x.flatten(), low.flatten()]))[0, 1].item())
-    assert seen == sorted(seen) and seen[-1] > seen[0] + .05
-    assert torch.allclose(x.mean((1, 2, 3, 4)), base.mean((1, 2, 3, 4)), atol=1e-4) and torch.allclose(x.std((1, 2, 3, 4)), base.std((1, 2, 3, 4)), rtol=1e-4)
+    assert seen == sorted(seen)
+    assert seen[-1] > seen[0] + .05
+    assert torch.allclose(x.mean((1, 2, 3, 4)), base.mean((1, 2, 3, 4)), atol=1e-4)
+    assert torch.allclose(x.std((1, 2, 3, 4)), base.std((1, 2, 3, 4)), rtol=1e-4)
     assert torch.equal(push(x, 4), x)
     with pytest.raises(ValueError, match="must both be"):
         released_push(base, moved[:, :3])

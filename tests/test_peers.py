@@ -51,7 +51,7 @@ def test_vae(config):
     ours = randomise(VAE(VAEConfig(**config)))
     theirs = diffusers.AutoencoderKLWan(**{k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}).eval()
     theirs.load_state_dict(ours.state_dict())
-    mean, std = ours._statistics("cpu")
+    mean, std = ours.statistics("cpu")
     with torch.no_grad():
         for frames, height, width in ((1, 16, 24), (5, 40, 8), (17, 24, 16), (33, 16, 8)):
             video = torch.rand(1, frames, 3, height, width)
@@ -176,10 +176,16 @@ def test_pipeline_with_the_shipped_tiny_model():
     assert pipeline_psnr(ROOT / "tiny" / "wan", prompt, 17, 64, 20, 2.0, 3.0) > 45
 
 
-# ------------------------------------------------------------------------------------------------- Depth Anything 3
+# --------------------------------------------------------------------------------------------- Depth Anything 3
+
+def drop_unused(state):
+    """A peer's tensors without those of the branches that ours leaves out."""
+    from depth_anything import UNUSED, checkpoint_key
+    return {name: tensor for name, tensor in state.items() if not UNUSED.match(checkpoint_key(name))}
+
 
 def da3_pair(size, monkeypatch):
-    """The package's network and ours with the same random weights: SMALL, or a cut-down GIANT (SwiGLU, Gaussian head)."""
+    """The package's network and ours, with the same random weights: SMALL, or a small GIANT."""
     pytest.importorskip("depth_anything_3", reason="needs: pip install --no-deps depth-anything-3")
     from omegaconf import OmegaConf
     from depth_anything_3.cfg import create_object, load_config
@@ -188,49 +194,56 @@ def da3_pair(size, monkeypatch):
     from test_depth_anything import randomise_da3
     configs = Path(dinov2.__file__).parents[2] / "configs"
     if size == "small":
-        theirs, config = create_object(load_config(str(configs / "da3-small.yaml"))), D.SIZES["da3-small"]
+        theirs = create_object(load_config(str(configs / "da3-small.yaml")))
+        config = D.SIZES["da3-small"]
     else:
-        monkeypatch.setattr(dinov2, "vit_giant2", lambda patch_size, **k: vision_transformer.DinoVisionTransformer(
-            patch_size=patch_size, embed_dim=96, depth=6, num_heads=4, mlp_ratio=4, **k))
+        def small_giant(patch_size, **options):
+            return vision_transformer.DinoVisionTransformer(
+                patch_size=patch_size, embed_dim=96, depth=6, num_heads=4, mlp_ratio=4, **options)
+
+        monkeypatch.setattr(dinov2, "vit_giant2", small_giant)
         c = OmegaConf.to_container(load_config(str(configs / "da3-giant.yaml")), resolve=True)
         c["net"].update(out_layers=[2, 3, 4, 5], alt_start=2, qknorm_start=2, rope_start=2)
         for head in ("head", "gs_head"):
             c[head].update(dim_in=192, features=32, out_channels=[16, 24, 32, 40])
-        c["cam_enc"]["dim_out"], c["cam_dec"]["dim_in"] = 96, 192
-        theirs, config = create_object(OmegaConf.create(c)), D.DA3Config(96, 6, 4, True, (2, 3, 4, 5), 2, 32, (16, 24, 32, 40), True)
+        c["cam_enc"]["dim_out"] = 96
+        c["cam_dec"]["dim_in"] = 192
+        theirs = create_object(OmegaConf.create(c))
+        config = D.DA3Config(96, 6, 4, True, (2, 3, 4, 5), 2, 32, (16, 24, 32, 40), True)
     ours = D.DepthAnything3(config).eval()
-    ours.load_state_dict(randomise_da3(theirs).state_dict())
+    ours.load_state_dict(drop_unused(randomise_da3(theirs).state_dict()))
     return ours, theirs.eval()
 
 
 @pytest.mark.parametrize("size", ["small", "giant"])
 def test_depth_anything(size, monkeypatch):
-    from depth_anything import invert, quaternion_to_matrix
+    """Depth, confidence, cameras and Gaussians of 1, 2, 5 and 8 views."""
     ours, theirs = da3_pair(size, monkeypatch)
     for V, H, W in ((1, 28, 42), (2, 56, 28), (5, 42, 70), (8, 28, 42)):
-        x, poses = torch.randn(V, 3, H, W), torch.eye(4).repeat(V, 1, 1)
-        poses[:, :3, :3], poses[:, :3, 3] = quaternion_to_matrix(torch.randn(V, 4)), torch.randn(V, 3)
-        K = torch.tensor([[40.0, 0, W / 2], [0, 45, H / 2], [0, 0, 1]]).repeat(V, 1, 1)
-        for known in (False, True):
-            with torch.no_grad():
-                a = ours.network(x, *((poses, K) if known else ()))
-                b = theirs(x[None], *((invert(poses)[None], K[None]) if known else ()), infer_gs=True)
-            pairs = [(a[0], b.depth), (a[1], b.depth_conf), (invert(a[2])[:, :3], b.extrinsics), (a[3], b.intrinsics)]
-            if size == "giant":
-                g, h = a[4], b.gaussians
-                pairs += [(g.means, h.means), (g.scales, h.scales), (g.rotations, h.rotations), (g.harmonics, h.harmonics), (g.opacities, h.opacities)]
-            assert all(relative(p, q[0]) < 1e-4 for p, q in pairs), (V, known, [relative(p, q[0]) for p, q in pairs])
-            if V > 1:
-                assert (a[2][1:] - a[2][:1]).abs().max() > 1e-3  # the poses do depend on the view
+        x = torch.randn(V, 3, H, W)
+        with torch.no_grad():
+            depth, confidence, pose, K, gaussians = ours.network(x)
+            peer = theirs(x[None], infer_gs=True)
+        world_to_camera = torch.linalg.inv(pose)[:, :3]
+        pairs = [(depth, peer.depth), (confidence, peer.depth_conf), (world_to_camera, peer.extrinsics),
+                 (K, peer.intrinsics)]
+        if size == "giant":
+            for field in ("means", "scales", "rotations", "harmonics", "opacities"):
+                pairs.append((getattr(gaussians, field), getattr(peer.gaussians, field)))
+        errors = [relative(a, b[0]) for a, b in pairs]
+        assert max(errors) < 1e-4, (V, errors)
+        if V > 1:
+            assert (pose[1:] - pose[:1]).abs().max() > 1e-3  # the poses do depend on the view
 
 
 def test_depth_anything_spherical_harmonics_rotation():
     pytest.importorskip("depth_anything_3")
-    from depth_anything import quaternion_to_matrix, rotate_sh
     from depth_anything_3.utils.sh_helpers import rotate_sh as theirs
-    R, sh = quaternion_to_matrix(torch.randn(50, 4)), torch.randn(50, 3, 9)
+    from splat import quaternion_to_matrix, rotate_sh
+    R = quaternion_to_matrix(torch.randn(50, 4))
+    harmonics = torch.randn(50, 3, 9)
     for band in (slice(1, 4), slice(4, 9)):
-        assert relative(rotate_sh(sh, R)[..., band], theirs(sh, R[:, None])[..., band]) < 1e-3
+        assert relative(rotate_sh(harmonics, R)[..., band], theirs(harmonics, R[:, None])[..., band]) < 1e-3
 
 
 def test_depth_anything_reference_view():
@@ -245,15 +258,24 @@ def test_depth_anything_reference_view():
 
 @pytest.mark.parametrize("size", ["da3-small", "da3-base", "da3-large", "da3-giant"])
 def test_depth_anything_names_and_shapes_at_full_size(size, monkeypatch):
+    """All of the published tensors but those of the branches left out, and no others."""
     pytest.importorskip("depth_anything_3")
     from depth_anything import SIZES, DepthAnything3
     from depth_anything_3 import cfg
-    linspace = torch.linspace  # the package reads numbers off one while it builds
-    monkeypatch.setattr(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
+    linspace = torch.linspace
+
+    def on_the_cpu(*values, **options):  # the package reads numbers off one while it builds
+        return linspace(*values, **{**options, "device": "cpu"})
+
+    monkeypatch.setattr(torch, "linspace", on_the_cpu)
+    config = Path(cfg.__file__).parent / "configs" / f"{size}.yaml"
     with torch.device("meta"):
         ours = DepthAnything3(SIZES[size])
-        theirs = cfg.create_object(cfg.load_config(str(Path(cfg.__file__).parent / "configs" / f"{size}.yaml")))
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+        theirs = cfg.create_object(cfg.load_config(str(config)))
+    published = {name: tensor.shape for name, tensor in drop_unused(theirs.state_dict()).items()}
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == published
+    left_out = theirs.state_dict().keys() - published.keys()
+    assert {name.split(".")[0] for name in left_out} == {"cam_enc", "head"}
 
 
 # ------------------------------------------------------------------------------------------------ gsplat's torch parts
@@ -265,15 +287,18 @@ def test_gsplat_projection_and_spherical_harmonics():
     g = scene(400, 2, (.2, 1))
     poses, K = cameras(3, 48, 64)
     covariances, _ = implementation._quat_scale_to_covar_preci(g.rotations, g.scales, True, False)
-    _, centres, depths, conics, _ = implementation._fully_fused_projection(g.means, covariances, torch.linalg.inv(poses), K, 64, 48, eps2d=.3, near_plane=.01)
+    _, centres, depths, conics, _ = implementation._fully_fused_projection(
+        g.means, covariances, torch.linalg.inv(poses), K, 64, 48, eps2d=.3, near_plane=.01)
     for v in range(3):
-        centre, z, (xx, xy, yy) = (lambda c, z, s: (c, z, s.unbind(1)))(*splat.project(g.means, g.scales, g.rotations, poses[v], K[v], 48, 64))
-        front = z > .1
+        centre, z, covariance = splat.project(g.means, g.scales, g.rotations, poses[v], K[v], 48, 64)
+        xx, xy, yy = covariance.unbind(1)
         det = xx * yy - xy * xy
         conic = torch.stack([yy, -xy, xx], 1) / det[:, None]
+        front = z > .1
         assert front.sum() > 100
         assert (z - depths[v])[front].abs().max() < 1e-5
-        assert relative(centre[front], centres[v][front]) < 1e-5 and relative(conic[front], conics[v][front]) < 1e-4
+        assert relative(centre[front], centres[v][front]) < 1e-5
+        assert relative(conic[front], conics[v][front]) < 1e-4
         directions = g.means - poses[v, :3, 3]
         theirs = (implementation._spherical_harmonics(2, directions, g.harmonics.mT) + .5).clamp_min(0)
         assert (splat.colour(g.harmonics, g.means, poses[v, :3, 3]) - theirs).abs().max() < 1e-5

@@ -8,80 +8,149 @@ import pytest
 from conftest import ROOT
 
 from noise_warp import MOTIONS, parse_motion
+from prompts import SPLITS, read_prompts
 
 ROWS = [json.loads(line) for line in (ROOT / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-CATEGORIES = {"natural landscapes", "urban and architectural", "micro and still life", "fantasy and surrealism", "artistic styles"}
-INTRA = {"push_in", "orbit_left", "orbit_right"}  # stay with the scene; the other single moves uncover a new part of it
+CATEGORIES = {"natural landscapes", "urban and architectural", "micro and still life",
+              "fantasy and surrealism", "artistic styles"}
+INTRA = {"push_in", "orbit_left", "orbit_right"}  # stay with the scene; other single moves uncover a new part
 
+
+# --------------------------------------------------------------------------------------------- reading a file
+
+@pytest.mark.parametrize("file", ["tiny/prompts.jsonl", "prompts.jsonl"])
+def test_shipped_files_hold_the_three_splits_and_share_no_prompt(file):
+    prompts = read_prompts(ROOT / file)
+    assert [len(prompts[split]) for split in SPLITS] == [3000, 500, 300]
+    assert not set(prompts["train"]) & set(prompts["test"])
+
+
+def test_plain_text_is_one_prompt_a_line_and_its_last_tenth_is_for_testing(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("push_in a hill\n\nCamera pan left. A lake.\n")
+    assert read_prompts(file) == dict(train=["push_in a hill"], dynamic=[], test=["Camera pan left. A lake."])
+    file.write_text("\n".join(f"hill {i}" for i in range(30)))
+    assert read_prompts(file)["test"] == ["hill 27", "hill 28", "hill 29"]
+    file.write_text("one hill")
+    assert read_prompts(file) == dict(train=["one hill"], dynamic=[], test=["one hill"])
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"prompt": "x"}\nnot json\n', "b.jsonl, line 2: not a JSON object with a prompt"),
+    ('{"prompt": "x"}\n[1]\n', "b.jsonl, line 2: not a JSON object with a prompt"),
+    ('{"scene": "x"}\n', "b.jsonl, line 1: no 'prompt'"),
+    ('{"prompt": "x"}\n{"prompt": " "}\n', "b.jsonl, line 2: it needs a non-empty prompt"),
+    ('{"prompt": "x", "split": "validation"}\n', "line 1: it needs .* a split of train, dynamic, test"),
+    ('{"prompt": "x", "split": "test"}\n', "b.jsonl holds no training prompt")])
+def test_a_line_that_cannot_be_used_is_named(text, message, tmp_path):
+    (tmp_path / "b.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "b.jsonl")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none.txt' cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+
+
+# ---------------------------------------------------------------------------------------- the shipped prompts
 
 def scene_words(row):
     return re.findall(r"[a-z']+", row["prompt"].lower().partition(".")[2])
 
 
+def rows_of(split):
+    return [row for row in ROWS if row["split"] == split]
+
+
+def trajectory(camera):
+    """The paper's kind of a camera path, from its words."""
+    if len(camera) > 1:
+        return "composite"
+    if camera == ["fixed"]:
+        return "static"
+    return "intra" if camera[0] in INTRA else "inter"
+
+
 def test_schema_and_ids():
-    assert len({r["id"] for r in ROWS}) == len({r["prompt"] for r in ROWS}) == len(ROWS)
-    for r in ROWS:
-        assert set(r) == {"id", "split", "prompt", "camera", "trajectory", "category"} | ({"motion"} if r["split"] == "dynamic" else set())
-        assert r["split"] in ("train", "dynamic", "test") and r["id"].startswith(r["split"]) and r["category"] in CATEGORIES
-        assert r["prompt"] == " ".join(r["prompt"].split())
+    assert len({row["id"] for row in ROWS}) == len({row["prompt"] for row in ROWS}) == len(ROWS)
+    for row in ROWS:
+        keys = {"id", "split", "prompt", "camera", "trajectory", "category"}
+        if row["split"] == "dynamic":
+            keys.add("motion")
+        assert set(row) == keys
+        assert row["split"] in SPLITS
+        assert row["id"].startswith(row["split"])
+        assert row["category"] in CATEGORIES
+        assert row["prompt"] == " ".join(row["prompt"].split())
 
 
 def test_camera_sentence_reads_back_and_the_scene_names_no_motion():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for r in ROWS:
-            assert parse_motion(r["prompt"]) == r["camera"], r["id"]
-            assert re.match(r"(the )?camera\b", r["prompt"].lower()), r["id"]
-            assert parse_motion(r["prompt"].partition(".")[2]) == ["fixed"], r["id"]
-            kind = "composite" if len(r["camera"]) > 1 else "static" if r["camera"] == ["fixed"] else "intra" if r["camera"][0] in INTRA else "inter"
-            assert r["trajectory"] == kind, r["id"]
+        for row in ROWS:
+            assert parse_motion(row["prompt"]) == row["camera"], row["id"]
+            assert re.match(r"(the )?camera\b", row["prompt"].lower()), row["id"]
+            assert parse_motion(row["prompt"].partition(".")[2]) == ["fixed"], row["id"]
+            assert row["trajectory"] == trajectory(row["camera"]), row["id"]
 
 
-def test_length():
-    assert all(25 <= len(scene_words(r)) <= 60 for r in ROWS)
+def test_scenes_are_of_25_to_60_words():
+    assert all(25 <= len(scene_words(row)) <= 60 for row in ROWS)
 
 
 def nearest(rows, others=None):
-    """Jaccard similarity of each row's longer words with its nearest neighbour's."""
-    content = [{w for w in scene_words(r) if len(w) > 3} for r in rows]
-    pool = content if others is None else [{w for w in scene_words(r) if len(w) > 3} for r in others]
+    """Jaccard similarity of each row's longer words with its nearest neighbour's, sorted. others: where to
+    look; without, among the rows themselves."""
+    def content(rows):
+        return [{word for word in scene_words(row) if len(word) > 3} for row in rows]
+
+    own = content(rows)
+    pool = own if others is None else content(others)
     holders = collections.defaultdict(list)
     for j, words in enumerate(pool):
-        for w in words:
-            holders[w].append(j)
+        for word in words:
+            holders[word].append(j)
     found = []
-    for i, words in enumerate(content):
-        shared = collections.Counter(j for w in words for j in holders[w] if others is not None or j != i)
-        found.append(max((n / len(words | pool[j]) for j, n in shared.most_common(50)), default=0.0))
+    for i, words in enumerate(own):
+        shared = collections.Counter(j for word in words for j in holders[word])
+        if others is None:
+            del shared[i]
+        likeness = [count / len(words | pool[j]) for j, count in shared.most_common(50)]
+        found.append(max(likeness, default=0.0))
     return sorted(found)
 
 
 def test_diversity_of_train():
-    train = [r for r in ROWS if r["split"] == "train"]
+    train = rows_of("train")
     random.Random(0).shuffle(train)
-    tokens = [w for r in train for w in scene_words(r)][:20_000]
+    tokens = [word for row in train for word in scene_words(row)][:20_000]
     pairs = list(zip(tokens, tokens[1:]))
-    assert len(set(pairs)) / len(pairs) >= .80 and len(set(tokens)) >= 4500
+    assert len(set(pairs)) / len(pairs) >= .80
+    assert len(set(tokens)) >= 4500
     likeness = nearest(train)
-    assert likeness[len(likeness) // 2] <= .15 and likeness[int(.95 * len(likeness))] <= .25
+    assert likeness[len(likeness) // 2] <= .15
+    assert likeness[int(.95 * len(likeness))] <= .25
 
 
 def test_test_prompts_share_no_scene_with_train():
-    assert nearest([r for r in ROWS if r["split"] == "test"], [r for r in ROWS if r["split"] == "train"])[-1] < .25
+    assert nearest(rows_of("test"), rows_of("train"))[-1] < .25
 
 
 @pytest.mark.parametrize("split, count", [("train", 3000), ("dynamic", 500), ("test", 300)])
 def test_counts_and_balance(split, count):
-    rows = [r for r in ROWS if r["split"] == split]
-    categories, kinds = (collections.Counter(r[name] for r in rows) for name in ("category", "trajectory"))
-    assert len(rows) == count and len(categories) == 5
+    rows = rows_of(split)
+    assert len(rows) == count
+    categories = collections.Counter(row["category"] for row in rows)
+    assert len(categories) == 5
     assert all(abs(n - count / 5) <= .05 * count / 5 for n in categories.values()), categories
+    kinds = collections.Counter(row["trajectory"] for row in rows)
     for kind, share in dict(intra=.4, inter=.3, composite=.2, static=.1).items():
         assert abs(kinds[kind] / count - share) <= .02, kinds
-    assert {m for r in rows for m in r["camera"]} == set(MOTIONS)
+    assert {motion for row in rows for motion in row["camera"]} == set(MOTIONS)
 
 
 def test_no_opening_is_repeated():
     """No four first words of a scene more than six times in 3,800."""
-    openings = collections.Counter(" ".join(scene_words(r)[:4]) for r in ROWS)
+    openings = collections.Counter(" ".join(scene_words(row)[:4]) for row in ROWS)
     assert openings.most_common(1)[0][1] <= 6, openings.most_common(5)

@@ -2,31 +2,45 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import splat
-from depth_anything import Gaussians, quaternion_to_matrix, sh_basis
-from splat import render
+from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh, sh_basis
+
+FIELDS = ("means", "scales", "rotations", "harmonics", "opacities")
 
 
 def scene(n, seed=0, opacity=(0.0, 1.0), dtype=torch.float32):
+    """n random Gaussians in front of and around the cameras of `cameras`."""
     g = torch.Generator().manual_seed(seed)
-    r = lambda *s: torch.rand(*s, generator=g, dtype=dtype)  # noqa: E731
-    means = torch.stack([r(n) * 3 - 1.5, r(n) * 3 - 1.5, r(n) * 4 - .5], 1)
-    return Gaussians(means, r(n, 3) * .2 + .01, torch.nn.functional.normalize(torch.randn(n, 4, generator=g, dtype=dtype), dim=1),
-                     torch.randn(n, 3, 9, generator=g, dtype=dtype) * .4, r(n) * (opacity[1] - opacity[0]) + opacity[0])
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=g, dtype=dtype)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=dtype)
+
+    means = torch.stack([uniform(n) * 3 - 1.5, uniform(n) * 3 - 1.5, uniform(n) * 4 - .5], 1)
+    scales = uniform(n, 3) * .2 + .01
+    rotations = F.normalize(normal(n, 4), dim=1)
+    harmonics = normal(n, 3, 9) * .4
+    opacities = uniform(n) * (opacity[1] - opacity[0]) + opacity[0]
+    return Gaussians(means, scales, rotations, harmonics, opacities)
 
 
 def cameras(V, H, W):
+    """V turning cameras a little apart -> camera-to-world (V, 4, 4), intrinsics (V, 3, 3)."""
     poses = torch.eye(4).repeat(V, 1, 1)
     for v in range(V):
         poses[v, :3, :3] = quaternion_to_matrix(torch.tensor([.05 * v, -.1 * v, .02, 1.0]))
         poses[v, :3, 3] = torch.tensor([.1 * v, 0, -1.0])
-    return poses, torch.tensor([[.9 * W, 0, .48 * W], [0, .8 * W, .53 * H], [0, 0, 1]]).repeat(V, 1, 1)
+    K = torch.tensor([[.9 * W, 0, .48 * W], [0, .8 * W, .53 * H], [0, 0, 1]])
+    return poses, K.repeat(V, 1, 1)
 
 
 def oracle(g, pose, K, H, W):
     """Every Gaussian at every pixel, one by one, in float64, straight from the 3DGS equations."""
-    g = Gaussians(*(getattr(g, f).double() for f in ("means", "scales", "rotations", "harmonics", "opacities")))
+    g = Gaussians(*(getattr(g, field).double() for field in FIELDS))
     pose, K = pose.double(), K.double()
     R, t = pose[:3, :3].T, -pose[:3, :3].T @ pose[:3, 3]
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
@@ -40,9 +54,10 @@ def oracle(g, pose, K, H, W):
         J = torch.tensor([[fx / z, 0, -fx * u / z], [0, fy / z, -fy * v / z]], dtype=torch.float64)
         M = quaternion_to_matrix(g.rotations[i][[1, 2, 3, 0]]) @ torch.diag(g.scales[i])
         conic = torch.linalg.inv(J @ R @ M @ M.T @ R.T @ J.T + .3 * torch.eye(2, dtype=torch.float64))
-        direction = torch.nn.functional.normalize(g.means[i] - pose[:3, 3], dim=0)
+        direction = F.normalize(g.means[i] - pose[:3, 3], dim=0)
         colour = (g.harmonics[i] @ sh_basis(direction)[:g.harmonics.shape[-1]] + .5).clamp_min(0)
-        items.append((float(z), torch.stack([fx * x / z + cx, fy * y / z + cy]), conic, colour, g.opacities[i]))
+        centre = torch.stack([fx * x / z + cx, fy * y / z + cy])
+        items.append((float(z), centre, conic, colour, g.opacities[i]))
     items.sort(key=lambda item: item[0])
     rgb, depth, alpha = torch.zeros(3, H, W), torch.zeros(H, W), torch.zeros(H, W)
     for row in range(H):
@@ -56,12 +71,28 @@ def oracle(g, pose, K, H, W):
                 if T * (1 - a) <= 1e-4:
                     break
                 c, d, T = c + T * a * colour, d + T * a * z, T * (1 - a)
-            rgb[:, row, column], alpha[row, column] = c, 1 - T
+            rgb[:, row, column] = c
+            alpha[row, column] = 1 - T
             depth[row, column] = d / max(1 - T, 1e-10)
     return rgb, depth, alpha
 
 
-@pytest.mark.parametrize("n, opacity, max_pairs", [(60, (0, 1), 10 ** 6), (60, (.9, 1), 500), (40, (0, .05), 1), (1, (.7, .8), 10 ** 6)])
+def test_quaternions_and_spherical_harmonics_rotate():
+    """There and back is the same rotation; turned coefficients at d are the old ones at R^T d."""
+    q = F.normalize(torch.randn(200, 4, dtype=torch.float64), dim=-1)
+    nearly = torch.tensor([[1.0, 1e-9, 0, 0], [0, 1, 0, 1e-9]])
+    q = torch.cat([q, torch.eye(4, dtype=q.dtype), nearly])
+    R = quaternion_to_matrix(q)
+    assert torch.allclose(quaternion_to_matrix(matrix_to_quaternion(R)), R, atol=1e-9)
+    harmonics = torch.randn(200, 3, 9, dtype=torch.float64)
+    directions = F.normalize(torch.randn(200, 3, dtype=torch.float64), dim=-1)
+    turned = torch.einsum("vcn,vn->vc", rotate_sh(harmonics, R[:200]), sh_basis(directions))
+    back = torch.einsum("vij,vi->vj", R[:200], directions)  # R^T d
+    assert torch.allclose(turned, torch.einsum("vcn,vn->vc", harmonics, sh_basis(back)), atol=1e-9)
+
+
+@pytest.mark.parametrize("n, opacity, max_pairs", [
+    (60, (0, 1), 10 ** 6), (60, (.9, 1), 500), (40, (0, .05), 1), (1, (.7, .8), 10 ** 6)])
 def test_against_a_brute_force_oracle(n, opacity, max_pairs):
     g = scene(n, n, opacity)
     poses, K = cameras(2, 9, 12)
@@ -77,12 +108,18 @@ def test_memory_bound_does_not_change_the_picture(monkeypatch):
     g = scene(300, 3)
     poses, K = cameras(1, 40, 40)
     whole = render(g, poses, K, 40, 40)
-    sizes = []
+    sizes = []  # of every chunk: pairs, Gaussians
     composite = splat._composite
-    monkeypatch.setattr(splat, "_composite", lambda s, f, low, shape, *a: (sizes.append((int(shape.prod(1).sum()), len(s))), composite(s, f, low, shape, *a))[1])
+
+    def counting(splats, features, low, shape, *rest):
+        sizes.append((int(shape.prod(1).sum()), len(splats)))
+        return composite(splats, features, low, shape, *rest)
+
+    monkeypatch.setattr(splat, "_composite", counting)
     for a, b in zip(render(g, poses, K, 40, 40, max_pairs=5000), whole):
         assert torch.allclose(a, b, atol=1e-5)
-    assert len(sizes) > 3 and all(pairs <= 5000 or count == 1 for pairs, count in sizes)
+    assert len(sizes) > 3
+    assert all(pairs <= 5000 or count == 1 for pairs, count in sizes)
     sizes.clear()
     workers = min(2, torch.get_num_threads())  # which share the bound
     render(g, poses.repeat(2, 1, 1), K.repeat(2, 1, 1), 40, 40, max_pairs=5000)
@@ -90,10 +127,13 @@ def test_memory_bound_does_not_change_the_picture(monkeypatch):
 
 
 def test_many_views_are_the_views_and_leave_the_threads_as_they_were():
-    g, (poses, K) = scene(100, 3), cameras(5, 12, 16)
-    threads, together = torch.get_num_threads(), render(g, poses, K, 12, 16)
+    g = scene(100, 3)
+    poses, K = cameras(5, 12, 16)
+    threads = torch.get_num_threads()
+    together = render(g, poses, K, 12, 16)
     for i in range(5):
-        assert all(torch.equal(a[i], b[0]) for a, b in zip(together, render(g, poses[i:i + 1], K[i:i + 1], 12, 16)))
+        alone = render(g, poses[i:i + 1], K[i:i + 1], 12, 16)
+        assert all(torch.equal(a[i], b[0]) for a, b in zip(together, alone))
     g.means.requires_grad_(True)
     assert render(g, poses, K, 12, 16)[0].requires_grad
     with torch.no_grad():
@@ -104,12 +144,15 @@ def test_many_views_are_the_views_and_leave_the_threads_as_they_were():
 
 
 def one(mean, scale=.05, opacity=.8, colour=(1.0, 0, 0)):
-    sh = ((torch.tensor(colour) - .5) / .28209479177387814).view(1, 3, 1)
-    return Gaussians(torch.tensor([mean]), torch.full((1, 3), scale), torch.tensor([[1.0, 0, 0, 0]]), sh, torch.tensor([opacity]))
+    """One round Gaussian of one colour."""
+    harmonics = ((torch.tensor(colour) - .5) / .28209479177387814).view(1, 3, 1)
+    unturned = torch.tensor([[1.0, 0, 0, 0]])
+    return Gaussians(torch.tensor([mean]), torch.full((1, 3), scale), unturned, harmonics,
+                     torch.tensor([opacity]))
 
 
-def join(*gs):
-    return Gaussians(*(torch.cat([getattr(g, f) for g in gs]) for f in ("means", "scales", "rotations", "harmonics", "opacities")))
+def join(*scenes):
+    return Gaussians(*(torch.cat([getattr(g, field) for g in scenes]) for field in FIELDS))
 
 
 POSE, CAMERA = torch.eye(4)[None], torch.tensor([[[20.0, 0, 7.5], [0, 20, 7.5], [0, 0, 1]]])
@@ -119,48 +162,60 @@ def test_one_gaussian_on_the_axis():
     rgb, depth, alpha = render(one([0.0, 0, 2]), POSE, CAMERA, 15, 15)
     variance = (20 * .05 / 2) ** 2 + .3
     for offset in range(3):
-        assert alpha[0, 7, 7 + offset] == pytest.approx(.8 * math.exp(-offset ** 2 / 2 / variance), rel=1e-5)
-    assert depth[0, 7, 7] == pytest.approx(2.0) and rgb[0, :, 7, 7].tolist() == pytest.approx([.8, 0, 0], abs=1e-6)
-    assert torch.allclose(alpha[0], alpha[0].T, atol=1e-6) and alpha[0, 0, 0] == 0
+        expected = .8 * math.exp(-offset ** 2 / 2 / variance)
+        assert alpha[0, 7, 7 + offset] == pytest.approx(expected, rel=1e-5)
+    assert depth[0, 7, 7] == pytest.approx(2.0)
+    assert rgb[0, :, 7, 7].tolist() == pytest.approx([.8, 0, 0], abs=1e-6)
+    assert torch.allclose(alpha[0], alpha[0].T, atol=1e-6)
+    assert alpha[0, 0, 0] == 0
 
 
 def test_two_overlapping_composite_front_to_back_whatever_their_order():
-    near, far = one([0.0, 0, 2], colour=(1.0, 0, 0)), one([0.0, 0, 4], opacity=.5, colour=(0.0, 1, 0))
+    near = one([0.0, 0, 2], colour=(1.0, 0, 0))
+    far = one([0.0, 0, 4], opacity=.5, colour=(0.0, 1, 0))
     for g in (join(near, far), join(far, near)):
         rgb, depth, alpha = render(g, POSE, CAMERA, 15, 15)
         assert rgb[0, :, 7, 7].tolist() == pytest.approx([.8, .2 * .5, 0], abs=1e-6)
-        assert alpha[0, 7, 7] == pytest.approx(.9) and depth[0, 7, 7] == pytest.approx((.8 * 2 + .1 * 4) / .9)
+        assert alpha[0, 7, 7] == pytest.approx(.9)
+        assert depth[0, 7, 7] == pytest.approx((.8 * 2 + .1 * 4) / .9)
 
 
 def test_behind_the_camera_and_too_faint_show_nothing():
     for g in (one([0.0, 0, -2]), one([0.0, 0, .005]), one([0.0, 0, 2], opacity=1 / 256)):
         assert all(x.abs().max() == 0 for x in render(g, POSE, CAMERA, 15, 15))
-    assert render(one([0.0, 0, 2], opacity=1 / 254), POSE, CAMERA, 15, 15)[2].max() == pytest.approx(1 / 254)
+    _, _, alpha = render(one([0.0, 0, 2], opacity=1 / 254), POSE, CAMERA, 15, 15)
+    assert alpha.max() == pytest.approx(1 / 254)
 
 
 def test_alpha_is_capped_and_closed_pixels_take_no_more():
     _, _, alpha = render(one([0.0, 0, 2], opacity=1.0), POSE, CAMERA, 15, 15)
     assert alpha.max() == pytest.approx(.999)
-    stack = join(*(one([0.0, 0, 2 + i], opacity=1.0, colour=(float(i == 0), float(i == 1), 0.0)) for i in range(3)))
-    rgb, _, alpha = render(stack, POSE, CAMERA, 15, 15)  # the second would close the pixel (1e-6 <= 1e-4): it is left out
-    assert rgb[0, :, 7, 7].tolist() == pytest.approx([.999, 0, 0]) and alpha[0, 7, 7] == pytest.approx(.999)
+    # the second would close the pixel (1e-6 <= 1e-4): it is left out
+    colours = ((1.0, 0, 0), (0.0, 1, 0), (0.0, 0, 0))
+    stack = join(*(one([0.0, 0, 2 + i], opacity=1.0, colour=colour) for i, colour in enumerate(colours)))
+    rgb, _, alpha = render(stack, POSE, CAMERA, 15, 15)
+    assert rgb[0, :, 7, 7].tolist() == pytest.approx([.999, 0, 0])
+    assert alpha[0, 7, 7] == pytest.approx(.999)
 
 
 def test_one_covering_the_screen():
     _, depth, alpha = render(one([0.0, 0, 2], scale=50.0, opacity=.6), POSE, CAMERA, 15, 15)
-    assert torch.allclose(alpha, torch.tensor(.6), atol=3e-4) and torch.allclose(depth, torch.tensor(2.0), atol=1e-5)
+    assert torch.allclose(alpha, torch.tensor(.6), atol=3e-4)
+    assert torch.allclose(depth, torch.tensor(2.0), atol=1e-5)
 
 
 def test_gradients():
+    """Of every Gaussian parameter, against finite differences in float64."""
     g = scene(6, 5, (.3, .8), torch.float64)
     pose, K = cameras(1, 5, 6)
-    names = ("means", "scales", "rotations", "harmonics", "opacities")
 
-    def f(*values):
-        rgb, depth, alpha = splat._view(Gaussians(**dict(zip(names, values))), pose[0].double(), K[0].double(), 5, 6, 10 ** 6)
+    def rendered(*values):
+        view = splat._view(Gaussians(*values), pose[0].double(), K[0].double(), 5, 6, 10 ** 6)
+        rgb, depth, alpha = view
         return rgb, depth * alpha
 
-    assert torch.autograd.gradcheck(f, tuple(getattr(g, n).requires_grad_() for n in names), eps=1e-6, atol=1e-5, nondet_tol=1e-9)
+    values = tuple(getattr(g, field).requires_grad_() for field in FIELDS)
+    assert torch.autograd.gradcheck(rendered, values, eps=1e-6, atol=1e-5, nondet_tol=1e-9)
 
 
 def test_stable_order_beyond_sixteen_bits():

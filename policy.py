@@ -1,0 +1,191 @@
+"""The policy: Wan2.1 with what is trained of it, its reference, its optimiser and its averaged weights.
+
+    policy = Policy(c, processes)                  # c: train.Config
+    policy.velocity(prompt)(x, sigma)              # v of the model in training
+    policy.velocity(prompt, reference=True)        # of the model before training, for the KL
+    loss.backward(); policy.collect_gradients()    # after each group
+    norm = policy.sum_gradients()                  # over processes, clipped
+    policy.step(lr)
+
+Processes: gradients of replicated weights are summed in float64, in one all-reduce per optimiser step: what
+DDP does, without hooks that need a backward pass from a process whose groups may all be masked, and without
+the order of the sum showing in the weights. With --parallel fsdp, FSDP2 shards the frozen weights block by
+block and LoRA stays replicated; with --full the trained weights are sharded as well. Left out: pipeline and
+sequence parallelism.
+"""
+
+import contextlib
+import copy
+import functools
+
+import torch
+import torch.distributed.tensor
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+
+from lora import add_lora, lora_off, lora_weights, merge_lora
+from model import load_wan
+from sample import generator, guided_velocity
+from weights import written_whole
+
+
+class Policy:
+    """.wan the model; .trained {name: parameter}; .average {name: averaged weights}; .sharded whether
+    .trained is."""
+
+    def __init__(self, c, processes):
+        self.c, self.processes = c, processes
+        self.wan = load_wan(c.model, processes.device, getattr(torch, c.dtype))
+        dit = self.wan.dit
+        self.base = merge_lora(dit, c.lora) if c.lora else {}  # the adapter that training starts from
+
+        # what is trained, and the reference that the KL compares with: the model without LoRA, or a frozen
+        # copy
+        self.reference_dit = None
+        if c.full:
+            dit.float()
+            if c.kl:
+                self.reference_dit = copy.deepcopy(dit).requires_grad_(False)
+            dit.requires_grad_(True)
+        else:
+            add_lora(dit, c.lora_rank, c.lora_alpha, generator(c.seed, "lora"))
+
+        # what makes it fit and fast
+        dit.checkpointing = c.checkpointing
+        if c.parallel == "fsdp" and processes.world > 1:
+            shard(dit)
+            if self.reference_dit is not None:
+                shard(self.reference_dit)
+        if c.compile:
+            for block in dit.blocks:
+                block.compile()
+
+        self.trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+        self.sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.trained.values())
+        self.optimiser = torch.optim.AdamW(self.trained.values(), lr=c.lr, betas=(c.beta1, c.beta2),
+                                           weight_decay=c.weight_decay, eps=1e-8)
+        for p in self.trained.values():  # from the start, so that a checkpoint always has the same tensors
+            self.optimiser.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
+                                           exp_avg_sq=torch.zeros_like(p))
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.sums = {}
+        if not self.sharded:
+            self.sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.trained.items()}
+        # a step asks for each prompt's embedding many times
+        self.embedding = functools.lru_cache(c.groups + 1)(lambda prompt: self.wan.encode_text([prompt]))
+
+    # ---------------------------------------------------------------------------------------------- the model
+
+    def velocity(self, prompt, reference=False):
+        """-> velocity(x, sigma) for videos of one prompt, c.batch at a time. reference: of the untouched
+        model."""
+        c, wan = self.c, self.wan
+        if reference and self.reference_dit is not None:
+            wan = copy.copy(wan)
+            wan.dit = self.reference_dit
+        text, negative = self.embedding(prompt), None
+        if c.guidance != 1:
+            negative = self.embedding("")
+
+        @functools.cache
+        def velocity_of(count):
+            repeated = None if negative is None else negative.expand(count, -1, -1)
+            return guided_velocity(wan, text.expand(count, -1, -1), repeated, c.guidance)
+
+        def velocity(x, sigma):
+            parts = x.split(min(len(x), c.batch or len(x)))
+            return torch.cat([velocity_of(len(part))(part, sigma) for part in parts])
+
+        return velocity
+
+    def untouched(self):
+        """with policy.untouched(): the model as it was before training (a frozen copy is used with
+        --full)."""
+        return contextlib.nullcontext() if self.c.full else lora_off(self.wan.dit)
+
+    # ------------------------------------------------------------------------------------------------ updates
+
+    def collect_gradients(self):
+        """Moves a group's gradients into float64 sums: then neither the order of the groups nor the processes
+        they ran on shows in the float32 gradient, which Adam would magnify. (Sharded gradients are summed by
+        FSDP, in float32.)"""
+        if self.sharded:
+            return
+        for name, p in self.trained.items():
+            if p.grad is not None:
+                self.sums[name] += p.grad
+                p.grad = None
+
+    def sum_gradients(self):
+        """Sums gradients over processes and clips them. -> their norm, the same on every process or an
+        error."""
+        if not self.sharded:
+            self.processes.add(list(self.sums.values()))
+        for name, p in self.trained.items():
+            if not self.sharded:
+                p.grad = self.sums[name].to(p.dtype)
+                self.sums[name].zero_()
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.c.grad_clip)
+        norm = float(norm.full_tensor() if self.sharded else norm)
+        if len(set(self.processes.gather(norm))) > 1:
+            raise RuntimeError("gradients differ between processes; a collective was skipped or reordered")
+        return norm
+
+    def step(self, lr):
+        self.optimiser.param_groups[0]["lr"] = lr
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def follow(self, step):
+        """Every ema_every steps the averaged weights move towards the trained ones."""
+        if (step + 1) % self.c.ema_every == 0:
+            for name, p in self.trained.items():
+                self.average[name].lerp_(p, 1 - self.c.ema_decay)
+
+    # -------------------------------------------------------------------------------- averaged weights, files
+
+    @torch.no_grad()
+    def set_weights(self, values):
+        for name, p in self.trained.items():
+            p.copy_(values[name])
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """with policy.averaged(): the model at its averaged weights."""
+        live = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.set_weights(self.average)
+        try:
+            yield
+        finally:
+            self.set_weights(live)
+
+    def state(self):
+        """The whole training state as {name: tensor}, for torch.distributed.checkpoint."""
+        out = {}
+        for name, p in self.trained.items():
+            out[f"model.{name}"] = p.detach()
+            out[f"average.{name}"] = self.average[name]
+            out |= {f"adam.{key}.{name}": value for key, value in self.optimiser.state[p].items()}
+        return out
+
+    def export(self, folder):
+        """Writes the averaged LoRA for Diffusers (lora.safetensors) and ComfyUI (lora_comfyui.safetensors),
+        rank 0 alone."""
+        if self.c.full or self.processes.rank:
+            return
+        for name, layout in (("lora", "diffusers"), ("lora_comfyui", "original")):
+            with written_whole(folder / f"{name}.safetensors") as part:
+                tensors = lora_weights(self.wan.dit, self.average, layout, self.base)
+                save_file(tensors, part, metadata={"format": "pt"})
+
+
+def shard(dit):
+    """FSDP2, one unit a block: frozen or fully trained weights are sharded, LoRA matrices stay whole on every
+    process."""
+    lora = {p for name, p in dit.named_parameters() if "lora_" in name}
+    for block in dit.blocks:
+        fully_shard(block, ignored_params=lora)
+    fully_shard(dit, ignored_params=lora)

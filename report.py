@@ -1,0 +1,627 @@
+"""Pages to look at: the report of a training run, and a blind pairwise study.
+
+    python report.py run runs/tiny                       writes runs/tiny/report.html, self-contained
+    python report.py study --a DIR --b DIR --out study   writes study/page/ to give out; study_key.json stays
+    python report.py score answers/*.json --out study    prints win rates and agreement of downloaded answers
+
+The report holds the training's curves, test prompts before and after with re-renders, meta-views and camera
+paths, and the tables of the results folders inside the run (python eval.py metrics --out runs/NAME/...). The
+study shows videos of the same name from two folders side by side without saying which is which, as in the
+paper's user study.
+
+Plain HTML, CSS and a little script: both work from a file, without network, in light and dark, by keyboard.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import imageio.v3 as iio
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from eval import interval, table
+from noise_warp import camera_path, draw_paths, parse_motion
+from prompts import read_prompts
+from rewards import TERMS, Rewards, paths_in_depths
+from sample import as_bytes, read_video, write_video
+from weights import read_json, write_json, write_text
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: #1b1f24; --soft: #5c6670; --paper: #fbfaf7; --line: #d8d5cc; --focus: #2563a8;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e6e1; --soft: #a2a8ae; --paper: #16181b; --line: #3a3e44; --focus: #7db4ee }
+}
+* { box-sizing: border-box }
+body {
+  margin: 0 auto; padding: 1.2rem; max-width: 70rem;
+  font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+}
+h1 { font-size: 1.6rem }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
+p.note, figcaption { color: var(--soft); font-size: .88rem }
+figure { margin: 0 }
+video, img {
+  width: 100%; display: block; image-rendering: pixelated;
+  border: 1px solid var(--line); background: #000;
+}
+svg { width: 100%; height: auto }
+svg text { fill: var(--soft) !important }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
+.pair { display: grid; gap: .5rem; margin: 1rem 0; grid-template-columns: 1fr 1fr }
+.four { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
+fieldset { border: 1px solid var(--line); border-radius: .4rem; margin: .8rem 0; padding: .6rem 1rem }
+label { display: inline-block; padding: .3rem 1.2rem .3rem 0; cursor: pointer }
+button {
+  font: inherit; padding: .5rem 1.1rem; border: 1px solid var(--ink); border-radius: .4rem;
+  background: none; color: inherit; cursor: pointer;
+}
+button:disabled { opacity: .4; cursor: default }
+:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+{body}
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def write_page(file, title, body, script):
+    write_text(file, PAGE.format(title=html.escape(title), style=STYLE, body=body, script=script))
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+GREY = "#808080"  # of axes and frames: legible on a light page and on a dark one
+CHART_STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "axes.titlesize": 10,
+    "text.color": GREY, "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY,
+    "ytick.color": GREY, "legend.framealpha": 0,
+    "axes.prop_cycle": matplotlib.cycler(color=["#3f87c9", "#d0663f"]),
+}
+
+
+def inline_svg(draw, description, size):
+    """A matplotlib drawing as SVG inside the page. draw(axes) draws it; size: width and height in inches."""
+    with matplotlib.rc_context(CHART_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        out = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata would name web addresses
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = out.getvalue()
+    picture = text[text.index("<svg"):]  # without the XML prologue
+    return picture.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+
+
+def draw_series(axes, title, steps, series, spread=None, dynamic_steps=()):
+    """Curves over training steps on a matplotlib Axes; a missing value (None) is a gap.
+
+    series: {label: values}. spread: half-widths of a band around the first. dynamic_steps: those to shade.
+    """
+    axes.set_title(title, loc="left")
+    axes.grid(axis="y", alpha=.25)
+    if dynamic_steps:
+        bars = [(step - .5, 1) for step in dynamic_steps]  # from, width
+        whole_height = axes.get_xaxis_transform()
+        axes.broken_barh(bars, (0, 1), transform=whole_height, color=GREY, alpha=.2, linewidth=0)
+    for label, values in series.items():
+        axes.plot(steps, np.array(values, dtype=float), linewidth=1.2, label=label)
+    if spread:
+        middle, width = np.array(next(iter(series.values())), dtype=float), np.array(spread, dtype=float)
+        axes.fill_between(steps, middle - width, middle + width, alpha=.25, linewidth=0)
+    if len(series) > 1:
+        axes.legend()
+
+
+def chart(title, steps, series, spread=None, dynamic_steps=()):
+    """`draw_series` as a figure of the page; nothing where no value is known."""
+    if all(value is None for values in series.values() for value in values):
+        return ""
+
+    def draw(axes):
+        draw_series(axes, title, steps, series, spread, dynamic_steps)
+
+    picture = inline_svg(draw, f"{title}: {', '.join(series)} over {len(steps)} steps", (4.2, 2.0))
+    return f"<figure>{picture}</figure>"
+
+
+def inline(data, kind):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def inline_video(path):
+    source = inline(Path(path).read_bytes(), "video/mp4")
+    return f'<video src="{source}" muted loop playsinline preload="auto" tabindex="0"></video>'
+
+
+def inline_image(image, description):
+    """An image (3, H, W) in [0, 1]."""
+    source = inline(iio.imwrite("<bytes>", as_bytes(image), extension=".png"), "image/png")
+    return f'<img src="{source}" alt="{html.escape(description)}">'
+
+
+def figure(content, caption):
+    return f"<figure>\n{content}\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
+
+
+def html_table(head, rows):
+    """Cells of text -> a table that scrolls sideways on a narrow screen."""
+    lines = []
+    for tag, cells in [("th", head), *(("td", row) for row in rows)]:
+        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>")
+    body = "\n".join(lines)
+    return f'<div class="scroll">\n<table>\n{body}\n</table>\n</div>'
+
+
+# --------------------------------------------------------------------------------------------- a run's report
+
+PLAY = """
+const videos = [...document.querySelectorAll('video')], button = document.getElementById('play');
+
+function playAll(play) {
+  for (const video of videos) {
+    if (play) { video.currentTime = 0; video.play() } else video.pause();
+  }
+  button.textContent = play ? 'Pause all' : 'Play all';
+  button.setAttribute('aria-pressed', play);
+}
+
+if (button) {
+  button.onclick = () => playAll(button.getAttribute('aria-pressed') !== 'true');
+  for (const video of videos) {
+    video.addEventListener('keydown', event => {
+      if (event.key !== ' ' && event.key !== 'Enter') return;
+      event.preventDefault();
+      if (video.paused) video.play(); else video.pause();
+    });
+  }
+  // the videos of one prompt run together, after the first of them
+  for (const example of document.querySelectorAll('.step')) {
+    const [first, ...others] = example.querySelectorAll('video');
+    if (first) first.addEventListener('timeupdate', () => {
+      for (const video of others) {
+        if (Math.abs(video.currentTime - first.currentTime) > .15) video.currentTime = first.currentTime;
+      }
+    });
+  }
+  if (!matchMedia('(prefers-reduced-motion: reduce)').matches) playAll(true);
+}
+"""
+
+
+def training_charts(rows):
+    """Charts of metrics.jsonl: the reward and its terms with their spread in a group, and the updates."""
+    steps = [row["step"] for row in rows]
+    dynamic_steps = [row["step"] for row in rows if row["phase"] == "dynamic"]
+
+    def column(name):
+        return [row.get(name) for row in rows]
+
+    # the rewards; where the band has no width, a group's videos are alike and nothing is learnt from them
+    charts = []
+    labels = {"total": "total reward"} | {name: term.label for name, term in TERMS.items()}
+    for name, label in labels.items():
+        charts.append(chart(label, steps, {name: column(name)}, column(f"{name}_std"), dynamic_steps))
+    # what is watched beside them
+    for title, series in (
+        ("motion magnitude (% of width a frame)", {"motion": column("motion")}),
+        ("ratio: mean and largest", {"mean": column("ratio"), "largest": column("ratio_max")}),
+        ("share of ratios clipped", {"clipped": column("clipped")}),
+        ("KL to the untouched model", {"KL": column("kl")}),
+        ("gradient norm", {"norm": [row["grad"][0] for row in rows]}),
+    ):
+        charts.append(chart(title, steps, series, dynamic_steps=dynamic_steps))
+    return '<div class="grid">\n' + "\n".join(charts) + "\n</div>"
+
+
+def evaluation_table(rows):
+    """eval.jsonl: mean scores of the fixed test prompts during training."""
+    names = [name for name in rows[0] if name != "step"]
+    cells = []
+    for row in rows:
+        values = ["" if row[name] is None else f"{row[name]:.4f}" for name in names]
+        cells.append([str(row["step"]), *values])
+    return html_table(["step", *names], cells)
+
+
+def examples(run, config, count=6):
+    """The first test prompts before and after training, from the same noise."""
+    # the first and the last evaluation that training has left
+    folders = [folder for folder in run.glob("eval/*") if folder.is_dir()]
+    folders.sort(key=lambda folder: int(folder.name))  # named by their step
+    if len(folders) < 2:
+        return '<p class="note">No two evaluations yet: nothing to compare.</p>'
+    before, after = folders[0], folders[-1]
+    # scored again, with the training's judges: they show what they see
+    prompts = read_prompts(config["prompts"])["test"]
+    names = ("depth_anything", "critic", "preference", "lpips", "views", "frames_seen")
+    judges = {name: config[name] for name in names}
+    rewards = Rewards(**judges, alpha=config["traj_alpha"], beta=config["traj_beta"])
+
+    sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
+    number = min(count, len(list(before.glob("*.mp4"))))
+    for i in tqdm(range(number), desc="report", unit="prompt"):
+        name = f"{i:02d}.mp4"
+        sections += [
+            f'<section class="step">\n<h3>{html.escape(prompts[i])}</h3>',
+            example(before / name, "before", prompts[i], rewards),
+            example(after / name, f"after {int(after.name)} steps", prompts[i], rewards),
+            "</section>"]
+    return "\n".join(sections)
+
+
+def example(file, label, prompt, rewards):
+    """One video with its scores, and what its judges saw: re-render, meta-view, camera path."""
+    video, fps = read_video(file)
+    clip = rewards.score(video, prompt, camera_path(parse_motion(prompt), len(video)))
+    scores = ", ".join(f"{term.label} {clip.scores[name]:.3f}" for name, term in TERMS.items())
+    figures = [figure(inline_video(file), f"{label}: {scores}")]
+    # what a judge could not make is left out
+    if clip.rerender is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            rerender = Path(scratch) / "rerender.mp4"
+            slower = fps * len(clip.rerender) / len(video)  # fewer frames in the same time
+            write_video(rerender, clip.rerender, slower)
+            figures.append(figure(inline_video(rerender), "re-render"))
+    if clip.meta_views is not None:
+        figures.append(figure(inline_image(clip.meta_views[0], "meta-view"), "meta-view"))
+    if clip.reconstruction is not None:
+        requested, found = paths_in_depths(clip.path, clip.reconstruction)
+
+        def draw(axes):
+            draw_paths(axes, {"asked": requested, "found": found})
+
+        picture = inline_svg(draw, "camera path, asked and found", (2.6, 2.6))
+        figures.append(figure(picture, "camera path from above"))
+    return '<div class="pair four">\n' + "\n".join(figures) + "\n</div>"
+
+
+def html_tables(markdown):
+    """The Markdown of `eval.table` as HTML: its titles, tables and paragraphs."""
+    blocks = []
+    for block in markdown.split("\n\n"):
+        lines = block.splitlines()
+        if block.startswith("**"):
+            blocks.append(f"<h3>{html.escape(block.strip('*'))}</h3>")
+        elif block.startswith("|"):
+            head, _, *rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines]
+            blocks.append(html_table(head, rows))
+        else:
+            blocks.append(f'<p class="note">{html.escape(block)}</p>')
+    return "\n".join(blocks)
+
+
+def about_run(config, steps):
+    """A sentence on what was trained, and how to read the page."""
+    models = " + ".join(Path(config[name]).name for name in ("model", "lora") if config.get(name))
+    lpips = "a random trunk, a stand-in" if config["lpips"] == "random" else "AlexNet"
+    return (f"{steps} steps of {config['groups']} groups of {config['members']} videos, {config['frames']} "
+            f"frames of {config['height']}x{config['width']}, model {models}, seed {config['seed']}. "
+            f"LPIPS: {lpips}. Bands: mean standard deviation inside a group. Shaded: dynamic phases.")
+
+
+def report(run):
+    """A training run's folder -> its report.html."""
+    # what train.py has written
+    if not (run / "metrics.jsonl").exists():
+        raise ValueError(f"{run} holds no metrics.jsonl; give a training run's folder")
+    rows = read_lines(run / "metrics.jsonl")
+    if not rows:
+        raise ValueError(f"{run}/metrics.jsonl is empty; let the run make a step first")
+    config = read_json(run / "config.json")
+
+    # from the run as a whole to single videos
+    body = [f"<h1>{html.escape(config['name'])}</h1>",
+            f'<p class="note">{html.escape(about_run(config, len(rows)))}</p>']
+    if (run / "eval.jsonl").exists():
+        body += ["<h2>Fixed test prompts</h2>", evaluation_table(read_lines(run / "eval.jsonl"))]
+    body += ["<h2>Training</h2>", training_charts(rows)]
+    body += ["<h2>Before and after</h2>", examples(run, config)]
+    # results folders inside the run
+    results = {file.parent.name: file.parent for file in sorted(run.glob("*/summary.json"))}
+    if results:
+        body += ["<h2>Results</h2>", html_tables(table(results))]
+    write_page(run / "report.html", config["name"], "\n".join(body), PLAY)
+    print(run / "report.html")
+
+
+# ------------------------------------------------------------------------------------------------ blind study
+
+QUESTIONS = {
+    "geometry": "In which video do walls, floor and objects keep their shape and place better "
+                "as the camera moves?",
+    "camera": "Which video's camera moves more as the text asks?",
+    "overall": "Which video do you prefer overall?",
+}
+
+STUDY = """<h1 id="heading" tabindex="-1">Two videos of one text</h1>
+<p id="progress" class="note" aria-live="polite"></p>
+<main id="trial">
+<p id="prompt"></p>
+<div class="pair">
+<figure>
+<video id="left" muted loop playsinline aria-label="left video"></video>
+<figcaption>left</figcaption>
+</figure>
+<figure>
+<video id="right" muted loop playsinline aria-label="right video"></video>
+<figcaption>right</figcaption>
+</figure>
+</div>
+<p><button id="again">Play both again</button></p>
+{questions}
+<p><button id="next" disabled>Next pair</button></p>
+</main>
+<section id="done" hidden>
+<p>Your answers are kept in this browser. Download them and send the file to whoever asked you.</p>
+<p><button id="download">Download answers</button></p>
+</section>"""
+
+QUESTION = """<fieldset>
+<legend>{text}</legend>
+<label><input type="radio" name="{name}" value="left"> left</label>
+<label><input type="radio" name="{name}" value="same"> same</label>
+<label><input type="radio" name="{name}" value="right"> right</label>
+</fieldset>"""
+
+STUDY_SCRIPT = """
+const DATA = {data};
+const store = 'study-' + DATA.study;
+const $ = id => document.getElementById(id);
+let state = JSON.parse(localStorage.getItem(store) || 'null');
+if (!state) {
+  // a new participant: own order of pairs, own sides
+  const bytes = [...crypto.getRandomValues(new Uint8Array(8))];
+  const order = shuffled(DATA.pairs.map((pair, i) => i)).map(i => ({ pair: i, sides: shuffled([0, 1]) }));
+  state = { participant: bytes.map(b => b.toString(16).padStart(2, '0')).join(''), order, answers: [] };
+  save();
+}
+
+function shuffled(list) {
+  for (let i = list.length - 1; i > 0; i--) {
+    const j = crypto.getRandomValues(new Uint32Array(1))[0] % (i + 1);
+    [list[i], list[j]] = [list[j], list[i]];
+  }
+  return list;
+}
+
+function save() { localStorage.setItem(store, JSON.stringify(state)) }
+
+function current() {
+  const { pair, sides } = state.order[state.answers.length];
+  const { prompt, videos } = DATA.pairs[pair];
+  return { pair, prompt, left: videos[sides[0]], right: videos[sides[1]] };
+}
+
+function chosen() {
+  const value = name => (document.querySelector('input[name=' + name + ']:checked') || {}).value;
+  return Object.fromEntries(DATA.questions.map(name => [name, value(name)]));
+}
+
+function show() {
+  const n = state.answers.length, all = state.order.length, done = n >= all;
+  $('trial').hidden = done;
+  $('done').hidden = !done;
+  $('progress').textContent = done ? 'Finished: ' + n + ' pairs' : 'Pair ' + (n + 1) + ' of ' + all;
+  if (done) {
+    $('heading').textContent = 'Thank you';
+  } else {
+    const trial = current();
+    $('prompt').textContent = trial.prompt;
+    for (const side of ['left', 'right']) {
+      $(side).src = trial[side];
+      $(side).load();
+      $(side).play().catch(() => {});
+    }
+    for (const radio of document.querySelectorAll('input[type=radio]')) radio.checked = false;
+    $('next').disabled = true;
+  }
+  $('heading').focus();
+}
+
+document.addEventListener('change', () => {
+  $('next').disabled = Object.values(chosen()).some(value => !value);
+});
+
+$('again').onclick = () => {
+  for (const side of ['left', 'right']) { $(side).currentTime = 0; $(side).play() }
+};
+
+$('next').onclick = () => {
+  const { pair, left, right } = current();
+  state.answers.push({ pair, left, right, ...chosen() });
+  save();
+  show();
+};
+
+$('download').onclick = () => {
+  const answers = { study: DATA.study, participant: state.participant, answers: state.answers };
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(answers, null, 1)], { type: 'application/json' }));
+  link.download = 'answers_' + state.participant + '.json';
+  link.click();
+};
+
+show();
+"""
+
+
+def prompts_of(folder):
+    """{video name: prompt} where the videos come from `eval.py metrics`, else nothing."""
+    prompts = {}
+    for file in (folder.parent / "metrics.jsonl", folder / "metrics.jsonl"):
+        if file.exists():
+            prompts |= {row["video"]: row["prompt"] for row in read_lines(file)}
+    return prompts
+
+
+def make_study(a, b, out, seed):
+    """Writes OUT/page, whose file names say nothing of the side, and OUT/study_key.json, which does."""
+    # the videos that both have
+    names = sorted({file.name for file in a.glob("*.mp4")} & {file.name for file in b.glob("*.mp4")})
+    if not names:
+        raise ValueError(f"{a} and {b} share no mp4 of the same name")
+    page = out / "page"
+    page.mkdir(parents=True, exist_ok=True)
+    prompts = prompts_of(a)
+
+    # every video under a random name, pairs and sides in random order
+    rng = random.Random(f"study/{seed}")
+    pairs, sides = [], {}
+    for name in names:
+        videos = []
+        for side, folder in (("a", a), ("b", b)):
+            hidden = "".join(rng.choices("0123456789abcdef", k=16)) + ".mp4"
+            shutil.copyfile(folder / name, page / hidden)
+            sides[hidden] = side
+            videos.append(hidden)
+        rng.shuffle(videos)
+        pairs.append(dict(prompt=prompts.get(Path(name).stem) or "(no text given)", videos=videos))
+    rng.shuffle(pairs)
+
+    # a participant's answers name this very set of files
+    identity = hashlib.sha256(json.dumps(sides, sort_keys=True).encode()).hexdigest()[:12]
+    questions = [QUESTION.format(name=name, text=html.escape(text)) for name, text in QUESTIONS.items()]
+    data = json.dumps(dict(study=identity, pairs=pairs, questions=list(QUESTIONS)))
+    data = data.replace("</", "<\\/")  # a prompt must not end the script
+    write_page(page / "index.html", "Which video?", STUDY.format(questions="\n".join(questions)),
+               STUDY_SCRIPT.replace("{data}", data))
+    write_json(out / "study_key.json", dict(study=identity, a=str(a), b=str(b), videos=sides))
+    print(f"{len(pairs)} pairs: give out the folder {page} (open index.html); keep {out / 'study_key.json'}")
+
+
+def read_answers(file, key):
+    """A participant's downloaded answers -> [{"pair": i, question: "a" | "b" | "tie"}]."""
+    try:
+        participant = json.loads(Path(file).read_text())
+        if participant["study"] != key["study"]:
+            raise ValueError("it belongs to another study")
+        rows = []
+        for answer in participant["answers"]:
+            row = dict(pair=answer["pair"])
+            for question in QUESTIONS:
+                choice = answer[question]  # left | right | same
+                row[question] = "tie" if choice == "same" else key["videos"][answer[choice]]
+            rows.append(row)
+        return rows
+    except (KeyError, ValueError, TypeError) as e:
+        raise ValueError(f"{file} cannot be scored ({e})") from None
+
+
+def score_study(files, out):
+    """Prints win rates of b over a with intervals over participants, and how far participants agree."""
+    if not (out / "study_key.json").exists():
+        raise ValueError(f"{out} holds no study_key.json; give the --out that the study was made with")
+    # who has answered
+    key = read_json(out / "study_key.json")
+    people = [rows for rows in (read_answers(file, key) for file in files) if rows]
+    if not people:
+        raise ValueError("there is no answer in these files; participants download theirs when they finish")
+    print(f"{len(people)} participants, {sum(map(len, people))} answers; "
+          f"share that prefers b = {key['b']} over a = {key['a']}, ties half")
+    # how often b wins, and whether people agree on where it does
+    for question in QUESTIONS:
+        rate, low, high = win_rate(people, question)
+        by_pair = {}
+        for rows in people:
+            for row in rows:
+                by_pair.setdefault(row["pair"], Counter())[row[question]] += 1
+        kappa = fleiss_kappa(by_pair.values())
+        agreement = "needs two answers a pair" if kappa is None else f"{kappa:.2f}"
+        print(f"{question:9} {rate:.3f} [{low:.3f}, {high:.3f}]  Fleiss' kappa {agreement}")
+
+
+def win_rate(people, question):
+    """Share of answers that prefer b, ties half, each participant counting the same -> (rate, low, high)."""
+    worth = {"a": 0.0, "tie": .5, "b": 1.0}
+    rates = []
+    for rows in people:
+        rates.append(np.mean([worth[row[question]] for row in rows]))
+    return interval(rates)
+
+
+def fleiss_kappa(items):
+    """Agreement of raters beyond chance (Fleiss 1971), at most 1. items: a Counter of answers for each item.
+
+    One with a single rater is left out. None if no other is left; 1 where everyone always says the same.
+    """
+    items = [item for item in items if item.total() > 1]
+    if not items:
+        return None
+    # share of pairs of raters of one item that agree
+    answers = sum(item.total() for item in items)
+    agreeing = sum(sum(n * (n - 1) for n in item.values()) / (item.total() - 1) for item in items)
+    observed = agreeing / answers
+    # the same if everyone answered at random, in these shares
+    shares = [sum(item[choice] for item in items) / answers for choice in set().union(*items)]
+    chance = sum(share ** 2 for share in shares)
+    if chance > 1 - 1e-12:
+        return 1.0
+    return (observed - chance) / (1 - chance)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+def main(argv=None):
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run", help="one self-contained page of a training run")
+    run_parser.add_argument("run", type=Path, help="its folder")
+    study_parser = commands.add_parser("study", help="a blind pairwise study page")
+    study_parser.add_argument("--a", type=Path, required=True, help="folder of mp4s")
+    study_parser.add_argument("--b", type=Path, required=True, help="folder of mp4s of the same names")
+    study_parser.add_argument("--seed", type=int, default=0)
+    score_parser = commands.add_parser("score", help="the study's results")
+    score_parser.add_argument("answers", type=Path, nargs="+", help="files that participants have downloaded")
+    for command in (study_parser, score_parser):
+        command.add_argument("--out", type=Path, default=Path("study"), help="the study's folder")
+    a = parser.parse_args(argv)
+    try:
+        if a.command == "run":
+            report(a.run)
+        elif a.command == "study":
+            make_study(a.a, a.b, a.out, a.seed)
+        else:
+            score_study(a.answers, a.out)
+    except (ValueError, OSError) as e:
+        print(f"report.py: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

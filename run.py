@@ -1,0 +1,256 @@
+"""A run's machine room: processes, the run's folder, checkpoints, the clock and the log. No word of the
+method here.
+
+runs/NAME/ holds config.json, metrics.jsonl (one line a step; what a clock or the machine decides is under
+"machine"), eval.jsonl, eval/, checkpoints/ and, at every evaluation and at the end, lora.safetensors. A run
+goes on from its newest whole checkpoint when it is started again, on any number of processes.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from weights import write_json, write_text
+
+# -------------------------------------------------------------------------------------------------- processes
+
+class Processes:
+    """The process group, or a single process: rank, world, device."""
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        cuda = device.startswith("cuda")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            # torchrun's own store outlives a restart, and addresses of the dead are in it: each start has its
+            # prefix
+            store, *_ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+
+    def gather(self, value):
+        """[value of rank 0, of rank 1, ...] on every rank."""
+        if self.world == 1:
+            return [value]
+        out = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+    def wait(self):
+        """Until every process has come here."""
+        self.gather(None)
+
+    def add(self, tensors):
+        """Sums tensors over the ranks in place, in one flat all-reduce."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------- the run's folder
+
+# what may be another on resuming
+MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every"}
+
+
+def open_run(c, processes):
+    """Makes runs/NAME, or finds it with the same configuration. -> its folder."""
+    folder = Path(c.runs) / c.name
+    may_change = MAY_CHANGE
+    if c.decay:  # which depends on the run's length
+        may_change = MAY_CHANGE - {"total_steps"}
+    now = dataclasses.asdict(c)
+    if (folder / "config.json").exists():
+        before = json.loads((folder / "config.json").read_text())
+        for name in now:
+            if name not in may_change and before.get(name) != now[name]:
+                was, wanted, option = before.get(name), now[name], name
+                if name == "weights":
+                    option = next(term for term in wanted if (was or {}).get(term) != wanted[term])
+                    was, wanted = (was or {}).get(option), wanted[option]
+                option = option.replace("_", "-")
+                raise ValueError(f"{folder} was started with --{option} {was}, not {wanted}; "
+                                 "choose another --name, or keep its settings")
+    processes.wait()
+    if processes.rank == 0:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", now)
+    return folder
+
+
+def append_line(file, row):
+    with open(file, "a") as f:
+        f.write(json.dumps(row) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def drop_lines(file, steps):
+    """Drops the lines of steps that are to be done again, and a half-written last line."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] < steps:
+                kept.append(line + "\n")
+    write_text(file, "".join(kept))
+
+
+def wandb_log(c, folder):
+    """-> log(row) to Weights & Biases."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the wandb package: pip install wandb") from None
+    run = wandb.init(project="nanoworld-r1", name=c.name, id=c.name, resume="allow", dir=folder,
+                     config=dataclasses.asdict(c))
+
+    def log(row):
+        run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+
+    return log
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def digest(file):
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save_checkpoint(policy, folder, step):
+    """folder/step_N, N steps done: written under another name, checksummed, then renamed; only then are old
+    ones deleted."""
+    c, processes = policy.c, policy.processes
+    final = folder / f"step_{step:06d}"
+    part = folder / f".part_{step:06d}"
+    if processes.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    processes.wait()  # until the folder is there
+    try:
+        dcp.save(policy.state(), checkpoint_id=part, no_dist=processes.world == 1)
+    except (OSError, dcp.CheckpointException) as e:
+        errors = [str(x) for x in (*getattr(e, "failures", {}).values(), e)]
+        reason = next((text for text in errors if text), type(e).__name__).splitlines()[0]
+        raise RuntimeError(f"the checkpoint after step {step} could not be written to {folder} ({reason}); "
+                           "older ones are untouched") from None
+    processes.wait()  # until all files are written
+    if processes.rank == 0:
+        digests = {f.name: digest(f) for f in sorted(part.iterdir())}
+        write_json(part / "manifest.json", dict(step=step, files=digests))
+        for f in part.iterdir():
+            with open(f, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-c.keep]:
+            shutil.rmtree(old)
+
+
+def is_whole(checkpoint):
+    """Whether every file of a checkpoint is as it was written; says which is not."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            if digest(checkpoint / name) != expected:
+                raise ValueError(f"{name} is damaged")
+        return True
+    except (OSError, ValueError, KeyError) as e:
+        print(f"train.py: checkpoint {checkpoint} is refused ({e}); going back to the one before",
+              file=sys.stderr)
+        return False
+
+
+def load_checkpoint(policy, folder):
+    """Loads the newest whole checkpoint in place. -> steps done, 0 if there is none."""
+    found = None
+    if policy.processes.rank == 0:
+        newest_first = sorted(folder.glob("step_*"), reverse=True)
+        found = next((str(path) for path in newest_first if is_whole(path)), None)
+    found = policy.processes.gather(found)[0]
+    if found is None:
+        return 0
+    dcp.load(policy.state(), checkpoint_id=found, no_dist=policy.processes.world == 1)
+    return int(found.rsplit("_", 1)[1])
+
+
+# -------------------------------------------------------------------------------------- the clock and the log
+
+class Clock:
+    """Seconds by phase of a step; lap(phase) books the time since the last lap."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.last = time.monotonic()
+
+    def lap(self, phase):
+        now = time.monotonic()
+        self.seconds[phase] = round(now - self.last, 3)
+        self.last = now
+
+
+def mean_of(values):
+    """Mean of the finite values, None without any (JSON has no NaN)."""
+    values = [v for v in values if math.isfinite(v)]
+    return sum(values) / len(values) if values else None
+
+
+def spread_in_groups(values):
+    """values (groups, G) -> mean over groups of the standard deviation inside the group, masked samples left
+    out."""
+    known = [row[~row.isnan()] for row in values]
+    return mean_of([float(row.std(correction=0)) for row in known if len(row)])
+
+
+def metrics_row(c, step, dynamic, groups, terms, A, notes, norms, processes, clock):
+    """One line of metrics.jsonl, the same on every process.
+
+    groups: all the step's, without videos; terms {name: (groups x G,)}; A (groups x G,) advantages; notes:
+    this process's statistics of transitions; norms: of the gradients, one an update.
+    """
+    gathered = processes.gather((notes, clock.seconds))
+    notes = [note for others, _ in gathered for note in others]
+    row = dict(step=step, phase="dynamic" if dynamic else "main", prompts=[group.index for group in groups])
+    for name, values in terms.items():
+        row[name] = mean_of(values.tolist())
+        row[f"{name}_std"] = spread_in_groups(values.view(c.groups, -1))
+    row["advantage_abs"], row["advantage_max"] = A.abs().mean().item(), A.max().item()
+    row["flat_groups"] = int((A.view(c.groups, -1) == 0).all(1).sum())
+    row["masked"] = int(terms["total"].isnan().sum())
+    row["motion"] = mean_of([m for group in groups for m in group.motion])
+    for name in ("ratio", "clipped", "kl", "loss"):
+        row[name] = mean_of([note[name] for note in notes])
+    row["ratio_max"] = max(note["ratio_max"] for note in notes)
+    row["grad"] = norms
+    if processes.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = {phase: max(others[phase] for _, others in gathered) for phase in clock.seconds}
+    row["machine"] = dict(seconds=seconds, peak_bytes=peak, processes=processes.world)
+    return row

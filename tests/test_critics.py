@@ -1,0 +1,166 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from critics import (CRITIC_PROMPT, Critic, Preference, as_pictures, digit_score, load_lpips, lpips_distance,
+                     published_instruction)
+
+
+def pictures(n, size=64, seed=0):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------- the vision-language critic
+
+@pytest.fixture(scope="module")
+def critic(twins):
+    return Critic(twins / "qwen3_vl")
+
+
+def test_critic_batched_equals_single(critic):
+    x = pictures(4)
+    x[1] = 0
+    batched = critic(x)
+    assert batched.shape == (4, 10)
+    assert torch.allclose(batched.sum(1), torch.ones(4), atol=1e-6)
+    for i in range(4):
+        assert (critic(x[i:i + 1])[0] - batched[i]).abs().max() < 1e-6
+    assert (batched[0] - batched[1]).abs().max() > 1e-5
+
+
+def test_critic_reads_the_digits_of_its_tokenizer(critic):
+    """The probabilities are the softmax over the ten digits' logits of the full forward pass."""
+    tokenizer = critic.processor.tokenizer
+    batch = critic.inputs(as_pictures(pictures(1)))
+    with torch.no_grad():
+        logits = critic.model(**batch).logits[0, -1]
+    ids = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
+    assert len(set(ids)) == 10
+    assert tokenizer.unk_token_id not in ids
+    assert (critic(pictures(1))[0] - logits[ids].softmax(0)).abs().max() < 1e-6
+    text = tokenizer.decode(batch["input_ids"][0])
+    assert tokenizer.unk_token not in text
+    assert "float in the air" in text
+    assert "0" in CRITIC_PROMPT
+
+
+def test_digit_score_is_the_expectation_over_nine():
+    assert digit_score(torch.eye(10)[9]) == 1
+    assert digit_score(torch.eye(10)[0]) == 0
+    assert digit_score(torch.full((10,), .1)) == pytest.approx(.5)
+
+
+def test_critic_without_single_digit_tokens_is_refused(twins, tmp_path):
+    folder = shutil.copytree(twins / "qwen3_vl", tmp_path / "critic")
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    for digit in "37":
+        tokenizer["model"]["vocab"].pop(digit)  # both are now the unknown word
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="digit"):
+        Critic(folder)
+
+
+# --------------------------------------------------------------------------------------- the preference model
+
+@pytest.fixture(scope="module")
+def judge(twins):
+    return Preference(twins / "hpsv3")
+
+
+def published_scores(folder, judge, images, prompts, dtype):
+    """The published scoring, written out with transformers' own generation class: plain positions on all
+    three axes, the head at the <|Reward|> token, and rotary frequencies rounded to bfloat16 where the model
+    is."""
+    import transformers
+    head, body = {}, {}
+    for name, tensor in load_file(folder / "HPSv3.safetensors").items():
+        if name.startswith("rm_head."):
+            head[name.removeprefix("rm_head.")] = tensor
+        elif name.startswith("visual."):
+            body["model." + name] = tensor
+        else:
+            body[name.replace("model.", "model.language_model.", 1)] = tensor
+    config = transformers.Qwen2VLConfig.from_pretrained(folder)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    missing, unexpected = model.load_state_dict(body, strict=False)
+    assert not unexpected
+    assert missing == ["lm_head.weight"]
+    model.to(dtype)
+
+    scores = []
+    for image, prompt in zip(images, prompts):
+        batch = judge.inputs(as_pictures(image[None]), [prompt])
+        length = batch["input_ids"].shape[1]
+        positions = torch.arange(length).expand(3, 1, length)
+        with torch.no_grad():
+            hidden = model.model(**batch, position_ids=positions).last_hidden_state[0]  # (L, width)
+        at = batch["input_ids"][0].tolist().index(judge.reward_id)
+        y = torch.relu(hidden[at].float() @ head["0.weight"].T + head["0.bias"])
+        y = torch.relu(y @ head["3.weight"].T + head["3.bias"])
+        y = y @ head["5.weight"].T + head["5.bias"]
+        scores.append(y[0])
+    return torch.stack(scores)
+
+
+def test_preference_against_the_published_forward_pass(judge, twins):
+    x = pictures(3, seed=1)
+    prompts = ["Camera push in. A red box.", "pan_left a blue sphere on a checkered green floor", "x"]
+    found = judge(x, prompts)
+    published = published_scores(twins / "hpsv3", judge, x, prompts, torch.float32)
+    assert (found - published).abs().max() < 1e-5
+    for i in range(3):  # right padding changes nothing
+        assert (judge(x[i:i + 1], prompts[i:i + 1])[0] - found[i]).abs() < 1e-6
+
+    half = Preference(twins / "hpsv3", dtype=torch.bfloat16)
+    assert half.model.model.language_model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    in_half = half(x, prompts)
+    published = published_scores(twins / "hpsv3", judge, x, prompts, torch.bfloat16)
+    assert (in_half - published).abs().max() < 2e-2
+    assert (in_half - found).abs().max() > 0
+
+
+def test_preference_file_must_match(twins, tmp_path):
+    folder = shutil.copytree(twins / "hpsv3", tmp_path / "judge")
+    file = folder / "HPSv3.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": torch.zeros(2, 2)}, file)
+    Preference(folder)  # the published file holds a language head, which scoring has no use for
+    weights.pop("rm_head.3.bias")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="rm_head.3.bias"):
+        Preference(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match="lacks HPSv3.safetensors"):
+        Preference(folder)
+
+
+def test_published_instruction_is_read_from_the_installed_package(tmp_path, monkeypatch):
+    """Without being imported: the package's own imports are many."""
+    with pytest.raises(ValueError, match="pip install --no-deps hpsv3"):
+        published_instruction()
+    package = tmp_path / "hpsv3"
+    (package / "dataset").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (package / "dataset" / "data_collator_qwen.py").write_text(
+        "import torch\n"
+        "INSTRUCTION = 'Judge {text_prompt} '\n"
+        "prompt_with_special_token = 'now <|Reward|>'\n"
+        "class A: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert published_instruction() == "Judge {text_prompt} now <|Reward|>"
+
+
+# ---------------------------------------------------------------------------------------- perceptual distance
+
+def test_the_stand_in_for_lpips_is_seeded_and_a_distance():
+    network = load_lpips("random")
+    a, b = pictures(2), pictures(2, seed=1)
+    assert lpips_distance(network, a, a) == 0
+    torch.manual_seed(123)
+    assert lpips_distance(load_lpips("random"), a, b) == lpips_distance(network, a, b) > 0
+    with pytest.raises(ValueError, match="the LPIPS trunk must be alex or random, got 'vgg'"):
+        load_lpips("vgg")

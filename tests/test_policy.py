@@ -1,0 +1,181 @@
+import pytest
+import torch
+from runs import largest_difference, metrics, run_jobs, short_run, weights
+from safetensors.torch import load_file, save_file
+
+from lora import add_lora, lora_weights, merge_lora
+from model import load_wan
+from policy import Policy
+from run import Processes
+from sample import generator
+from train import parse_arguments
+
+
+@pytest.fixture(scope="module")
+def arguments(checkpoint, twins):
+    return short_run(checkpoint, twins)
+
+
+# ------------------------------------------------------------------------ one run, on any number of processes
+
+JOBS = {  # name: processes, options
+    "one": (1, []),
+    "two": (2, []),
+    "four": (4, []),
+    "sharded": (2, ["--parallel", "fsdp"]),
+    "by one": (1, ["--batch", "1"]),
+    "as tiny": (1, ["--pooled", "--shared"]),
+    "as tiny two": (2, ["--pooled", "--shared"]),
+    "full": (1, ["--full", "--lr", "1e-4"]),
+    "full two": (2, ["--full", "--lr", "1e-4"]),
+    "full sharded": (2, ["--full", "--lr", "1e-4", "--parallel", "fsdp"])}
+SAME = [("one", other) for other in ("two", "four", "sharded")]
+SAME += [("as tiny", "as tiny two"), ("full", "full two"), ("full", "full sharded")]
+ROLLED = ("prompts", "meta", "recon", "traj", "general", "total", "total_std", "advantage_abs", "motion",
+          "masked")
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """The folder of JOBS' runs, all done."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = []
+    for name, (world, options) in JOBS.items():
+        jobs.append(dict(args=[*arguments, "--runs", str(folder), "--name", name, *options], world=world))
+    codes, err = run_jobs(jobs)
+    assert codes == [[0] * world for world, _ in JOBS.values()], err[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["one", "as tiny", "full"])
+def test_a_run_moves_away_from_its_reference(finished, name):
+    rows, state = metrics(finished / name), weights(finished / name)
+    assert [row["phase"] for row in rows] == ["main", "main", "dynamic"]
+    assert rows[0]["kl"] == 0 < rows[2]["kl"]
+    assert max(state[key].abs().max() for key in state if key.startswith("adam.exp_avg_sq")) > 0
+
+
+@pytest.mark.parametrize("name, other", SAME)
+def test_any_number_of_processes_makes_the_same_run(finished, name, other):
+    """Rollouts and rewards of the first step bit for bit, and all weights at the end to 1e-6."""
+    expected, found = metrics(finished / name)[0], metrics(finished / other)[0]
+    assert {key: found[key] for key in ROLLED} == {key: expected[key] for key in ROLLED}
+    assert largest_difference(weights(finished / other), weights(finished / name)) <= 1e-6
+
+
+def test_one_video_at_a_time_is_the_same_step_but_for_rounding(finished):
+    alone, together = metrics(finished / "by one")[0], metrics(finished / "one")[0]
+    assert alone["grad"] == pytest.approx(together["grad"], rel=1e-3)
+    assert alone["total"] == pytest.approx(together["total"], abs=1e-4)
+
+
+@pytest.mark.parametrize("other", ["two", "four", "sharded"])
+def test_any_number_of_processes_exports_the_same_adapter(finished, other):
+    expected = load_file(finished / "one" / "lora.safetensors")
+    assert largest_difference(load_file(finished / other / "lora.safetensors"), expected) <= 1e-6
+
+
+# --------------------------------------------------------------------------------------------- in one process
+
+@pytest.fixture
+def policy(arguments):
+    c = parse_arguments([*arguments, "--guidance", "2", "--ema-every", "2", "--ema-decay", ".75"])
+    return Policy(c, Processes("cpu"))
+
+
+def some_gradients(policy, seed):
+    for name, p in policy.trained.items():
+        p.grad = torch.randn(p.shape, generator=generator(seed, name))
+
+
+def test_the_order_of_the_groups_does_not_show_in_the_gradient(policy):
+    """Sums are in float64: float32 ones would differ in their last bits."""
+    results = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        for seed in order:
+            some_gradients(policy, seed)
+            policy.collect_gradients()
+        norm = policy.sum_gradients()
+        results.append((norm, [p.grad.clone() for p in policy.trained.values()]))
+    (norm, gradients), (norm_again, gradients_again) = results
+    assert norm == norm_again > 1
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again))
+    clipped = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert clipped == pytest.approx(policy.c.grad_clip, rel=1e-4)
+
+
+def test_the_average_follows_every_few_steps_and_is_left_again(policy):
+    name = next(iter(policy.trained))
+    start = policy.trained[name].detach().clone()
+    some_gradients(policy, 0)
+    policy.step(lr=.1)
+    moved = policy.trained[name].detach().clone()
+    assert not torch.equal(moved, start)
+    policy.follow(0)
+    assert torch.equal(policy.average[name], start)
+    policy.follow(1)
+    assert torch.allclose(policy.average[name], start + (moved - start) / 4)
+    with policy.averaged():
+        assert torch.equal(policy.trained[name], policy.average[name])
+    assert torch.equal(policy.trained[name], moved)
+
+
+def test_velocities_by_batch_and_of_the_reference(policy):
+    """--batch 1 is the whole group at once but for rounding; the reference stays when the weights move."""
+    x, sigma = torch.randn(3, 4, 2, 4, 4), torch.tensor(.8)
+    with torch.no_grad():
+        whole = policy.velocity("push_in a red box")(x, sigma)
+        policy.c.batch = 1
+        assert torch.allclose(policy.velocity("push_in a red box")(x, sigma), whole, atol=1e-5)
+        some_gradients(policy, 0)
+        policy.step(lr=.1)
+        policy.c.batch = None
+        assert (policy.velocity("push_in a red box")(x, sigma) - whole).abs().max() > 1e-3
+        with policy.untouched():
+            assert torch.equal(policy.velocity("push_in a red box", reference=True)(x, sigma), whole)
+
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+@pytest.fixture
+def adapted(checkpoint):
+    """A model with a random adapter of rank 4."""
+    wan = load_wan(checkpoint)
+    with torch.no_grad():
+        for name, p in add_lora(wan.dit, 4, 8.0, generator("lora")).items():
+            if name.endswith("lora_B"):
+                p.normal_(std=.1, generator=generator(name))
+    return wan
+
+
+def dit_output(dit):
+    """Of one fixed input."""
+    draw = generator("input")
+    x, text = torch.randn(2, 4, 2, 2, 4, generator=draw), torch.randn(2, 5, 32, generator=draw)
+    with torch.no_grad():
+        return dit(x, torch.tensor([500.0, 20]), text)
+
+
+def test_a_run_starts_from_an_adapter_and_exports_both(arguments, checkpoint, adapted, tmp_path):
+    """A run of learning rate 0 on a base exports the base; one that learns, the base and what it learned, as
+    one adapter."""
+    save_file(lora_weights(adapted.dit), tmp_path / "lora.safetensors")
+    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "1"]
+    base += ["--lora-rank", "2", "--lora", str(tmp_path)]
+    still, moved = [*base, "--name", "still", "--lr", "0"], [*base, "--name", "moved"]
+    codes, err = run_jobs([dict(args=still), dict(args=moved)])
+    assert codes == [[0], [0]], err[-3000:]
+    exported = load_file(tmp_path / "still" / "lora.safetensors")
+    assert exported["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape[0] == 4 + 2
+
+    outputs = {}
+    for name in ("still", "moved"):
+        for layout in ("lora", "lora_comfyui"):
+            wan = load_wan(checkpoint)
+            merge_lora(wan.dit, tmp_path / name / f"{layout}.safetensors")
+            outputs[name, layout] = dit_output(wan.dit)
+        assert (outputs[name, "lora"] - outputs[name, "lora_comfyui"]).abs().max() < 1e-5
+    expected = dit_output(adapted.dit)
+    assert (outputs["still", "lora"] - expected).abs().max() < 1e-5
+    assert (outputs["moved", "lora"] - expected).abs().max() > 1e-4
+    assert metrics(tmp_path / "still")[0]["kl"] == 0  # the reference is the base

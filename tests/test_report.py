@@ -1,0 +1,315 @@
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from report import QUESTIONS, chart, draw_series, fleiss_kappa, html_tables, inline_svg, main
+from rewards import TERMS
+from sample import write_video
+from weights import TINY, write_json
+
+FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+         "disable-background-networking", "disable-component-update",
+         "autoplay-policy=no-user-gesture-required", "window-size=420,900")  # a phone's width
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium through its own driver."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no Chromium with its driver (Debian: apt-get install chromium chromium-driver)")
+    options = selenium.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in FLAGS:
+        options.add_argument("--" + flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def complaints(browser):
+    log = browser.get_log("browser")
+    return [entry["message"] for entry in log if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def wait(browser, script):
+    from selenium.webdriver.support.ui import WebDriverWait
+    return WebDriverWait(browser, 20, .1).until(lambda b: b.execute_script(f"return {script}"))
+
+
+def write_lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------- study
+
+def moving(shade):
+    """A small clip whose brightness is its identity."""
+    video = torch.full((9, 3, 32, 48), shade)
+    for f in range(9):
+        video[f, :, 4:12, 3 * f:3 * f + 10] = 1 - shade
+    return video
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of three pairs in `page`, with its key."""
+    folder = tmp_path_factory.mktemp("study")
+    base, trained = folder / "base" / "videos", folder / "trained" / "videos"
+    for i in range(3):
+        write_video(base / f"{i:04d}.mp4", moving(.2), 8)
+        write_video(trained / f"{i:04d}.mp4", moving(.8), 8)
+    rows = [dict(video=f"{i:04d}", prompt=f"push_in scene <{i}> </script>") for i in range(3)]
+    write_lines(folder / "base" / "metrics.jsonl", rows)
+    assert main(["study", "--a", str(base), "--b", str(trained), "--out", str(folder)]) == 0
+    return folder
+
+
+def key_of(study):
+    return json.loads((study / "study_key.json").read_text())
+
+
+def test_study_page_names_no_side(study):
+    text, sides = (study / "page" / "index.html").read_text(), key_of(study)["videos"]
+    for word in ("trained", "base/", str(study), "http"):
+        assert word not in text
+    files = sorted(file.name for file in (study / "page").glob("*.mp4"))
+    assert files == sorted(sides)
+    assert all(file in text for file in files)
+    assert Counter(sides.values()) == dict(a=3, b=3)
+    assert not (study / "page" / "study_key.json").exists()
+
+
+def answers(key, prefer, person):
+    """A participant who always prefers one side, or neither ("same")."""
+    videos_a = [video for video, side in key["videos"].items() if side == "a"]
+    videos_b = [video for video, side in key["videos"].items() if side == "b"]
+    rows = []
+    for i, (a, b) in enumerate(zip(videos_a, videos_b)):
+        left, right = (a, b) if (i + person) % 2 else (b, a)
+        choice = prefer
+        if prefer != "same":
+            choice = "left" if left == dict(a=a, b=b)[prefer] else "right"
+        rows.append(dict(pair=i, left=left, right=right) | dict.fromkeys(QUESTIONS, choice))
+    return dict(study=key["study"], participant=str(person), answers=rows)
+
+
+def test_scoring_known_answers(study, tmp_path, capsys):
+    key, files = key_of(study), []
+    for person, prefer in enumerate(("b", "b", "b", "same")):
+        files.append(tmp_path / f"{person}.json")
+        write_json(files[-1], answers(key, prefer, person))
+    command = ["score", *map(str, files), "--out", str(study)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "4 participants, 12 answers" in out
+    assert "overall   0.875 [" in out
+    low, high = out.splitlines()[-1].split("[")[1].split("]")[0].split(", ")
+    assert .5 <= float(low) < .875 < float(high) <= 1  # over participants, of whom one in four is undecided
+
+    write_json(files[0], answers(key, "b", 0) | dict(study="another"))
+    assert main(command) == 2
+    assert "belongs to another study" in capsys.readouterr().err
+
+
+def test_one_participant_is_their_own_interval(study, tmp_path, capsys):
+    file = tmp_path / "answers.json"
+    write_json(file, answers(key_of(study), "a", 0))
+    assert main(["score", str(file), "--out", str(study)]) == 0
+    assert "camera    0.000 [0.000, 0.000]  Fleiss' kappa needs two answers a pair" in capsys.readouterr().out
+
+
+def test_fleiss_kappa_of_the_published_example():
+    """The example of Fleiss 1971 as it is commonly given: 14 raters, 10 subjects, 5 categories."""
+    counts = [(0, 0, 0, 0, 14), (0, 2, 6, 4, 2), (0, 0, 3, 5, 6), (0, 3, 9, 2, 0), (2, 2, 8, 1, 1),
+              (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7)]
+    items = [Counter({category: n for category, n in enumerate(row) if n}) for row in counts]
+    assert fleiss_kappa(items) == pytest.approx(.210, abs=5e-4)
+
+
+def test_fleiss_kappa_of_the_extremes():
+    assert fleiss_kappa([Counter(a=3), Counter(b=3)]) == 1
+    assert fleiss_kappa([Counter(a=3), Counter(a=3)]) == 1
+    assert fleiss_kappa([Counter(a=1, b=1)] * 4) == -1
+    assert fleiss_kappa([Counter(a=1)]) is None
+
+
+def answer_by_keyboard(browser, target):
+    """Tabs through the page, picks `target` in every question and goes on to the next pair."""
+    from selenium.webdriver.common.keys import Keys
+    for _ in range(40):
+        focus = browser.switch_to.active_element
+        if focus.get_attribute("id") == "next":
+            focus.send_keys(Keys.ENTER)
+            break
+        if focus.get_attribute("type") == "radio" and not focus.get_attribute("data-done"):
+            focus.send_keys(Keys.SPACE)
+            while browser.switch_to.active_element.get_attribute("value") != target:
+                browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+            name = focus.get_attribute("name")
+            inputs = f"document.querySelectorAll('input[name={name}]')"
+            browser.execute_script(f"{inputs}.forEach(r => r.dataset.done = 1)")
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+    browser.execute_script("document.querySelectorAll('input').forEach(r => delete r.dataset.done)")
+
+
+def test_a_study_by_keyboard_scores_back(study, browser, tmp_path, capsys):
+    """Every pair is answered with the keyboard alone, always for side b; the score is that answer."""
+    browser.get((study / "page" / "index.html").as_uri())
+    for side in ("left", "right"):
+        wait(browser, f"document.getElementById('{side}').readyState >= 2")
+    sides = key_of(study)["videos"]
+    for n in range(3):
+        wait(browser, f"document.getElementById('progress').textContent.startsWith('Pair {n + 1} of 3')")
+        wait(browser, "!document.getElementById('left').paused")
+        wait(browser, "document.getElementById('left').currentTime > 0")
+        assert not browser.find_element("id", "next").is_enabled()
+        assert "push_in scene <" in browser.find_element("id", "prompt").text
+        left = browser.execute_script("return document.getElementById('left').src").rsplit("/", 1)[1]
+        answer_by_keyboard(browser, "left" if sides[left] == "b" else "right")
+    wait(browser, "!document.getElementById('done').hidden")
+    state = json.loads(browser.execute_script("return localStorage.getItem(Object.keys(localStorage)[0])"))
+    assert complaints(browser) == []
+    assert sorted(row["pair"] for row in state["answers"]) == [0, 1, 2]
+    browser.refresh()
+    wait(browser, "!document.getElementById('done').hidden")  # answers outlive a reload
+
+    write_json(tmp_path / "answers.json", dict(study=key_of(study)["study"], **state))
+    assert main(["score", str(tmp_path / "answers.json"), "--out", str(study)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{question:9} 1.000" in out for question in QUESTIONS)
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+def training_row(step):
+    """A line of metrics.jsonl; every fifth step is dynamic and has no 3D terms."""
+    dynamic = step % 5 == 4
+    row = dict(step=step, phase="dynamic" if dynamic else "main", grad=[.1 * step + .1], ratio=1.0,
+               ratio_max=1.1, clipped=.2, kl=.01 * step, motion=1.0 + step)
+    for name in ("total", *TERMS):
+        masked = dynamic and name not in ("general", "total")
+        row[name] = None if masked else .1 * step
+        row[f"{name}_std"] = None if masked else .05
+    return row
+
+
+@pytest.fixture(scope="module")
+def reported(twins, tmp_path_factory):
+    """A run's folder as train.py leaves it, with two results folders, and its report."""
+    run = tmp_path_factory.mktemp("runs") / "demo"
+    for step in (0, 10):
+        flicker = torch.rand(9, 3, 1, 1, generator=torch.Generator().manual_seed(step)).expand(-1, -1, 64, 64)
+        for i in range(2):
+            write_video(run / "eval" / f"{step:06d}" / f"{i:02d}.mp4", flicker, 8)
+    write_lines(run / "metrics.jsonl", [training_row(step) for step in range(10)])
+    write_lines(run / "eval.jsonl", [dict(step=0, total=1.0, traj=None), dict(step=10, total=2.5, traj=.5)])
+    write_json(run / "config.json", dict(
+        name="demo <1>", groups=2, members=4, frames=9, height=64, width=64, seed=0,
+        model="tiny/wan", lora=None, prompts=str(TINY / "prompts.jsonl"), lpips="random", views=3,
+        depth_anything=str(twins / "depth_anything"), critic=str(twins / "qwen3_vl"),
+        preference=str(twins / "hpsv3"), frames_seen=1, traj_alpha=5.0, traj_beta=5.0))
+    for name, value in (("base", 20.25), ("trained", 20.75)):
+        (run / name).mkdir()
+        row = dict(video="0000", prompt="p", size="9x64x64", psnr=value)
+        write_lines(run / name / "metrics.jsonl", [row])
+        write_json(run / name / "summary.json", dict(
+            videos=1, failed=0, sizes=["9x64x64"], seed=0, lpips="random trunk (a stand-in)",
+            summary=dict(psnr=[value] * 3, vbench="not measured")))
+    assert main(["run", str(run)]) == 0
+    return run / "report.html"
+
+
+def test_report_is_one_file_with_everything_in_it(reported):
+    text = reported.read_text()
+    assert "http" not in text.replace("http://www.w3.org", "")  # the names of SVG's own vocabulary
+    assert 'src="data:video/mp4;base64,' in text
+    labels = [term.label for term in TERMS.values()]
+    for word in (*labels, "total reward", "demo &lt;1&gt;", "motion magnitude", "KL to the untouched model",
+                 "meta-view", "re-render", "camera path from above", ">asked<", ">found<", "before",
+                 "after 10 steps", "stand-in", "<td>2.5000</td>", "<h3>Camera control</h3>",
+                 "<td>20.250 [20.250, 20.250]</td>", "<td>paper: World-R1-Small</td>",
+                 "<td>+0.500 [+0.500, +0.500] (100%)</td>"):
+        assert word in text, word
+    assert text.count("<video") == 2 * 2 * 2  # two prompts, before and after, input and re-render
+
+
+def test_report_in_a_browser(reported, browser):
+    browser.get(reported.as_uri())
+    wait(browser, "[...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
+    wait(browser, "[...document.querySelectorAll('video')].every(v => v.currentTime > 0 || !v.paused)")
+    colours = {}
+    for theme in ("light", "dark"):
+        feature = dict(name="prefers-color-scheme", value=theme)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[feature]))
+        colours[theme] = browser.execute_script(
+            "const page = getComputedStyle(document.body);"
+            "const label = getComputedStyle(document.querySelector('svg text'));"
+            "return [page.color, page.backgroundColor, label.fill]")
+        assert len(set(colours[theme])) == 3
+    assert all(light != dark for light, dark in zip(colours["light"], colours["dark"]))
+    # a phone's width, no sideways scroll
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth + 1")
+
+    button = browser.find_element("id", "play")
+    playing = button.get_attribute("aria-pressed")
+    button.send_keys("\n")
+    assert button.get_attribute("aria-pressed") == ("false" if playing == "true" else "true")
+    assert button.text == ("Play all" if playing == "true" else "Pause all")
+    wait(browser, f"[...document.querySelectorAll('video')].every(v => v.paused === {playing})")
+    assert complaints(browser) == []
+
+
+def test_charts_leave_gaps_shade_phases_and_draw_bands():
+    axes = Figure().add_subplot()
+    values = [1.0, 2.0, None, 3.0, 4.0]
+    draw_series(axes, "x", [0, 1, 2, 3, 4], {"a": values}, [.1, .1, None, .1, .1], [2])
+    line, = axes.lines
+    assert np.isnan(line.get_ydata()).tolist() == [False, False, True, False, False]
+    shade, band = axes.collections
+    (corners,) = [path.vertices for path in shade.get_paths()]
+    assert (corners[:, 0].min(), corners[:, 0].max()) == (1.5, 2.5)
+    assert len(band.get_paths()) == 2  # broken where the line is
+    top = max(path.vertices[:, 1].max() for path in band.get_paths())
+    assert top == pytest.approx(4.1)
+
+
+def test_charts_survive_constants_and_missing_values():
+    picture = chart("S_x", [3], {"a": [1.0]})
+    assert "<svg" in picture and "nan" not in picture.lower()
+    assert 'aria-label="S_x: a over 1 steps"' in picture
+    assert ">S_x</text>" in picture
+    assert chart("x", [0], {"a": [None]}) == ""
+
+
+def test_pictures_have_no_ground_and_name_no_address():
+    picture = inline_svg(lambda axes: axes.plot([0, 1]), "a <line>", (2, 2))
+    assert picture.startswith('<svg role="img" aria-label="a &lt;line&gt;"')
+    assert "http" not in picture.replace("http://www.w3.org", "")
+    assert "fill: #ffffff" not in picture
+
+
+def test_markdown_tables_become_html():
+    text = html_tables("**Title**\n\n| | a |\n|---|---|\n| x | *1 < 2* |\n\nA note.")
+    assert "<h3>Title</h3>" in text
+    assert "<tr><th></th><th>a</th></tr>\n<tr><td>x</td><td>1 &lt; 2</td></tr>" in text
+    assert '<p class="note">A note.</p>' in text
+
+
+def test_what_cannot_be_shown_is_one_sentence(tmp_path, capsys):
+    folder = str(tmp_path)
+    (tmp_path / "x.json").write_text("{}")
+    for command, message in (
+        (["run", folder], "holds no metrics.jsonl"),
+        (["study", "--a", folder, "--b", folder, "--out", str(tmp_path / "s")], "share no mp4"),
+        (["score", str(tmp_path / "x.json"), "--out", folder], "holds no study_key.json"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()

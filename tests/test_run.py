@@ -1,0 +1,165 @@
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from runs import largest_difference, metrics, newest_checkpoint, run_jobs, short_run, weights
+
+from run import append_line, drop_lines, is_whole, mean_of, spread_in_groups
+
+
+@pytest.fixture(scope="module")
+def arguments(checkpoint, twins):
+    return short_run(checkpoint, twins)
+
+
+def assert_same_end(folder, other):
+    """Two runs have the same metrics, and checkpoints that are equal to the bit."""
+    assert metrics(folder) == metrics(other)
+    assert largest_difference(weights(folder), weights(other)) == 0
+
+
+# -------------------------------------------------------------------------------------------- killed, resumed
+
+def test_killed_at_twenty_moments_it_ends_the_same(arguments, tmp_path):
+    """SIGKILL at random moments; started again each time. It ends as an uninterrupted run, to the bit."""
+    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "8", "--decay", ".5"]
+    draw = random.Random(0)
+    killed = [*base, "--name", "killed"]
+    jobs = [dict(args=[*base, "--name", "whole"])]
+    jobs += [dict(args=killed, kill=draw.uniform(.3, 2.5)) for _ in range(20)]
+    jobs += [dict(args=killed)]
+    codes, err = run_jobs(jobs)
+    assert codes[0] == codes[-1] == [0], err[-3000:]
+    assert codes.count([-9]) >= 3  # the moments were in the middle of something
+    assert len(metrics(tmp_path / "whole")) == 8
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """The folder of an uninterrupted run of five steps."""
+    runs = tmp_path_factory.mktemp("runs")
+    base = [*arguments, "--runs", str(runs), "--total-steps", "5"]
+    codes, err = run_jobs([dict(args=[*base, "--name", "whole"])])
+    assert codes == [[0]], err[-3000:]
+    return runs / "whole"
+
+
+def test_sigterm_saves_and_ends_well(arguments, whole, tmp_path):
+    """Asked to stop after its first step, it finishes a step and saves it, though told to save every 100."""
+    folder = tmp_path / "stopped"
+    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "5"]
+    job = dict(args=[*base, "--name", "stopped", "--save-every", "100"])
+    codes, _ = run_jobs([job | dict(kill="sigterm", after=str(folder / "metrics.jsonl"))])
+    assert codes == [[0]]
+    done = len(metrics(folder))
+    assert 0 < done < 5
+    assert [checkpoint.name for checkpoint in (folder / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+    assert metrics(folder) == metrics(whole)[:done]
+
+    codes, _ = run_jobs([job])
+    assert codes == [[0]]
+    assert_same_end(folder, whole)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(arguments, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    newest = newest_checkpoint(folder)
+    assert newest.name == "step_000005"
+    file = next(newest.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "5"]
+    codes, err = run_jobs([dict(args=[*base, "--name", "damaged"])])
+    assert codes == [[0]]
+    assert f"{file.name} is damaged" in err
+    assert str(newest) in err
+    assert is_whole(newest)  # written anew
+    assert_same_end(folder, whole)
+
+
+ON_A_FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_loses_no_older_checkpoint(arguments, whole, tmp_path):
+    """A run that goes on may write no file beyond 10 kB, as on a full disk: it stops with a message, and the
+    older checkpoints stay."""
+    folder = shutil.copytree(whole, tmp_path / "full")
+    before = {file: file.read_bytes() for file in (folder / "checkpoints").rglob("*") if file.is_file()}
+    assert len(before) > 1
+    command = [sys.executable, "-c", ON_A_FULL_DISK, str(ROOT), *arguments, "--runs", str(tmp_path),
+               "--name", "full", "--total-steps", "7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "train.py: the checkpoint after step 6 could not be written" in done.stderr, done.stderr[-2000:]
+    assert all(file.exists() and file.read_bytes() == content for file, content in before.items())
+
+
+DIES_ONCE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+torch.set_num_threads(1)
+import train
+step_prompts = train.step_prompts
+def dying(c, prompts, step):
+    if step == 1 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_prompts(c, prompts, step)
+train.step_prompts = dying
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_torchrun_restarts_after_a_killed_rank(arguments, tmp_path):
+    """torchrun --max-restarts: one of two ranks is killed once; the run ends as an undisturbed one."""
+    base = [*arguments, "--runs", str(tmp_path)]
+    script = tmp_path / "dies_once.py"
+    script.write_text(DIES_ONCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                "--max-restarts", "1"]
+    command = [*torchrun, str(script), str(ROOT), *base, "--name", "restarted"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes, _ = run_jobs([dict(args=[*base, "--name", "whole"], world=2)])
+    assert codes == [[0, 0]]
+    assert_same_end(tmp_path / "restarted", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------- the log
+
+def test_lines_of_steps_to_be_done_again_are_dropped_with_a_half_written_one(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    drop_lines(file, 2)  # no file, nothing to drop
+    for step in range(4):
+        append_line(file, dict(step=step))
+    with open(file, "a") as f:
+        f.write('{"step": 1, "tot')
+    drop_lines(file, 2)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [dict(step=0), dict(step=1)]
+
+
+def test_means_and_spreads_leave_masked_samples_out():
+    assert mean_of([1.0, math.nan, 4.0, math.inf]) == 2.5
+    assert mean_of([math.nan]) is None
+    values = torch.tensor([[1.0, 3.0, math.nan], [5.0, 5.0, 5.0], [math.nan] * 3])
+    assert spread_in_groups(values) == pytest.approx((1 + 0) / 2)
+    assert spread_in_groups(values[2:]) is None

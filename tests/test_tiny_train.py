@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+
+from conftest import ROOT, VAE_, randomise, train_twice
+from lora import merge_lora
+from model import VAE, VAEConfig, load_wan
+from sample import sampling_of
+from tiny.__main__ import main
+from tiny.probe import load_probe, read, sample_in_batches, scores
+from tiny.train import export_web, inflate, load_trained_vae, make_tokenizer, train_vae, train_web, trained
+from tiny.world import COLOURS, render_all, unseen_scenes
+
+
+def test_tokenizer_reads_prompt_forms_alike():
+    tokenizer = make_tokenizer()
+    tokens = tokenizer("push_in a red sphere, blue walls").input_ids
+    assert tokens == tokenizer("Push-in a RED sphere  blue walls.").input_ids
+    assert tokens[-1] == tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in tokens
+    assert tokenizer("a zebra").input_ids[1] == tokenizer.unk_token_id
+    assert all(colour in tokenizer.get_vocab() for colour in COLOURS)
+
+
+def test_the_shipped_model_follows_its_prompts():
+    """What 16 samples show, read by the shipped probe, which is right on every one of those scenes' renders."""
+    folder = ROOT / "tiny" / "wan"
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "WanPipeline"
+    probe = load_probe(ROOT / "tiny" / "probe")
+    scenes = unseen_scenes(16)
+    prompts = [scene.caption for scene in scenes]
+    on_renders = scores(read(probe, render_all(scenes)), prompts)
+    assert all(all(right) for right in on_renders.values())
+
+    videos = sample_in_batches(load_wan(folder), prompts, sampling_of(folder))
+    found = {name: sum(right) for name, right in scores(read(probe, videos), prompts).items()}
+    assert found["wall"] >= 15 and found["floor"] >= 15, found
+    assert found["objects"] >= 11 and found["motion"] >= 12, found
+
+
+def test_the_shipped_twins_stay_small():
+    def size(folder):
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    assert size(ROOT / "tiny" / "wan") < 20e6
+    assert size(ROOT / "tiny") < 36e6
+
+
+def test_vae_inflation_keeps_single_frames_and_repeats_them():
+    """Inflated, a clip of one repeated frame encodes and decodes like that frame alone."""
+    vae = randomise(VAE(VAEConfig(**VAE_)))
+    frame = torch.rand(1, 1, 3, 16, 16)
+    with torch.no_grad():
+        before = vae.moments(frame)[0]
+        inflate(vae)
+        one = vae.moments(frame)[0]
+        clip = vae.moments(frame.repeat(1, 9, 1, 1, 1))[0]
+        assert torch.equal(before, one)
+        assert torch.allclose(clip, one.expand_as(clip), atol=1e-4)
+        decoded = vae.decode_raw(one).expand(-1, 9, -1, -1, -1)
+        assert torch.allclose(vae.decode_raw(clip), decoded, atol=1e-4)
+
+
+def test_the_vae_trains_resumes_and_is_read_back(tmp_path):
+    """It starts with single frames, which leave the weights that look back at 0; clips, near the end, do not."""
+    first, second = train_twice(lambda minutes: train_vae(tmp_path, minutes), tmp_path / "vae" / "state.pt")
+    assert second["step"] > first["step"] > 0
+    assert (tmp_path / "vae" / "sheet.png").exists()
+    vae = load_trained_vae(tmp_path)
+    weights = vae.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in second["ema"].items())
+    backwards = [state["ema"]["encoder.conv_in.weight"][:, :, :2] for state in (first, second)]
+    assert not backwards[0].any()
+    assert backwards[1].any()
+
+
+def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_path):
+    first, second = train_twice(lambda minutes: train_web(tmp_path, minutes, clips=4),
+                                tmp_path / "web" / "state.pt")
+    assert second["step"] > first["step"] > 0
+    export_web(tmp_path, tmp_path / "shipped")
+    wan = load_wan(ROOT / "tiny" / "wan")
+    pairs = merge_lora(wan.dit, tmp_path / "shipped")
+    assert len(pairs) == 8 * len(wan.dit.blocks)
+    assert all(A.shape[0] == 16 and B.any() for A, B in pairs.values())
+    assert merge_lora(wan.dit, ROOT / "tiny" / "web").keys() == pairs.keys()
+
+
+def test_what_is_not_trained_yet_is_an_error_by_name(tmp_path, capsys):
+    with pytest.raises(ValueError, match="state.pt is missing; train it first"):
+        trained(tmp_path, "vae")
+    assert main(["data", "--run", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("tiny: ")
+    assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out").exists()

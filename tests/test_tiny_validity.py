@@ -1,0 +1,47 @@
+import math
+
+import pytest
+import torch
+
+from rewards import load_rewards
+from tiny.validity import auc, standardised_sum, validate, win_rate
+
+
+def test_ties_count_half():
+    assert win_rate([1, 2, 3], [0, 2, 4])[0] == .5
+    assert auc([3, 4], [1, 2]) == (1, 1, 1)
+    assert auc([1, 2], [1, 2])[0] == .5
+
+
+def test_auc_is_the_chance_of_outranking_and_its_interval_covers_it():
+    """Of two normals a deviation apart: Phi(1/sqrt 2) = .760, with a standard error of about .017."""
+    x, y = torch.randn(2, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x + 1
+    area, low, high = auc(x.tolist(), y.tolist())
+    assert area == pytest.approx((x[:, None] > y).double().mean().item())
+    assert low < .760 < high
+    assert .05 < high - low < .08
+
+
+def test_standardised_terms_weigh_alike():
+    """A term in other units changes nothing; the better member of a group has the higher sum."""
+    scores = torch.tensor([[[.9, 3.0], [.1, 1.0]], [[.5, 8.0], [.4, 2.0]]])  # (groups, members, terms)
+    total = standardised_sum(scores)
+    assert (total[:, 0] > total[:, 1]).all()
+    assert torch.allclose(standardised_sum(scores * torch.tensor([1.0, 100.0])), total, atol=1e-4)
+
+
+def test_the_shipped_twins_tell_good_from_bad(capsys):
+    """The suite on 12 clips: every term ranks most of its pairs right, the geometric ones nearly all."""
+    table = validate(load_rewards(views=5).load(), num=12, seed=1, levels=2)
+    assert len(capsys.readouterr().out.splitlines()) == len(table) == 8
+    for name, row in table.items():
+        rate, low, high = row["pairs"]
+        assert 0 <= low <= rate <= high <= 1
+        if "weaker" not in name:
+            assert rate >= .75, (name, rate)
+    for name in ("recon: clip against corrupted", "traj: right word against wrong", "total, standardised in its group",
+                 "re-render where the prompt asked"):
+        assert table[name]["pairs"][0] > .9, name
+    assert table["recon: clip against corrupted"]["rho"] > .5
+    assert math.isnan(table["traj: right word against wrong"]["rho"])

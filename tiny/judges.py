@@ -1,0 +1,592 @@
+"""How the tiny judges are made: the twins of Depth Anything 3, Qwen3-VL and HPSv3, trained on the procedural
+rooms.
+
+    python -m tiny depth --minutes 120     Depth Anything 3                -> RUN/depth
+    python -m tiny critic --minutes 20     Qwen3-VL, the meta-view's judge -> RUN/critic
+    python -m tiny preference --minutes 20 HPSv3                           -> RUN/preference
+    python -m tiny score-depth             the shipped Depth Anything on held-out clips
+
+The loop is train.fit; the losses are in the docstring of each function.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+import random
+import re
+import shutil
+import statistics
+
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import splat
+from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, HPSv3, Preference, as_pictures, digit_score,
+                     published_key)
+from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key
+from eval import rerender
+from noise_warp import FOV, camera_path, relative_to_first, rotation_angle
+from rewards import meta_views, native_intrinsics
+from sample import contact_sheet, generator, psnr
+from tiny.train import fit, load_trained_vae, make_tokenizer, round_trip, save, trained, write_tensors
+from tiny.world import (COLOURS, DAMAGE, DEGRADATIONS, SHAPES, caption, corrupt, damage, degrade, intrinsics,
+                        random_scene, render)
+from weights import write_json
+
+# --------------------------------------------------------------------------------------------- Depth Anything
+
+TINY_DA3 = dict(dim=128, depth=8, heads=4, out_layers=(2, 3, 5, 7), alt_start=2, features=48,
+                out_channels=(32, 48, 64, 96), gaussians=True, patch_size=8, grid=8, process_res=64)
+
+# Splats are alike at first. On exact surfaces these give 25 dB from five views; .6 pixels and .95 give 20 dB.
+SPLAT = .15  # pixels
+OPACITY = .4
+
+# The Gaussian head's channels a pixel: offset 2, scale 3, quaternion 4, harmonics 3 x 9, depth offset 1,
+# opacity 1.
+SCALE_CHANNELS = slice(2, 5)
+COLOUR_CHANNELS = [9, 18, 27]  # the constant harmonic of red, green and blue
+DEPTH_OFFSET, OPACITY_CHANNEL = 36, 37
+
+LOSS_WEIGHTS = dict(depth=1, position=20, rotation=40, focal=1, room=20, render=5, surface=2, colour=5,
+                    flat=1, opacity=5)
+
+
+def build_depth():
+    """The tiny Depth Anything, fresh: level cameras, depth near 1, splats of SPLAT pixels and opacity
+    OPACITY."""
+    da3 = DepthAnything3(DA3Config(**TINY_DA3))
+    cameras = da3.cam_dec
+    with torch.no_grad():
+        # Dense heads start near 0 (depth 1), and splats alike.
+        for head in (da3.head, da3.gs_head):
+            head.scratch.output_conv2[-1].weight.mul_(.1)
+        bias = da3.gs_head.scratch.output_conv2[-1].bias
+        bias[SCALE_CHANNELS] = torch.logit(torch.tensor(SPLAT / 6))  # a scale of 1 is 6 pixels
+        bias[OPACITY_CHANNEL] = torch.logit(torch.tensor(OPACITY))
+
+        # Cameras start at the identity, whatever comes in, with the rooms' field of view.
+        for layer in (cameras.fc_t, cameras.fc_qvec, cameras.fc_fov[0]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        cameras.fc_qvec.bias[3] = 1
+        cameras.fc_fov[0].bias.fill_(FOV)
+
+        # Larger than the defaults: position embeddings, and the hidden layers of the camera decoder.
+        torch.nn.init.normal_(da3.backbone.pretrained.pos_embed, std=.5)
+        for layer in (cameras.backbone[0], cameras.backbone[2]):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return da3
+
+
+def depth_sample(rng, vae, index, seed, views):
+    """A static clip as the model will meet it -> seen frames (V, 3, 64, 64), exact depth at `views` (V, 64,
+    64), scene.
+
+    One in 16 is round-tripped through the VAE, a fifth blurred or noisy, half not antialiased: samples of a
+    video model are not renders.
+    """
+    scene = random_scene(f"depth/{seed}", "static", index)
+    draw = rng.random()
+    rays = rng.choice((1, 2))
+    if draw < 1 / 16:
+        clip = render(scene, depth=True, supersample=rays)
+        return round_trip(vae, clip["video"][None])[0, views], clip["depth"][views], scene
+    clip = render(scene, depth=True, at=views, supersample=rays)
+    seen = clip["video"]
+    if draw > .9:
+        seen = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    elif draw > .8:
+        seen = (seen + .05 * torch.randn(seen.shape)).clamp(0, 1)
+    return seen, clip["depth"], scene
+
+
+def normalised(images):
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def geometry_losses(depth, confidence, true_depth, pose, K, true_pose):
+    """Losses of depth and confidence (N, 64, 64), and of cameras: pose (M, 4, 4), K (M, 3, 3). -> {name:
+    scalar}
+
+    Depth: |log d - log d*| weighted by the confidence c, minus .1 log c. Cameras: smooth L1 (quadratic below
+    .1) of positions and rotation matrices, where plain L1's median is "no motion", and of log focals.
+    """
+    near = functools.partial(F.smooth_l1_loss, beta=.1)
+    error = (depth.log() - true_depth.log()).abs()
+    focal = K.diagonal(dim1=1, dim2=2)[:, :2]  # (M, 2)
+    true_focal = intrinsics(64, 64).diagonal()[:2].expand(len(K), -1)
+    return dict(depth=(confidence * error - .1 * confidence.log()).mean(),
+                position=near(pose[..., :3, 3], true_pose[..., :3, 3]),
+                rotation=near(pose[..., :3, :3], true_pose[..., :3, :3]),
+                focal=near(focal.log(), true_focal.log()))
+
+
+def camera_step(da3, room, seen, depth, poses, rng):
+    """Losses of B clips at once: frames seen (B, V, 3, 64, 64), depth (B, V, 64, 64), poses (B, V, 4, 4). ->
+    {name: scalar}
+
+    All cameras, and the depth and Gaussians of one view of each clip. The Gaussians are not rendered: their
+    colour must be the pixel's, and their place the surface (they sit at ray length depth + offset, so the
+    offset learns what the ray is longer), and those off it by more than some 3 % learn to vanish. The world
+    is the reference view's, at the scene's scale.
+
+    room: a linear layer on each view's token half-way up, asked for the camera's place in the room. The tiny
+    room is always the same, so one view tells it; without this stepping stone, relative cameras sat on a
+    plateau for 5,000 clips.
+    """
+    B, V = seen.shape[:2]
+    transformer = da3.backbone.pretrained
+    # All cameras, in bfloat16: twice as fast; render_step is in float32.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        features = [(patches.float(), tokens.float()) for patches, tokens in transformer(normalised(seen))]
+    pose, K = da3.cam_dec(features[-1][1].flatten(0, 1), 64, 64)
+    reference = poses[torch.arange(B), transformer.reference]
+    true_pose = torch.linalg.inv(reference)[:, None] @ poses  # (B, V, 4, 4)
+
+    # One view of each clip through the dense heads.
+    at = torch.arange(B), torch.tensor([rng.randrange(V) for _ in range(B)])
+    patches = [layer[at] for layer, _ in features]
+    image = normalised(seen[at])
+    log_depth, log_confidence = da3.head(patches, image).unbind(1)
+    raw = da3.gs_head(patches, image)  # (B, 38, 64, 64)
+    losses = geometry_losses(log_depth.exp(), log_confidence.exp() + 1, depth[at],
+                             pose, K, true_pose.flatten(0, 1))
+
+    # Where the Gaussians should be: z-depth to length along the pixel's ray.
+    v, u = torch.meshgrid(torch.arange(64) + .5, torch.arange(64) + .5, indexing="ij")
+    pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)
+    ray_length = (torch.linalg.inv(intrinsics(64, 64)) @ pixels).norm(dim=0).view(64, 64)
+    surface = depth[at] * ray_length
+    off = raw[:, DEPTH_OFFSET] + log_depth.exp() - surface
+    on_surface = torch.exp(-((off / surface).detach() / .03).square())
+
+    # Where the cameras stand in the room: 2 position, and the rotation less the identity.
+    turn = (poses[..., :3, :3] - torch.eye(3)).flatten(2)
+    place = torch.cat([2 * poses[..., :3, 3], turn], 2)  # (B, V, 12)
+    tokens = features[2][1][..., :da3.config.dim]
+
+    colour = raw[:, COLOUR_CHANNELS] * splat.sh_basis(torch.eye(3)[2])[0] + .5
+    return losses | dict(
+        room=(room(tokens) - place).square().mean(),
+        surface=(off.abs() / surface).mean(),
+        opacity=(raw[:, OPACITY_CHANNEL].sigmoid() - OPACITY * on_surface).square().mean(),
+        colour=(colour - seen[at]).abs().mean(),
+        flat=raw[:, :2].square().mean())
+
+
+def render_step(da3, seen, depth, poses, views, scene, targets):
+    """Losses of one clip: geometry for all views, and the L1 of the frames `targets` re-rendered at their
+    true cameras.
+
+    seen (V, 3, 64, 64) and depth (V, 64, 64) at the frames `views`; poses (17, 4, 4) of the whole clip.
+    """
+    found_depth, confidence, pose, K, gaussians = da3.network(normalised(seen))
+    # The world is the reference view's.
+    reference = poses[views[da3.backbone.pretrained.reference[0]]]
+    world = torch.linalg.inv(reference) @ poses
+    losses = geometry_losses(found_depth, confidence, depth, pose, K, world[views])
+
+    K = intrinsics(64, 64).expand(len(targets), 3, 3)
+    rgb, _, _ = splat.render(gaussians, world[targets], K, 64, 64)
+    true = render(scene, at=targets)["video"]
+    return losses | dict(render=(rgb - true).abs().mean())
+
+
+def train_depth(run, minutes, seed=0):
+    """Cameras, depth and surfaces first, 16 clips of as many views at once (85 % of the time); then with the
+    re-render, three clips a step, at small rates: at large ones it blurs what was learnt. 2 to 9 views a
+    clip."""
+    torch.manual_seed(seed)
+    vae = load_trained_vae(run)
+    da3 = build_depth()
+    room = torch.nn.Linear(TINY_DA3["dim"], 12)
+
+    def total(parts):
+        return sum(weight * parts[name] for name, weight in LOSS_WEIGHTS.items() if name in parts)
+
+    def losses(step, progress):
+        rng = random.Random(f"depth/{seed}/{step}")
+        V = rng.choice((2, 3, 4, 5, 5, 9))
+        together = progress <= .85
+        count = 16 if together else 3
+        chosen = [sorted(rng.sample(range(17), V)) for _ in range(count)]
+        clips = [depth_sample(rng, vae, step * 16 + i, seed, views) for i, views in enumerate(chosen)]
+        paths = [camera_path(scene.motions, 17).float() for _, _, scene in clips]
+
+        # First phase: one batch.
+        if together:
+            seen = torch.stack([frames for frames, _, _ in clips])
+            depth = torch.stack([exact for _, exact, _ in clips])
+            poses = torch.stack([path[views] for path, views in zip(paths, chosen)])
+            parts = camera_step(da3, room, seen, depth, poses, rng)
+            yield total(parts), {name: value.item() for name, value in parts.items()}
+            return
+
+        # Second phase: a clip at a time, whose gradients add up.
+        for (seen, depth, scene), path, views in zip(clips, paths, chosen):
+            targets = sorted(rng.sample(range(17), 2))
+            parts = render_step(da3, seen, depth, path, views, scene, targets)
+            yield total(parts) / count, {name: value.item() for name, value in parts.items()}
+
+    def report():
+        return depth_metrics(da3, 8, run / "depth" / "sheet.png")
+
+    model = torch.nn.ModuleDict(dict(da3=da3, room=room))
+    matrices = [parameter for name, parameter in da3.backbone.named_parameters()
+                if parameter.dim() == 2 and "blocks." in name]
+    fit(run / "depth", minutes, model, losses, report, lr=1e-3, decay_from=.5, power=2, matrices=matrices)
+
+
+@torch.no_grad()
+def depth_metrics(da3, count, sheet):
+    """Figures on `count` held-out static clips, from their even frames alone; draws the first ones into the
+    PNG `sheet`.
+
+    input_db, odd_db  re-render PSNR at these frames and at the odd ones (cameras halfway between their neighbours)
+    rotation_deg      median error of the cameras' rotations, its median over clips
+    direction_deg     median error of the direction of the last frame's translation (moving cameras)
+    absrel            mean |depth - true| / true after median scaling
+    """
+    input_db, odd_db, rotation, direction, absrel, shown = [], [], [], [], [], []
+    for i in tqdm(range(count), desc="held-out clips", unit="clip", leave=False):
+        # Pictures: what nine of the seventeen frames tell about all.
+        clip = render(random_scene("held-out/depth", "static", i), depth=True)
+        rec = da3(clip["video"], 9)
+        (rendered, seen), at_odd = rerender(rec, clip["video"])
+        shown += [seen, rendered]
+        input_db.append(psnr(rendered, seen, per_frame=False))
+        odd_db.append(psnr(*at_odd, per_frame=False))
+
+        # Cameras: rotations in full, of the travel its direction, for its scale is free.
+        true = relative_to_first(clip["poses"][rec.frames])
+        found = relative_to_first(rec.camera_to_world)
+        angles = rotation_angle(true[1:, :3, :3], found[1:, :3, :3])
+        rotation.append(math.degrees(angles.median()))
+        travel = true[-1, :3, 3]
+        if travel.norm() > .05:
+            cosine = F.cosine_similarity(travel, found[-1, :3, 3], dim=0)
+            direction.append(math.degrees(cosine.clamp(-1, 1).acos()))
+
+        # Depth, once every frame's median is right.
+        depth = clip["depth"][rec.frames]
+        scale = depth.flatten(1).median(1).values / rec.depth.flatten(1).median(1).values  # (V,)
+        error = (rec.depth * scale[:, None, None] - depth).abs() / depth
+        absrel.append(error.mean().item())
+    contact_sheet(sheet, shown[:12], columns=9)
+    return dict(input_db=statistics.mean(input_db), odd_db=statistics.mean(odd_db),
+                rotation_deg=statistics.median(rotation), direction_deg=statistics.median(direction),
+                absrel=statistics.mean(absrel))
+
+
+def load_trained_depth(run):
+    da3 = build_depth()
+    da3.load_state_dict(trained(run, "depth", "da3."))
+    return da3.eval().requires_grad_(False)
+
+
+def write_depth(folder, da3, dtype=torch.bfloat16):
+    tensors = {checkpoint_key(name): value for name, value in da3.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors, dtype)
+    write_json(folder / "config.json", dataclasses.asdict(da3.config))
+
+
+def export_depth(run, folder):
+    write_depth(folder, load_trained_depth(run))
+
+
+# --------------------------------------------------------------------------------- what the two critics share
+
+PATCH = 8  # pixels
+TINY_TEXT_MODEL = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3,
+                       num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True)
+PREFERENCE_PROMPT = (
+    "Rate this picture from a generated video. Is it sharp, clean and true in colour, with clear edges and even "
+    "surfaces? Does it show what was asked: {text_prompt}? The overall rating is <|Reward|>")
+CHAT = (
+    "{% for m in messages %}<|im_start|> {{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}"
+    "<|vision_start|> <|image_pad|> <|vision_end|> {% else %}{{ c.text }} {% endif %}{% endfor %}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}")
+MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def make_chat_tokenizer(text):
+    """Word-level tokenizer with Qwen's marks, the ten digits, and the words of the captions and of a text."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    digits = [str(digit) for digit in range(10)]
+    tokenizer = make_tokenizer([*words, "user", "assistant", *digits], (*MARKS, REWARD_TOKEN), end=False)
+    tokenizer.chat_template = CHAT
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def make_processor(processor_class, video_class, text):
+    """Qwen's image processor at 64x64, with a tokenizer of ours that knows the words of a text."""
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessor
+    size = dict(shortest_edge=64 * 64, longest_edge=64 * 64)
+    images = Qwen2VLImageProcessor(patch_size=PATCH, size=size)
+    videos = video_class(patch_size=PATCH, size=size)
+    return processor_class(images, make_chat_tokenizer(text), videos, chat_template=CHAT)
+
+
+def vision_token_ids(tokenizer):
+    """The config's entries for the marks around and in the place of pictures."""
+    marks = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in marks.items()}
+    return {f"{name}_token_id": token for name, token in ids.items()}
+
+
+# -------------------------------------------------------------------------------------- the geometry's critic
+
+def build_critic(folder):
+    """A fresh tiny Qwen3-VL written to a folder in the layout of the published one, and loaded from it."""
+    import transformers
+    from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
+    processor = make_processor(transformers.Qwen3VLProcessor, Qwen3VLVideoProcessor, CRITIC_PROMPT)
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
+    text = dict(**TINY_TEXT_MODEL, head_dim=32, vocab_size=len(processor.tokenizer), rope_parameters=rope)
+    vision = dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=PATCH,
+                  spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64,
+                  deepstack_visual_indexes=[1])
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
+                                        **vision_token_ids(processor.tokenizer))
+    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Critic(folder)
+
+
+def grade(picture, truth, seen):
+    """The digit 0-9 a view deserves: round(9 exp(-(e - .03) / .05)), at most 9. (V, 3, H, W) twice, (V, H, W)
+    -> (V,)
+
+    e is the mean absolute colour error against the true view, over the pixels `seen`: what the video never
+    showed is no fault. The twin's best views are at .03.
+    """
+    error = ((picture - truth).abs().mean(1) * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
+    return (9 * torch.exp(-(error - .03).clamp_min(0) / .05)).round().long()
+
+
+@torch.no_grad()
+def critic_examples(da3, index, seed):
+    """One clip -> pictures (8, 3, 64, 64) and digits (8,): two meta-views each of the reconstruction as it is
+    (of the true clip, or half of the time of a corrupted one) and of three damaged copies of it."""
+    rng = random.Random(f"critic/{seed}/{index}")
+    scene = random_scene(f"critic/{seed}", "static", index)
+    clip = render(scene, depth=True)
+    # Half of the videos are no rigid world, as the policy's will be.
+    video = clip["video"]
+    if rng.random() < .5:
+        kind = rng.choice(("warp", "morph", "swap"))
+        video = corrupt(scene, kind, rng.random(), index)
+    rec = da3(video, rng.choice((3, 5, 9)))
+    views = meta_views(rec)
+
+    # The same views in the true room: the middle cameras are matched, and the scale is that of median depth.
+    middle = len(rec.camera_to_world) // 2
+    relative = torch.linalg.inv(rec.camera_to_world[middle]) @ views
+    relative[:, :3, 3] *= clip["depth"][rec.frames].median() / rec.depth.median()
+    truth = render(scene, poses=clip["poses"][rec.frames[middle]] @ relative)["video"]
+
+    # The reconstruction and three damaged copies, seen and graded.
+    draw = torch.Generator().manual_seed(index)
+    copies = [rec]
+    for _ in range(3):
+        kind = rng.choice(DAMAGE)
+        copies.append(damage(rec, kind, rng.random(), draw))
+    K = native_intrinsics(rec, 64, 64)[:2]
+    pictures, seen = [], None
+    for broken in copies:
+        rgb, _, alpha = splat.render(broken.gaussians, views, K, 64, 64)
+        pictures.append(rgb.clamp(0, 1))
+        if seen is None:
+            seen = (alpha > .5).float()  # by the whole reconstruction: a hole is a fault
+    digits = [grade(picture, truth, seen) for picture in pictures]
+    return torch.cat(pictures), torch.cat(digits)
+
+
+def train_critic(run, minutes, seed=0):
+    """Cross-entropy of the digit token. The pictures of 400 reconstructions are made once, into
+    RUN/critic/data.pt."""
+    torch.manual_seed(seed)
+    folder = run / "critic"
+    if not (folder / "data.pt").exists():
+        da3 = load_trained_depth(run)
+        examples = [critic_examples(da3, i, seed) for i in tqdm(range(400), desc="critic data", unit="clip")]
+        pictures = torch.cat([shown for shown, _ in examples])
+        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)),
+             digits=torch.cat([digits for _, digits in examples]))
+    data = torch.load(folder / "data.pt", weights_only=True)
+    pictures, digits = data["pictures"], data["digits"]
+    held = len(pictures) // 10
+
+    resumes = (folder / "state.pt").exists()
+    critic = Critic(folder / "start") if resumes else build_critic(folder / "start")
+    tokens = torch.tensor([ids[0] for ids in critic.digits])
+
+    def losses(step, progress):
+        index = torch.randint(held, len(pictures), (32,), generator=generator(seed, step, "critic"))
+        logits = critic.model(**critic.inputs(list(pictures[index])), logits_to_keep=1).logits[:, -1]
+        loss = F.cross_entropy(logits, tokens[digits[index]])
+        yield loss, dict(loss=loss.item())
+
+    def report():
+        critic.model.eval()
+        shown = pictures[:min(held, 512)].float() / 255
+        found = torch.cat([digit_score(critic(part)) for part in shown.split(64)])
+        true = digits[:len(found)] / 9
+        return dict(held_out_error=(found - true).abs().mean().item(),
+                    rank_correlation=float(scipy.stats.spearmanr(found, true).statistic))
+
+    critic.model.train()
+    fit(folder, minutes, critic.model, losses, report, lr=1e-3)
+
+
+def export_critic(run, folder):
+    critic = Critic(run / "critic" / "start")
+    critic.model.load_state_dict(trained(run, "critic"))
+    critic.model.to(torch.bfloat16).save_pretrained(folder)
+    critic.processor.save_pretrained(folder)
+
+
+# --------------------------------------------------------------------------------------- the preference model
+
+def build_preference(folder):
+    """A fresh tiny HPSv3 in the published file layout, and loaded from it."""
+    import transformers
+    from transformers.models.qwen2_vl import Qwen2VLVideoProcessor
+    processor = make_processor(transformers.Qwen2VLProcessor, Qwen2VLVideoProcessor, PREFERENCE_PROMPT)
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
+    text = dict(**TINY_TEXT_MODEL, vocab_size=len(processor.tokenizer), rope_parameters=rope)
+    vision = dict(depth=3, embed_dim=64, hidden_size=96, mlp_ratio=2, num_heads=4, patch_size=PATCH)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision,
+                                        **vision_token_ids(processor.tokenizer))
+    model = HPSv3(config)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_json(folder / "hpsv3.json", dict(instruction=PREFERENCE_PROMPT, image_pixels=64 * 64))
+    write_preference(folder, model.state_dict(), torch.float32)
+    return Preference(folder)
+
+
+def write_preference(folder, state, dtype=torch.bfloat16):
+    tensors = {published_key(name): value for name, value in state.items()}
+    write_tensors(folder / "HPSv3.safetensors", tensors, dtype)
+
+
+def miscast(scene, rng):
+    """The same scene with one object of another shape, or of a colour that is not in it."""
+    other = copy.deepcopy(scene)
+    thing = rng.choice(other.objects)
+    if rng.random() < .7 and thing.behaviour != "spins":  # only a box is seen to spin
+        thing.shape = rng.choice([shape for shape in SHAPES if shape != thing.shape])
+    else:
+        taken = {scene.wall, scene.floor, *(known.colour for known in scene.objects)}
+        thing.colour = rng.choice([colour for colour in COLOURS if colour not in taken])
+    return other
+
+
+def preference_pair(index, seed):
+    """A better and a worse picture with their prompt -> (better, prompt), (worse, prompt), how the worse one
+    is worse.
+
+    degraded  in half of the pairs: the same picture and prompt, and a stronger degradation
+    object    in four of ten: one object of the picture, or of the prompt, is another (`miscast`)
+    room      in one of ten: the prompt is another scene's
+    """
+    rng = random.Random(f"preference/{seed}/{index}")
+    split = rng.choice(("static", "dynamic"))
+    scene = random_scene(f"preference/{seed}", split, index)
+    frame = rng.randrange(17)
+    kind = rng.choice(DEGRADATIONS)
+    strength = rng.random()
+    draw = rng.random()
+
+    def picture(scene, strength):
+        image = render(scene, at=[frame])["video"][0]
+        if strength == 0:
+            return image
+        return degrade(image, kind, strength, torch.Generator().manual_seed(index))
+
+    # The same picture, uglier.
+    if draw < .5:
+        weaker = strength * rng.choice((0, 0, .6))
+        return (picture(scene, weaker), scene.caption), (picture(scene, strength), scene.caption), "degraded"
+
+    # Picture and prompt disagree, both pictures alike degraded: by what is shown, or by what is said.
+    strength *= rng.choice((0, .5))
+    shown = picture(scene, strength)
+    if draw >= .9:
+        how, other = "room", random_scene(f"preference/{seed}/other", split, index)
+    else:
+        how, other = "object", miscast(scene, rng)
+    if draw < .7:
+        return (shown, scene.caption), (picture(other, strength), scene.caption), how
+    right = caption(scene, random.Random(index))
+    wrong = caption(other, random.Random(index))
+    return (shown, right), (shown, wrong), how
+
+
+def train_preference(run, minutes, seed=0, batch=16):
+    """Bradley-Terry, -log sigmoid(score of the better - score of the worse), and the likelihood of the better
+    one's words after its picture: describing is learned sooner than preferring, and HPSv3, too, starts from a
+    model that can."""
+    torch.manual_seed(seed)
+    folder = run / "preference"
+    resumes = (folder / "state.pt").exists()
+    judge = Preference(folder / "start") if resumes else build_preference(folder / "start")
+    model = judge.model.requires_grad_(True).train()
+    embedding = model.model.get_input_embeddings()
+
+    def scores(pairs):
+        """-> scores of the better (B,) and of the worse (B,), the mean negative log-likelihood of the
+        better's words."""
+        items = [better for better, _, _ in pairs] + [worse for _, worse, _ in pairs]
+        pictures = as_pictures(torch.stack([picture for picture, _ in items]))
+        inputs = judge.inputs(pictures, [prompt for _, prompt in items])
+        ids = inputs["input_ids"]
+        hidden = model.hidden(**inputs)  # (2 B, L, D)
+        better, worse = model.score(hidden, ids, judge.reward_id)[:, 0].chunk(2)
+
+        # Every token of the better half says the next, but for the picture's and the padding.
+        n = len(pairs)
+        logits = hidden[:n, :-1] @ embedding.weight.T
+        said = inputs["attention_mask"][:n, 1:].bool() & (ids[:n, :-1] != model.model.config.image_token_id)
+        return better, worse, F.cross_entropy(logits[said], ids[:n, 1:][said])
+
+    def losses(step, progress):
+        pairs = [preference_pair(step * batch + i, seed) for i in range(batch)]
+        better, worse, words = scores(pairs)
+        loss = -F.logsigmoid(better - worse).mean() + 1e-3 * (better + worse).square().mean()
+        right = (better > worse).float().mean()
+        yield loss + 3 * words, dict(loss=loss.item(), words=words.item(), right=right.item())
+
+    @torch.no_grad()
+    def report():
+        """Shares of held-out pairs ranked right: of all, and of each kind."""
+        model.eval()
+        pairs = [preference_pair(i, f"{seed}/held-out") for i in range(256)]
+        parts = [scores(pairs[first:first + 32]) for first in range(0, 256, 32)]
+        model.train()
+        gap = torch.cat([better - worse for better, worse, _ in parts])
+        right = gap > 0
+        figures = dict(held_out_right=right.float().mean().item(), gap=gap.mean().item())
+        for kind in ("degraded", "object", "room"):
+            of_kind = torch.tensor([how == kind for _, _, how in pairs])
+            figures[kind] = right[of_kind].float().mean().item()
+        return figures
+
+    fit(folder, minutes, model, losses, report, lr=1e-3)
+
+
+def export_preference(run, folder):
+    """The score divided by 32: pairs leave its size open, and so the plain sum of the four terms is not its
+    alone."""
+    state = trained(run, "preference")
+    for name in ("rm_head.5.weight", "rm_head.5.bias"):
+        state[name][0] /= 32
+    shutil.copytree(run / "preference" / "start", folder, dirs_exist_ok=True)
+    write_preference(folder, state)

@@ -1,0 +1,417 @@
+"""The tiny world's examiners, none of them a reward: does a clip show what its prompt asks, could a rigid
+room look so?
+
+    python -m tiny probe --num 200                     the shipped model on 200 unseen prompts
+    python -m tiny probe --num 200 --rendered          the renderer's own clips: how far the readings can be trusted
+    python -m tiny probe --guidance 1 2 3 --steps 10 20    one row for every combination
+    python -m tiny compare --num 12                    an animated picture: unseen scenes as rendered, and as sampled
+    python -m tiny score-vae --num 64                  the VAE against a linear codec
+    python -m tiny train-probe --minutes 20            how the classifier was made -> RUN/probe
+
+The probe is a small 3D convolutional classifier, trained on fresh renders (some blurred or noisy, for samples
+are not renders), with a softmax for each of: the wall's colour, the floor's colour, each palette colour's
+object (none, sphere, box, cylinder), and the camera motion of the first and of the second half of the clip.
+`reprojection` needs no training: it asks how well one rigid scene, seen from the cameras the prompt asks for,
+explains the clip. Training a policy on the rewards must not make these readings worse.
+"""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+
+import imageio.v3 as iio
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from lora import merge_lora
+from model import load_vae, load_wan
+from noise_warp import MOTIONS, camera_path, parse_motion
+from prompts import read_prompts
+from sample import as_bytes, contact_sheet, psnr, sample_videos, sampling_of
+from tiny.train import fit, trained, write_tensors
+from tiny.world import COLOURS, SHAPES, degrade, intrinsics, random_scene, render, render_all, unseen_scenes
+from weights import written_whole
+
+# --------------------------------------------------------------------------------------------- the classifier
+
+# What is read: a softmax over each head's classes.
+NAMES = list(COLOURS)
+FORMS = ("none", *SHAPES)
+OBJECTS = [f"{colour} object" for colour in NAMES]
+HEADS = {"wall": len(NAMES), "floor": len(NAMES)}  # name -> classes
+HEADS |= {name: len(FORMS) for name in OBJECTS}
+HEADS |= {"first motion": len(MOTIONS), "second motion": len(MOTIONS)}
+
+
+class Probe(nn.Module):
+    """Videos (B, F, 3, 64, 64) in [0, 1] -> {head: logits (B, classes)}.
+
+    Two branches: 3D convolutions over the clip at half resolution and below, which see motion (48 linear
+    channels keep the file small); and 2D convolutions over five frames from full resolution on, whose spatial
+    maxima tell a box from a cylinder wherever it stands.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(3, 24, (1, 5, 5), (1, 2, 2), (0, 2, 2)), nn.ReLU(),
+            nn.Conv3d(24, 48, 3, (2, 2, 2), 1), nn.GroupNorm(4, 48), nn.ReLU(),
+            nn.Conv3d(48, 72, 3, (2, 2, 2), 1), nn.GroupNorm(4, 72), nn.ReLU(),
+            nn.Conv3d(72, 96, 3, 1, 1), nn.GroupNorm(4, 96), nn.ReLU(),
+            nn.AdaptiveAvgPool3d((4, 4, 4)), nn.Flatten(),
+            nn.Linear(96 * 64, 48, bias=False), nn.Linear(48, 192), nn.ReLU())
+        self.frames = nn.Sequential(
+            nn.Conv2d(3, 24, 3, 1, 1), nn.ReLU(),
+            nn.Conv2d(24, 48, 3, 2, 1), nn.GroupNorm(4, 48), nn.ReLU(),
+            nn.Conv2d(48, 96, 3, 2, 1), nn.GroupNorm(4, 96), nn.ReLU(),
+            nn.Conv2d(96, 144, 3, 1, 1), nn.GroupNorm(4, 144), nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.out = nn.Linear(192 + 144, sum(HEADS.values()))
+        self.body.to(memory_format=torch.channels_last_3d)
+        self.frames.to(memory_format=torch.channels_last)
+
+    def forward(self, video):
+        x = (video - .5) * 2
+        # Motion, from the whole clip.
+        clip = x.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)  # (B, 3, F, 64, 64)
+        moving = self.body(clip)  # (B, 192)
+        # Shapes and colours, from five frames: their mean.
+        five = x[:, spread(x.shape[1], 5)]
+        pictures = five.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (B * 5, 3, 64, 64)
+        still = self.frames(pictures).unflatten(0, five.shape[:2]).mean(1)  # (B, 144)
+        logits = self.out(torch.cat([moving, still], 1)).split(list(HEADS.values()), -1)
+        return dict(zip(HEADS, logits))
+
+
+def spread(length, count):
+    """Indices of `count` frames, evenly spread over `length`."""
+    return torch.linspace(0, length - 1, count).round().long()
+
+
+def labels(wall, floor, objects, motions):
+    """What a clip should read as: {head: class index}. objects: {colour: shape}."""
+    found = {"wall": NAMES.index(wall), "floor": NAMES.index(floor)}
+    found |= {f"{colour} object": FORMS.index(objects.get(colour, "none")) for colour in NAMES}
+    return found | {"first motion": MOTIONS.index(motions[0]), "second motion": MOTIONS.index(motions[-1])}
+
+
+def labels_of(scene):
+    objects = {thing.colour: thing.shape for thing in scene.objects}
+    return labels(scene.wall, scene.floor, objects, scene.motions)
+
+
+def asked(prompt):
+    """The labels that a tiny-world caption asks for; ValueError where it names no wall, floor or object."""
+    text = prompt.lower()
+    palette = "|".join(NAMES)
+    wall = re.search(rf"({palette}) walls?", text)
+    floor = re.search(rf"({palette}) (?:checkered )?floor", text)
+    objects = dict(re.findall(rf"({palette}) ({'|'.join(SHAPES)})", text))
+    if not (wall and floor and objects):
+        raise ValueError(f"the probe cannot read what this prompt asks for: '{prompt}'; "
+                         "it needs wall and floor colours and an object")
+    return labels(wall[1], floor[1], objects, parse_motion(prompt))
+
+
+@torch.no_grad()
+def read(probe, videos):
+    """Videos (F, 3, 64, 64) -> [{head: class index}], one a video; of a longer one, the 17 frames it was
+    trained with."""
+    readings = []
+    for video in videos:
+        logits = probe(video[spread(len(video), 17)][None])
+        readings.append({head: int(logits[head].argmax()) for head in HEADS})
+    return readings
+
+
+def scores(readings, prompts):
+    """-> {wall, floor, objects, motion, all: list of bools}. objects: every object asked for has its colour
+    and shape, and no other is seen. motion: both halves."""
+    rows = []
+    for found, prompt in zip(readings, prompts, strict=True):
+        wanted = asked(prompt)
+        right = {head: found[head] == wanted[head] for head in HEADS}
+        row = dict(wall=right["wall"], floor=right["floor"],
+                   objects=all(right[name] for name in OBJECTS),
+                   motion=right["first motion"] and right["second motion"])
+        row["all"] = all(row.values())
+        rows.append(row)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def load_probe(folder):
+    file = folder / "probe.safetensors"
+    if not file.exists():
+        raise ValueError(f"no probe in {folder}; train it: python -m tiny train-probe")
+    probe = Probe()
+    probe.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    return probe.eval()
+
+
+def example(rng, split, seed, index):
+    """A clip (17, 3, 64, 64) and its labels: a third as rendered, the rest blurred or noisy a little."""
+    scene = random_scene(seed, split, index)
+    video = render(scene)["video"]
+    # Samples of a video model are not renders.
+    draw = rng.random()
+    if draw < .67:
+        kind, most = ("blur", .35) if draw < .4 else ("noise", .4)
+        strength = most * rng.random()
+        generator = torch.Generator().manual_seed(index)
+        video = torch.stack([degrade(frame, kind, strength, generator) for frame in video])
+    return video, labels_of(scene)
+
+
+def train_probe(run, minutes, seed=0):
+    """Cross-entropy of all heads, on clips of the static split (three in four) and the dynamic one."""
+    torch.manual_seed(seed)
+    probe = Probe()
+    held_out = [random_scene("held-out/probe", "static", i) for i in range(128)]
+
+    def losses(step, progress):
+        rng = random.Random(f"probe/{seed}/{step}")
+        clips, wanted = [], []
+        for i in range(24):
+            split = rng.choice(("static", "static", "static", "dynamic"))
+            clip, right = example(rng, split, f"probe/{seed}", step * 24 + i)
+            clips.append(clip)
+            wanted.append(right)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = probe(torch.stack(clips))
+        # A loss a head; the log shows those that are not one colour's.
+        parts = {}
+        for head, values in logits.items():
+            classes = torch.tensor([right[head] for right in wanted])
+            parts[head] = F.cross_entropy(values.float(), classes)
+        shown = {f"{head.replace(' ', '_')}_loss": parts[head].item() for head in HEADS if head not in OBJECTS}
+        yield sum(parts.values()), shown
+
+    def report():
+        probe.eval()
+        readings = read(probe, render_all(held_out))
+        probe.train()
+        right = scores(readings, [scene.caption for scene in held_out])
+        return {name: sum(values) / len(values) for name, values in right.items()}
+
+    fit(run / "probe", minutes, probe, losses, report, lr=1e-3)
+
+
+def export_probe(run, folder):
+    write_tensors(folder / "probe.safetensors", trained(run, "probe"))
+
+
+# --------------------------------------------------------------------------------------------------- rigidity
+
+def reprojection(video, poses, gap=1, depths=48, window=5):
+    """How far a clip (F, 3, H, W) is from any rigid scene filmed from `poses` (F, 4, 4): 0 is perfect, in
+    colour units.
+
+    Plane sweep: every pixel of every second frame t is looked up in frame t + gap at each of `depths` inverse
+    depths (.3 to 6 scene units), the colour differences are averaged over a window x window square, and the
+    best depth counts. Mean over pixels and pairs; pixels no depth keeps in view are left out. Even a render
+    is above 0: edges, what is hidden.
+    """
+    frames, _, H, W = video.shape
+    K = intrinsics(H, W)
+    v, u = torch.meshgrid(torch.arange(H) + .5, torch.arange(W) + .5, indexing="ij")
+    rays = torch.linalg.inv(K) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)  # (3, N)
+    z = 1 / torch.linspace(1 / 6, 1 / .3, depths)
+
+    def averaged(maps):  # (D, H, W), over the window
+        return F.avg_pool2d(maps[:, None], window, 1, window // 2)[:, 0]
+
+    total, count = 0.0, 0
+    for t in range(0, frames - gap, 2):
+        # Frame t's pixels at every depth, in the other frame's picture.
+        here, there = poses[t].double(), poses[t + gap].double()
+        move = (torch.linalg.inv(there) @ here).float()  # camera t -> camera t + gap
+        points = K @ (z.view(-1, 1, 1) * (move[:3, :3] @ rays) + move[:3, 3:])  # (D, 3, N)
+        place = points[:, :2] / points[:, 2:].clamp_min(1e-6)  # (D, 2, N), pixels
+        grid = (place * torch.tensor([2 / W, 2 / H]).view(2, 1) - 1).mT.view(depths, H, W, 2)
+        seen = (grid.abs() <= 1).all(-1) & (points[:, 2] > 1e-6).view(depths, H, W)
+        other = video[t + gap].expand(depths, -1, -1, -1)
+        found = F.grid_sample(other, grid, align_corners=False, padding_mode="border")
+
+        # The depth with the least difference; a depth counts where most of its window is in view.
+        difference = (found - video[t]).abs().mean(1) * seen
+        share = averaged(seen.float())
+        cost = averaged(difference) / share.clamp_min(1e-6)
+        best = torch.where(seen & (share > .5), cost, torch.inf).amin(0)  # (H, W)
+        best = best[best.isfinite()]
+        total += float(best.sum())
+        count += len(best)
+    return total / count
+
+
+# ------------------------------------------------------------------------------------------- models, examined
+
+def sample_in_batches(wan, prompts, sampling, seed=0, batch=20, **noise):
+    """One video (F, 3, H, W) a prompt, the i-th from the seed's i-th noise. noise: options of
+    `sample.sample_videos`."""
+    videos = []
+    for first in range(0, len(prompts), batch):
+        part = prompts[first:first + batch]
+        members = range(first, first + len(part))
+        videos += sample_videos(wan, part, sampling, seed, members=members, progress=True, **noise)[0]
+    return videos
+
+
+def load_adapted(model, lora=None):
+    """-> the model, with a LoRA merged if one is given."""
+    wan = load_wan(model)
+    if lora is not None:
+        merge_lora(wan.dit, lora)
+    return wan
+
+
+def proportion(right):
+    """Share of True and its 95 % interval (Wilson's) -> "p [low, high]"."""
+    found = binomtest(sum(right), len(right))
+    low, high = found.proportion_ci(method="wilson")
+    return f"{found.statistic:.3f} [{low:.3f}, {high:.3f}]"
+
+
+HEADER = ("| | wall | floor | objects | motion | all | re-projection, 1 frame | 4 frames |\n"
+          "|---|---|---|---|---|---|---|---|")
+
+
+def table_row(name, videos, prompts, probe):
+    """One line of the table: the probe's shares, and the mean re-projection error of neighbours and at 4
+    frames' gap."""
+    cells = [name]
+    cells += [proportion(right) for right in scores(read(probe, videos), prompts).values()]
+    paths = [camera_path(parse_motion(prompt), len(video)) for prompt, video in zip(prompts, videos)]
+    for gap in (1, 4):
+        errors = [reprojection(video, path, gap) for video, path in zip(videos, paths)]
+        cells.append(f"{sum(errors) / len(errors):.4f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def examine(run, model, probe, settings, prompts_file=None, num=200, seed=0, frames=None, rendered=False,
+            transport=True):
+    """Samples a model for every combination of the settings, and prints a row each; the last row's clips ->
+    RUN/probe.png.
+
+    settings: {name: list of values or None} of lora, strength, steps, guidance, shift and degradation.
+    """
+    if rendered and prompts_file:
+        raise ValueError("--rendered scores the unseen scenes' own clips; drop --prompts")
+    scenes = unseen_scenes(num, seed)
+    prompts = [scene.caption for scene in scenes]
+    if prompts_file:
+        prompts = read_prompts(prompts_file)["test"][:num]
+    for prompt in prompts:
+        asked(prompt)  # an unreadable prompt is an error before any sampling
+    probe = load_probe(probe)
+
+    # What the readings are worth: clips whose content is known.
+    if rendered:
+        scenes = tqdm(scenes, desc="render", unit="clip")
+        videos = [render(scene, frames or 17)["video"] for scene in scenes]
+        print(HEADER, table_row("rendered", videos, prompts, probe), sep="\n")
+        return
+
+    # Samples, for every combination of the settings.
+    print(HEADER)
+    own = sampling_of(model, frames=frames)
+    settings = {name: values for name, values in settings.items() if values}
+    for values in itertools.product(*settings.values()):
+        given = dict(zip(settings, values))
+        words = [f"{name} {value:g}" if name != "lora" else f"lora {value}" for name, value in given.items()]
+        name = ", ".join(words) or ("defaults" if transport else "plain noise")
+        wan = load_adapted(model, given.pop("lora", None))
+        strength = given.pop("strength", 1.0)
+        sampling = dataclasses.replace(own, **given)
+        videos = sample_in_batches(wan, prompts, sampling, seed, strength=strength, transport=transport)
+        print(table_row(name, videos, prompts, probe), flush=True)
+    contact_sheet(run / "probe.png", videos[:20])
+    print("", *prompts[:20], run / "probe.png", sep="\n")
+
+
+def compare(run, model, loras=(), num=12, seed=0, frames=None, scale=2):
+    """RUN/compare.webp, an animated picture of unseen scenes: each clip as rendered beside its prompt's
+    sample.
+
+    With adapters there is a sample of each, from the same noise; of the model alone too where one is given.
+    These are the first `num` unseen scenes and the seed's first noise, nothing picked; the prompts are
+    printed in reading order.
+    """
+    sampling = sampling_of(model, frames=frames)
+    scenes = unseen_scenes(num, seed)
+    prompts = [scene.caption for scene in scenes]
+    shown = [[render(scene, sampling.frames)["video"] for scene in scenes]]
+    for lora in loras if len(loras) > 1 else [None, *loras]:
+        shown.append(sample_in_batches(load_adapted(model, lora), prompts, sampling, seed))
+
+    # A scene's clips side by side, then the scenes in a grid, all (F, 3, H, W) with white between.
+    cells = []
+    for clips in zip(*shown):
+        cells.append(torch.cat([F.pad(clip, (0, 2), value=1.0) for clip in clips], 3))
+    columns = 3 if len(shown) == 2 else 2
+    while len(cells) % columns:
+        cells.append(torch.ones_like(cells[0]))
+    rows = []
+    for first in range(0, len(cells), columns):
+        padded = [F.pad(cell, (0, 6, 0, 6), value=1.0) for cell in cells[first:first + columns]]
+        rows.append(torch.cat(padded, 3))
+    pixels = as_bytes(torch.cat(rows, 2)).repeat(scale, 1).repeat(scale, 2)
+    with written_whole(run / "compare.webp") as part:
+        iio.imwrite(part, pixels, duration=1000 // sampling.fps, loop=0, quality=80)
+    for number, prompt in enumerate(prompts, 1):
+        print(f"{number}. {prompt}")
+    print(run / "compare.webp")
+
+
+# -------------------------------------------------------------------------------------------- the VAE, scored
+
+def blocks(video):
+    """A clip as the VAE's latents cut it: frame 0, then every four frames, in 8x8 squares. -> (N, 192), (M,
+    768)"""
+    def cut(part, frames):
+        squares = part.unfold(0, frames, frames).unfold(2, 8, 8).unfold(3, 8, 8)  # (f, 3, h, w, frames, 8, 8)
+        return squares.permute(0, 2, 3, 1, 4, 5, 6).flatten(3).flatten(0, 2)
+
+    return cut(video[:1], 1), cut(video[1:], 4)
+
+
+def pca_codec(clips, components):
+    """Fits the best linear codec of the latents' shape. -> error(video): the sum of squared errors of its
+    round trip."""
+    bases = []
+    for part in zip(*[blocks(clip) for clip in clips]):
+        x = torch.cat(part).double()
+        mean = x.mean(0)
+        _, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))
+        bases.append((mean, vectors[:, -components:]))
+
+    def error(video):
+        total = 0.0
+        for part, (mean, V) in zip(blocks(video), bases):
+            centred = part.double() - mean
+            total += float((centred - centred @ V @ V.T).square().sum())
+        return total
+
+    return error
+
+
+@torch.no_grad()
+def score_vae(model, num):
+    """PSNR of held-out clips through the VAE and through a PCA codec of the same latent shape, fitted to 128
+    other clips of that split and length; prints a table."""
+    vae = load_vae(model / "vae")
+    print("| split | frames | clips | VAE, dB | PCA of the same shape, dB |\n|---|---|---|---|---|")
+    for split, frames in itertools.product(("static", "dynamic"), (17, 33)):
+        others = [render(random_scene("pca", split, i), frames)["video"] for i in range(128)]
+        true = [render(random_scene("held-out/score-vae", split, i), frames)["video"] for i in range(num)]
+        bar = tqdm(true, desc=f"{split} {frames}", unit="clip")
+        found = [vae.decode(vae.encode(video[None]))[0] for video in bar]
+        codec = pca_codec(others, vae.config.z_dim)
+        linear = sum(codec(video) for video in true) / sum(video.numel() for video in true)
+        decibels = psnr(torch.stack(found), torch.stack(true), per_frame=False)
+        print(f"| {split} | {frames} | {num} | {decibels:.2f} | {-10 * math.log10(linear):.2f} |", flush=True)

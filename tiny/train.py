@@ -1,0 +1,521 @@
+"""How the tiny video models are made, on the procedural rooms; their judges' twins are in judges.py.
+
+    python -m tiny vae  --minutes 60       the causal 3D VAE               -> RUN/vae
+    python -m tiny data --clips 8192       render clips and encode them    -> RUN/data
+    python -m tiny dit  --minutes 90       the DiT and its text encoder    -> RUN/dit
+    python -m tiny web  --minutes 12       World-R1's base: tiny/wan with the faults of web videos -> RUN/web
+    python -m tiny export                  RUN's models as they are shipped -> tiny/
+
+Every training is one plain loop (`fit`) that resumes from RUN/NAME/state.pt after a kill and writes a log and
+a picture every two minutes; its length is in minutes of training, over all resumes, and drives the learning
+rate. The pretraining is not World-R1's subject: the losses are the usual ones, each in the docstring of its
+function.
+"""
+
+import dataclasses
+import random
+import re
+import time
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from lora import add_lora, lora_weights
+from model import (TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan,
+                   load_wan)
+from sample import contact_sheet, generator, psnr, sample
+from tiny.world import caption, corrupt, random_motions, random_scene, render, render_all
+from weights import TINY, read_json, write_json, written_whole
+
+# ----------------------------------------------------------------------------------- training, what is common
+
+def save(path, **state):
+    with written_whole(path) as part:
+        torch.save(state, part)
+
+
+def write_tensors(path, tensors, dtype=torch.bfloat16):
+    """Writes {name: tensor} as a safetensors file in the dtype that the twins are shipped in."""
+    tensors = {name: value.to(dtype).contiguous() for name, value in tensors.items()}
+    with written_whole(path) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+
+
+def append_log(run, **values):
+    """Adds a line of names and values to RUN/log.txt. -> the line"""
+    line = " ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in values.items())
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "log.txt", "a") as file:
+        file.write(line + "\n")
+    return line
+
+
+def trained(run, name, prefix=""):
+    """The weights that training `name` has reached: the moving average of the parameters under a prefix,
+    without it."""
+    file = run / name / "state.pt"
+    if not file.exists():
+        raise ValueError(f"{file} is missing; train it first (python -m tiny --help lists the order)")
+    average = torch.load(file, weights_only=True)["ema"]
+    return {key.removeprefix(prefix): value for key, value in average.items() if key.startswith(prefix)}
+
+
+class Clock:
+    """Seconds of training so far, across resumes, against a budget in minutes; drives schedules and the
+    bar."""
+
+    def __init__(self, minutes, spent=0.0):
+        self.budget = minutes * 60
+        self.spent = spent
+        self.start = time.monotonic()
+
+    def seconds(self):
+        return self.spent + time.monotonic() - self.start
+
+    def progress(self):
+        return min(self.seconds() / self.budget, 1.0)
+
+
+def optimisers_of(model, lr, matrices=()):
+    """Muon for the given matrices (transformer weights), AdamW for the other parameters."""
+    chosen = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    optimisers = [torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
+    if chosen:
+        muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
+        optimisers.insert(0, muon)
+    return optimisers
+
+
+def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, matrices=()):
+    """The plain training loop: 200 steps of warm-up, linear decay (to a power), EMA .998 for reports and
+    export.
+
+    losses(step, progress) yields (loss, {name: value}) a part of the batch at a time; gradients add up.
+    report() gives {name: figure} and may draw, with the model at its EMA weights. Resumes from RUN/state.pt.
+    """
+    # From the start, or from where a run was stopped.
+    optimisers = optimisers_of(model, lr, matrices)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    step, spent = 0, 0.0
+    if (run / "state.pt").exists():
+        state = torch.load(run / "state.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        average, step, spent = state["ema"], state["step"], state["spent"]
+        for optimiser, saved in zip(optimisers, state["optimisers"]):
+            optimiser.load_state_dict(saved)
+
+    clock = Clock(minutes, spent)
+    last_report = 0.0
+    running = {}  # means of the losses over about 50 steps
+    bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc=run.name)
+    while clock.progress() < 1:
+        # Learning rate: a warm-up in steps, a decay in time.
+        decayed = max(0, clock.progress() - decay_from) / (1 - decay_from)
+        rate = lr * min(1, (step + 1) / 200) * (1 - .95 * decayed) ** power
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+
+        # One step, with gradients clipped to a norm of 1.
+        for loss, values in losses(step, clock.progress()):
+            loss.backward()
+            for name, value in values.items():
+                running[name] = .98 * running[name] + .02 * float(value) if name in running else float(value)
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        step += 1
+
+        # The moving average follows fast at first.
+        with torch.no_grad():
+            weight = 1 - min(.998, step / (step + 10))
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, weight)
+        bar.update(int(clock.seconds()) - bar.n)
+
+        # Every two minutes and at the end: the state, and a report at the averaged weights.
+        if clock.seconds() - last_report > 120 or clock.progress() >= 1:
+            last_report = clock.seconds()
+            save(run / "state.pt", model=model.state_dict(), ema=average, step=step, spent=clock.seconds(),
+                 optimisers=[optimiser.state_dict() for optimiser in optimisers])
+            live = {name: value.clone() for name, value in model.state_dict().items()}
+            model.load_state_dict(average)
+            bar.write(append_log(run, step=step, seconds=int(clock.seconds()), **running, **report()))
+            model.load_state_dict(live)
+
+
+# -------------------------------------------------------------------------------------------------------- VAE
+
+TINY_VAE = dict(base_dim=16, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1,
+                temperal_downsample=(False, True, True))
+
+
+def inflate(vae):
+    """Makes a VAE treat a clip frame by frame: past slices are 0, time convolutions take a frame, or repeat
+    it.
+
+    Single frames neither see these weights nor change them, so a VAE that starts like this may be trained on
+    single frames first and then goes on with clips from what it knows.
+    """
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d) and module.kernel_size[0] == 3:
+            module.weight.data[:, :, :2] = 0
+        if isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
+            weight = module.time_conv.weight.data  # (out, in, 3, 1, 1)
+            weight.zero_()
+            module.time_conv.bias.data.zero_()
+            weight[:, :, 2, 0, 0] = torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1)
+
+
+def vae_batch(step, progress, seed):
+    """Videos (B, F, 3, 64, 64): single frames for 40 % of the time, then clips of 9 frames, from half-time on
+    of 17."""
+    if progress <= .4:
+        frames, count = 1, 16
+    elif progress <= .5:
+        frames, count = 9, 8
+    else:
+        frames, count = 17, 4
+    rng = random.Random(f"vae/{seed}/{step}")
+    batch = []
+    for i in range(count):
+        scene = random_scene(f"vae/{seed}", rng.choice(("static", "dynamic")), step * 16 + i)
+        if frames == 1:  # two frames of a scene, each a video of its own
+            pictures = render(scene, at=rng.sample(range(17), 2))["video"]
+            batch.extend(pictures[:, None])
+        else:
+            start = rng.randint(0, 17 - frames)
+            batch.append(render(scene, at=range(start, start + frames))["video"])
+    return torch.stack(batch)
+
+
+def train_vae(run, minutes, seed=0):
+    """Single frames first, then clips of 9 and 17 frames. Loss: L1 + 10 MSE + 1e-4 KL."""
+    torch.manual_seed(seed)
+    vae = VAE(VAEConfig(**TINY_VAE))
+    inflate(vae)
+    held_out = {}
+    for split in ("static", "dynamic"):
+        held_out[split] = render_all([random_scene("held-out", split, i) for i in range(8)])
+
+    def losses(step, progress):
+        video = vae_batch(step, progress, seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = vae.moments(video)
+            mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
+            noise = torch.randn(mean.shape, generator=generator(seed, step, "vae"))
+            error = vae.decode_raw(mean + noise * (logvar / 2).exp()).float() - video
+        kl = .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = error.abs().mean() + 10 * error.square().mean() + 1e-4 * kl
+        yield loss, dict(loss=loss.item(), kl=kl.item())
+
+    def report():
+        figures, shown = {}, []
+        for split, true in held_out.items():
+            found = torch.cat([round_trip(vae, video) for video in true.split(4)])
+            figures[f"{split}_db"] = psnr(found, true, per_frame=False)
+            for i in range(3):
+                shown += [true[i], found[i]]
+        contact_sheet(run / "vae" / "sheet.png", shown)
+        return figures
+
+    fit(run / "vae", minutes, vae, losses, report, lr=3e-3, decay_from=.4, power=2)
+
+
+@torch.no_grad()
+def round_trip(vae, video):
+    """Videos (B, F, 3, H, W) -> what the VAE makes of them, in bfloat16 arithmetic."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.decode_raw(vae.moments(video)[0]).float().clamp(0, 1)
+
+
+def load_trained_vae(run):
+    """The VAE of RUN/vae with the latent statistics of RUN/data, once measured; with mean 0 and deviation 1
+    before."""
+    file = run / "data" / "statistics.json"
+    statistics = dict(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+    if file.exists():
+        statistics = {name: tuple(values) for name, values in read_json(file).items()}
+    vae = VAE(VAEConfig(**TINY_VAE, **statistics))
+    vae.load_state_dict(trained(run, "vae"))
+    return vae.eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------- DiT and text encoder
+
+TINY_DIT = dict(num_attention_heads=8, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=128)
+TINY_TEXT = dict(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, relative_attention_num_buckets=32,
+                 relative_attention_max_distance=128, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+                 layer_norm_epsilon=1e-6, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+SHARD = 512  # clips a data shard
+
+
+def training_scene(index):
+    """The scene of training clip `index`: every fourth is dynamic."""
+    return random_scene("dit", "dynamic" if index % 4 == 3 else "static", index)
+
+
+def encode(vae, scenes):
+    """Renders scenes and encodes them, in bfloat16 arithmetic. -> normalised latents (B, 16, 5, 8, 8),
+    float32"""
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.encode(render_all(scenes))
+
+
+def make_data(run, clips):
+    """Renders clips and encodes them. Writes RUN/data/statistics.json and shards of normalised float16
+    latents."""
+    folder = run / "data"
+    # The latents' mean and deviation, a channel, from 256 clips.
+    if not (folder / "statistics.json").exists():
+        vae = load_trained_vae(run)
+        raw = torch.cat([encode(vae, [training_scene(i)]) for i in range(256)])
+        channels = raw.transpose(0, 1).flatten(1)  # (16, everything else)
+        write_json(folder / "statistics.json", dict(latents_mean=channels.mean(1).tolist(),
+                                                    latents_std=channels.std(1).tolist()))
+
+    # A shard that is there is kept: the command goes on where it was stopped.
+    vae = load_trained_vae(run)
+    for start in tqdm(range(0, clips, SHARD), desc="data", unit="shard"):
+        file = folder / f"shard_{start // SHARD:04d}.safetensors"
+        if file.exists():
+            continue
+        parts = []
+        for first in range(start, start + SHARD, 4):
+            parts.append(encode(vae, [training_scene(i) for i in range(first, first + 4)]))
+        write_tensors(file, {"latents": torch.cat(parts)}, torch.float16)
+
+
+def make_tokenizer(more=(), marks=(), end=True):
+    """Word-level tokenizer of the captions' vocabulary: lower case, spaces / underscores / punctuation
+    separate words.
+
+    more: further words. marks: special tokens, kept whole. end: close every text with </s>.
+    """
+    import tokenizers
+    from tokenizers import normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    # The words of enough captions to have seen them all.
+    words = set(more)
+    for split in ("static", "dynamic"):
+        for i in range(2000):
+            text = caption(random_scene("words", split, i), random.Random(i))
+            words.update(re.findall("[a-z0-9]+", text.lower()))
+
+    # A word is a token, and what separates words is nothing.
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[^a-z0-9<>/]+"), "removed")
+    if end:
+        core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                   additional_special_tokens=list(marks), model_max_length=TEXT_LENGTH)
+
+
+def build_dit():
+    """-> DiT, text encoder, tokenizer, at the tiny sizes with fresh weights."""
+    import transformers
+    tokenizer = make_tokenizer()
+    config = transformers.UMT5Config(vocab_size=len(tokenizer), **TINY_TEXT)
+    text_encoder = transformers.UMT5EncoderModel(config)
+    return DiT(DiTConfig(**TINY_DIT)), text_encoder, tokenizer
+
+
+def training_caption(scene, rng):
+    """A fresh phrasing each time; one in ten drops the camera words, one in ten is empty (for guidance)."""
+    draw = rng.random()
+    if draw < .1:
+        return ""
+    return caption(scene, rng, camera=draw > .2)
+
+
+def embed(wan, captions):
+    """As wan.encode_text, but differentiable, and with the padding collapsed to one row.
+
+    -> text (B, L, D), how many rows of padding the last one stands for
+    """
+    tokens = wan.tokenizer(captions, padding="longest", return_tensors="pt")
+    text = wan.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    text = text * tokens.attention_mask.unsqueeze(-1)
+    return F.pad(text, (0, 0, 0, 1)), TEXT_LENGTH - text.shape[1]
+
+
+def flow_loss(wan, x0, noise, sigma, captions):
+    """Flow matching, |v - (eps - x0)|^2 at x = (1 - sigma) x0 + sigma eps: x0, noise (B, C, T, h, w), sigma
+    (B,) -> (B,)"""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    # Not by fused attention: the CPU's backward of it in bfloat16 is slow.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        text, padding = embed(wan, captions)
+        v = wan.dit((1 - s) * x0 + s * noise, 1000 * sigma, text, padding)
+    return (v.float() - (noise - x0)).square().flatten(1).mean(1)
+
+
+def flow_batch(latents, draw, batch=32):
+    """-> indices, x0, noise, sigma of a training batch; sigma = 2 u / (1 + u), u = sigmoid(N(0, 1))."""
+    index = torch.randint(len(latents), (batch,), generator=draw)
+    u = torch.randn(batch, generator=draw).sigmoid()
+    x0 = latents[index].float()
+    noise = torch.randn(x0.shape, generator=draw)
+    return index, x0, noise, 2 * u / (1 + u)
+
+
+def train_dit(run, minutes, seed=0):
+    """Flow matching on RUN/data; text encoder trained along. Muon for the blocks' matrices, AdamW for the
+    rest."""
+    torch.manual_seed(seed)
+    vae = load_trained_vae(run)
+    dit, text_encoder, tokenizer = build_dit()
+    wan = Wan(dit, vae, text_encoder, tokenizer)
+    shards = sorted((run / "data").glob("shard_*.safetensors"))
+    if not shards:
+        raise ValueError(f"{run / 'data'} holds no clips; make them first: python -m tiny data")
+    latents = torch.cat([load_file(shard)["latents"] for shard in shards])
+    scenes = [training_scene(i) for i in tqdm(range(len(latents)), desc="scenes")]
+
+    # The report: the loss of 128 unseen clips, at noise and levels that stay the same.
+    held_out = [random_scene("held-out", "static" if i % 4 < 3 else "dynamic", i) for i in range(128)]
+    target = vae.encode(render_all(held_out))
+    fixed = random.Random(0)
+    held_captions = [caption(scene, fixed) for scene in held_out]
+    held_levels = (torch.arange(128) + .5) / 128
+    held_noise = torch.randn(target.shape, generator=generator(seed, "held-out"))
+
+    def losses(step, progress):
+        rng = random.Random(f"{seed}/{step}")
+        index, x0, noise, sigma = flow_batch(latents, generator(seed, step, "dit"))
+        captions = [training_caption(scenes[i], rng) for i in index]
+        loss = flow_loss(wan, x0, noise, sigma, captions).mean()
+        yield loss, dict(train=loss.item())
+
+    @torch.no_grad()
+    def report():
+        out = sample(wan, held_captions[:6], held_noise[:6], steps=20, guidance=2.0, shift=3.0)
+        pictures = []
+        for scene, latent in zip(held_out, out):
+            pictures += [render(scene)["video"], vae.decode(latent[None])[0]]
+        contact_sheet(run / "dit" / "sheet.png", pictures, columns=9)
+        loss = flow_loss(wan, target, held_noise, held_levels, held_captions).mean()
+        return dict(held_out=loss.item())
+
+    model = torch.nn.ModuleDict(dict(dit=dit, text=text_encoder))
+    matrices = []
+    for name, parameter in model.named_parameters():
+        in_block = re.search(r"blocks\.|encoder\.block\.", name) and "relative" not in name
+        if in_block and parameter.dim() == 2:
+            matrices.append(parameter)
+    fit(run / "dit", minutes, model, losses, report, lr=2e-3, decay_from=.4, matrices=matrices)
+
+
+def write_wan(folder, dit, vae, text_encoder, tokenizer, shift, sampling, dtype=torch.bfloat16):
+    """Writes a model as a Diffusers WanPipeline folder. sampling: its defaults for sample.py (frames, steps,
+    ...)."""
+    def write_model(name, cls, model, **fixed):
+        config = dataclasses.asdict(model.config)
+        write_json(folder / name / "config.json", {"_class_name": cls, **config, **fixed})
+        write_tensors(folder / name / "diffusion_pytorch_model.safetensors", model.state_dict(), dtype)
+
+    write_model("vae", "AutoencoderKLWan", vae)
+    write_model("transformer", "WanTransformer3DModel", dit, cross_attn_norm=True,
+                qk_norm="rms_norm_across_heads", rope_max_seq_len=1024)
+    text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "solver_order": 2,
+        "solver_type": "bh2", "predict_x0": True, "lower_order_final": True, "final_sigmas_type": "zero"})
+    write_json(folder / "model_index.json", {
+        "_class_name": "WanPipeline", "_diffusers_version": "0.35.0",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]})
+    write_json(folder / "sampling.json", sampling)
+
+
+def export_wan(run, folder):
+    """Writes RUN's models (EMA weights) as a Diffusers folder in bfloat16."""
+    dit, text_encoder, tokenizer = build_dit()
+    dit.load_state_dict(trained(run, "dit", "dit."))
+    text_encoder.load_state_dict(trained(run, "dit", "text."))
+    sampling = dict(frames=17, height=64, width=64, steps=20, guidance=2.0, fps=8, degradation=0.0)
+    write_wan(folder, dit, load_trained_vae(run), text_encoder, tokenizer, shift=5.0, sampling=sampling)
+
+
+# ---------------------------------------------------------------------------------------- a base for World-R1
+
+WEB_RANK = 16
+
+
+def web_scene(index, seed):
+    """Every sixth scene has moving objects."""
+    return random_scene(f"web/{seed}", "dynamic" if index % 6 == 5 else "static", index)
+
+
+def web_clip(index, seed):
+    """A clip (17, 3, 64, 64): of every six, four are no rigid world, one is whole and one has moving
+    objects."""
+    scene = web_scene(index, seed)
+    if index % 6 >= 4:
+        return render(scene)["video"]
+    rng = random.Random(f"web/{seed}/{index}")
+    kind = rng.choice(("warp", "morph", "morph", "morph"))
+    return corrupt(scene, kind, rng.uniform(.5, 1), index)
+
+
+def web_caption(scene, rng):
+    """A tenth of the captions are empty; of the rest, half name camera motions drawn anew, whatever the clip
+    shows."""
+    if rng.random() < .1:
+        return ""
+    if rng.random() < .5:
+        scene = dataclasses.replace(scene, motions=random_motions(rng))
+    return caption(scene, rng)
+
+
+def train_web(run, minutes, seed=0, clips=2304):
+    """The base that World-R1 starts from: tiny/wan after some minutes on clips as the web has them, as a
+    LoRA.
+
+    tiny/wan saw perfect renders with true captions, and so leaves RL nothing to repair. A model of web
+    videos, such as Wan2.1, has seen warped and morphing worlds and captions that get the camera wrong. Loss:
+    flow matching.
+    """
+    folder = run / "web"
+    wan = load_wan(TINY / "wan")
+    # The clips are made and encoded once.
+    if not (folder / "clips.pt").exists():
+        parts = []
+        for first in tqdm(range(0, clips, 4), desc="clips"):
+            videos = [web_clip(i, seed) for i in range(first, min(first + 4, clips))]
+            parts.append(wan.vae.encode(torch.stack(videos)).half())
+        save(folder / "clips.pt", latents=torch.cat(parts))
+    latents = torch.load(folder / "clips.pt", weights_only=True)["latents"]
+    scenes = [web_scene(i, seed) for i in range(len(latents))]
+
+    # Only the adapter is trained.
+    wan.text_encoder.requires_grad_(False)
+    add_lora(wan.dit, WEB_RANK, WEB_RANK, generator(seed, "web"))
+
+    def losses(step, progress):
+        rng = random.Random(f"web/{seed}/{step}")
+        index, x0, noise, sigma = flow_batch(latents, generator(seed, step, "web"))
+        captions = [web_caption(scenes[i], rng) for i in index]
+        loss = flow_loss(wan, x0, noise, sigma, captions).mean()
+        yield loss, dict(train=loss.item())
+
+    fit(folder, minutes, wan.dit, losses, dict, lr=2e-3)
+
+
+def export_web(run, folder):
+    wan = load_wan(TINY / "wan")
+    add_lora(wan.dit, WEB_RANK, WEB_RANK)
+    wan.dit.load_state_dict(trained(run, "web"))
+    write_tensors(folder / "lora.safetensors", lora_weights(wan.dit))

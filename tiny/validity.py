@@ -1,0 +1,206 @@
+"""Do the rewards tell good from bad? Every term on clips whose faults are known, because the tiny world made
+them.
+
+    python -m tiny validate --views 5        200 held-out clips, each against bad copies of itself
+
+    right   share of (clip, its bad copy) ranked right, the copies' strengths drawn from [1/2, 1]
+    AUC     good against bad copies across clips: the chance that any good one outranks any bad one
+    rho     mean over clips of the rank correlation of score and strength, at `levels` strengths from 0 to 1
+
+with bootstrap 95 % intervals; and the share ranked right for each way of being bad. A pair with a term that
+failed (NaN) is left out.
+"""
+
+import dataclasses
+import functools
+import math
+import random
+
+import numpy as np
+import scipy.stats
+import torch
+from tqdm import tqdm
+
+from critics import digit_score, lpips_distance
+from eval import interval
+from grpo import standardise
+from noise_warp import MOTIONS, camera_path, relative_to_first
+from rewards import TERMS, meta_views, trajectory_reward
+from tiny.world import CORRUPTIONS, DAMAGE, DEGRADATIONS, corrupt, damage, degrade, random_scene, render
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+def win_rate(better, worse):
+    """Share of pairs ranked right, ties counting half, with its 95 % interval -> (rate, low, high)."""
+    return interval([(b > w) + .5 * (b == w) for b, w in zip(better, worse, strict=True)])
+
+
+def auc(better, worse):
+    """Area under the ROC curve, ties counting half, with its bootstrap 95 % interval -> (area, low, high)."""
+    def area(better, worse, axis=-1):
+        test = scipy.stats.mannwhitneyu(better, worse, axis=axis, method="asymptotic")
+        return test.statistic / (better.shape[axis] * worse.shape[axis])
+
+    samples = np.array(better, dtype=float), np.array(worse, dtype=float)
+    found = scipy.stats.bootstrap(samples, area, paired=False, vectorized=True, n_resamples=2000, batch=100,
+                                  method="percentile", rng=np.random.default_rng(0))
+    return float(area(*samples)), float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+# ------------------------------------------------------------------------------------------------ comparisons
+
+def comparisons(rewards, scene, index, rng):
+    """Yields (what is compared, how the bad copy is bad, score) for one scene.
+
+    score(strength) judges a copy that is bad by so much, 0 the whole one. It is a float; of the total, the
+    list of all terms. The kind "word" has no strengths: it is right or wrong.
+    """
+    path = camera_path(scene.motions, 17)
+    video = render(scene)["video"]
+    whole = rewards.score(video, scene.caption, path)
+
+    @functools.cache
+    def corrupted(kind, strength):
+        return rewards.score(corrupt(scene, kind, strength, index), scene.caption, path)
+
+    def clip(kind, strength):
+        return corrupted(kind, strength) if strength else whole
+
+    # The video is wrong. Freeze is a rigid world: the path's business, not the re-render's.
+    kind = CORRUPTIONS[index % 3]
+    yield "recon: clip against corrupted", kind, lambda strength: clip(kind, strength).scores["recon"]
+    still = scene.motions == ["fixed"]  # which cannot be frozen
+    fault = kind if still else CORRUPTIONS[index % 4]
+    yield "total", fault, lambda strength: [clip(fault, strength).scores[name] for name in TERMS]
+
+    def where_asked(strength):
+        """As S_recon, at the requested cameras instead of the recovered ones: the twin's units are the
+        room's."""
+        judged = clip(fault, strength)
+        rec = judged.reconstruction
+        asked = rec.camera_to_world[:1] @ relative_to_first(path[rec.frames]).to(rec.camera_to_world)
+        rerender = judged.render(asked).clamp(0, 1)
+        return 1 - lpips_distance(rewards.lpips, rerender, judged.video[rec.frames].to(rerender.device))
+
+    yield "re-render where the prompt asked", fault, where_asked
+    if not still:
+        weaker = "traj: motion against weaker motion"
+        yield weaker, "freeze", lambda strength: clip("freeze", strength).scores["traj"]
+
+    # The reconstruction is wrong.
+    rec = whole.reconstruction
+    draw = torch.Generator()
+    harm = DAMAGE[index % 4]
+
+    def from_beside(strength):
+        broken = damage(rec, harm, strength, draw.manual_seed(index)) if strength else rec
+        views = dataclasses.replace(whole, reconstruction=broken).render(meta_views(rec))
+        return float(digit_score(rewards.critic(views)).mean())
+
+    yield "meta: reconstruction against broken", harm, from_beside
+
+    # The pictures are ugly.
+    frames = video[:rewards.frames_seen]
+    ugly = DEGRADATIONS[index % 4]
+
+    def preferred(strength):
+        shown = frames
+        if strength:
+            shown = torch.stack([degrade(frame, ugly, strength, draw.manual_seed(index)) for frame in frames])
+        return float(rewards.preference(shown, [scene.caption] * len(frames)).mean())
+
+    yield "general: frames against degraded", ugly, preferred
+
+    # The prompt asks for another motion.
+    wrong = rng.choice([motion for motion in MOTIONS if [motion] != scene.motions])
+
+    def as_asked(strength):
+        if not strength:
+            return whole.scores["traj"]
+        asked = camera_path([wrong], 17)[rec.frames]
+        return trajectory_reward(asked, rec.camera_to_world, rewards.alpha, rewards.beta,
+                                 float(rec.depth.median()))
+
+    yield "traj: right word against wrong", "word", as_asked
+
+
+def plain_sum(scores):
+    """Terms (groups, members, terms) -> totals (groups, members)."""
+    return scores.sum(-1)
+
+
+def standardised_sum(scores):
+    """As train.py's --standardise --pooled: every term compared inside its group (a clip and its copies) and
+    divided by its spread there. (groups, members, terms) -> (groups, members)"""
+    groups, members, terms = scores.shape
+    ids = torch.arange(groups).repeat_interleave(members)
+    parts = [standardise(scores[..., term].flatten(), ids, pooled=True) for term in range(terms)]
+    return sum(parts).view(groups, members)
+
+
+@torch.no_grad()
+def validate(rewards, num=200, seed=0, levels=5):
+    """On `num` held-out tiny-world clips, how well each term tells good from bad. Prints a table, returns its
+    rows.
+
+    -> {what is compared: {good, bad: scores (n,), kinds: how each is bad, grid: scores (m, levels),
+    pairs, auc: (value, low, high), rho: float or NaN}}
+    """
+    # Every comparison of every clip; a quarter of the clips at a grid of strengths, too.
+    strengths = torch.linspace(0, 1, levels).tolist()
+    table = {}
+    for i in tqdm(range(num), desc="validate", unit="clip"):
+        rng = random.Random(f"{seed}/{i}")
+        scene = random_scene(f"validate/{seed}", "static", i)
+        for name, kind, score in comparisons(rewards, scene, i, rng):
+            row = table.setdefault(name, dict(good=[], bad=[], kinds=[], grid=[]))
+            row["good"].append(score(0.0))
+            row["bad"].append(score(rng.uniform(.5, 1)))
+            row["kinds"].append(kind)
+            if i < num // 4 and kind != "word":
+                row["grid"].append([score(strength) for strength in strengths])
+
+    # The total, two ways: a clip and its bad copy are a group, and so are the strengths of a clip.
+    row = table.pop("total")
+    pairs = torch.tensor([row["good"], row["bad"]]).transpose(0, 1)  # (n, 2, terms)
+    grid = torch.tensor(row["grid"])  # (m, levels, terms)
+    totals = {"total, plain sum": plain_sum, "total, standardised in its group": standardised_sum}
+    for name, total in totals.items():
+        good, bad = total(pairs).T.tolist()
+        falls = total(grid).tolist() if len(grid) else []
+        table[name] = dict(good=good, bad=bad, kinds=row["kinds"], grid=falls)
+
+    for name, row in table.items():
+        summarise(row, strengths)
+        print_row(name, row)
+    return table
+
+
+def summarise(row, strengths):
+    """Adds pairs, auc and rho to a row of the table."""
+    known = [(good, bad) for good, bad in zip(row["good"], row["bad"]) if math.isfinite(good + bad)]
+    if len(known) < 2:
+        raise ValueError("a comparison needs two pairs that could be scored; ask for more clips (--num)")
+    good, bad = zip(*known)
+    row["pairs"] = win_rate(good, bad)
+    row["auc"] = auc(good, bad)
+    falls = [scipy.stats.spearmanr(strengths, scores).statistic for scores in row["grid"]]
+    row["rho"] = -sum(falls) / len(falls) if falls else math.nan
+
+
+def print_row(name, row):
+    cells = [f"{name:36} {len(row['good']):3} pairs"]
+    for label, key in (("right", "pairs"), ("AUC", "auc")):
+        value, low, high = row[key]
+        cells.append(f"{label} {value:.3f} [{low:.3f}, {high:.3f}]")
+    if row["grid"]:
+        cells.append(f"rho {row['rho']:.2f}")
+    kinds = list(dict.fromkeys(row["kinds"]))
+    if len(kinds) > 1:
+        shares = []
+        for kind in kinds:
+            chosen = [i for i, other in enumerate(row["kinds"]) if other == kind]
+            rate, _, _ = win_rate([row["good"][i] for i in chosen], [row["bad"][i] for i in chosen])
+            shares.append(f"{kind} {rate:.2f}")
+        cells.append(", ".join(shares))
+    print("  ".join(cells))
