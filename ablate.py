@@ -30,73 +30,65 @@ from weights import write_text
 @dataclass(frozen=True)
 class Cell:
     without: str  # what is left out
-    training: tuple  # options of train.py
-    scoring: tuple  # options of `eval.py metrics`
+    training: str  # options of train.py
     paper: tuple  # World-R1-Small's PSNR, SSIM, LPIPS and VBench average (its Tables I, J and E)
+    scoring: str = ""  # options of `eval.py metrics`
 
 
 CELLS = {
-    "full": Cell("nothing", (), (), (27.63, .858, .201, 85.21)),
+    "full": Cell("nothing", "", (27.63, .858, .201, 85.21)),
     # one reward term at a time, then all of R_3D; without R_gen a dynamic phase would have no reward
-    "no_meta": Cell("S_meta", ("--meta", "0"), (), (26.91, .841, .218, 83.67)),
-    "no_recon": Cell("S_recon", ("--recon", "0"), (), (25.14, .798, .271, 84.35)),
-    "no_traj": Cell("S_traj", ("--traj", "0"), (), (26.27, .829, .237, 84.53)),
-    "no_3d": Cell("R_3D", ("--meta", "0", "--recon", "0", "--traj", "0"), (), (18.93, .502, .496, 84.96)),
-    "no_general": Cell("R_gen", ("--general", "0", "--dynamic-steps", "0"), (), (27.57, .849, .206, 83.44)),
+    "no_meta": Cell("S_meta", "--meta 0", (26.91, .841, .218, 83.67)),
+    "no_recon": Cell("S_recon", "--recon 0", (25.14, .798, .271, 84.35)),
+    "no_traj": Cell("S_traj", "--traj 0", (26.27, .829, .237, 84.53)),
+    "no_3d": Cell("R_3D", "--meta 0 --recon 0 --traj 0", (18.93, .502, .496, 84.96)),
+    "no_general": Cell("R_gen", "--general 0 --dynamic-steps 0", (27.57, .849, .206, 83.44)),
     # all of the noise fresh, none carried along the camera path, in training and when it is scored
-    "no_transport": Cell("noise transport", ("--degradation", "1"), ("--no-transport",),
-                         (24.46, .745, .298, 76.39)),
-    "no_decoupling": Cell("dynamic phases", ("--dynamic-steps", "0"), (), (27.89, .898, .192, 82.64)),
+    "no_transport": Cell("noise transport", "--degradation 1", (24.46, .745, .298, 76.39), "--no-transport"),
+    "no_decoupling": Cell("dynamic phases", "--dynamic-steps 0", (27.89, .898, .192, 82.64)),
     # prompts: the paper has 3,000
-    "third_of_prompts": Cell("2,000 prompts", ("--train-prompts", "1000"), (), (25.82, .812, .258, 83.23)),
-    "two_thirds_of_prompts": Cell("1,000 prompts", ("--train-prompts", "2000"), (),
-                                  (26.54, .839, .223, 84.76)),
+    "third_of_prompts": Cell("2,000 prompts", "--train-prompts 1000", (25.82, .812, .258, 83.23)),
+    "two_thirds_of_prompts": Cell("1,000 prompts", "--train-prompts 2000", (26.54, .839, .223, 84.76)),
 }
 PAPER_COLUMNS = ("left out", "psnr", "ssim", "lpips", "vbench average")
 
 
 def run(a, rest):
     """Trains every cell (rest: arguments for train.py), scores it and the base, and writes the tables."""
-    cells = a.cells or list(CELLS)
-    unknown = [name for name in cells if name not in CELLS]
-    if unknown:
-        raise ValueError(f"unknown cell '{unknown[0]}'; the cells are {', '.join(CELLS)}")
     config = training_arguments(rest)  # a wrong argument is an error now, before any long work
     ways = {  # folder -> options of `eval.py metrics`
-        "results": ("--split", "test", "--num", a.num, "--frames", config.frames),
-        "dynamic": ("--split", "dynamic", "--num", a.num // 2, "--frames", config.frames),
-        f"{a.also}_frames": ("--split", "test", "--num", a.num, "--frames", a.also),
+        "results": f"--split test --num {a.num} --frames {config.frames}",
+        "dynamic": f"--split dynamic --num {a.num // 2} --frames {config.frames}",
+        f"{a.also}_frames": f"--split test --num {a.num} --frames {a.also}",
     }
     # the judges of the training score it, too
     common = ["--model", config.model, "--prompts", config.prompts, "--depth-anything", config.depth_anything,
               "--critic", config.critic, "--preference", config.preference, "--lpips", config.lpips]
 
     # one cell after the other; what has a summary is not scored again
-    for name in tqdm(["base", *cells], desc="sweep", unit="cell"):
+    for name in tqdm(["base", *a.cells], desc="sweep", unit="cell"):
         if name == "base":
-            scoring = ("--lora", config.lora) if config.lora else ()
+            scoring = ["--lora", config.lora] if config.lora else []
         else:
-            train_cell(a, name, rest)
-            scoring = (*CELLS[name].scoring, "--lora", a.out / name)
+            cell = CELLS[name]
+            launch("train.py", "--runs", a.out, "--name", name, *rest, *cell.training.split(),
+                   processes=a.processes)
+            scoring = ["--lora", a.out / name, *cell.scoring.split()]
         for way, options in ways.items():
             folder = a.out / name / way
             asked = name in ("base", "full") or way in ("results", "dynamic")
             if asked and not (folder / "summary.json").exists():
-                launch([sys.executable], "eval.py", "metrics", "--out", folder, *common, *options, *scoring)
+                launch("eval.py", "metrics", "--out", folder, *common, *options.split(), *scoring)
     write_tables(a.out)
 
 
-def train_cell(a, name, rest):
-    python = [sys.executable]
-    if a.processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", a.processes]
-    launch(python, "train.py", "--runs", a.out, "--name", name, *rest, *CELLS[name].training)
-
-
-def launch(python, script, *arguments):
-    """Runs a script of this folder to its end; its failure ends the sweep."""
-    command = [str(part) for part in (*python, Path(__file__).parent / script, *arguments)]
-    subprocess.run(command, check=True)
+def launch(script, *arguments, processes=1):
+    """Runs a script of this folder to its end, by torchrun on many processes; its failure ends the sweep."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command += [Path(__file__).parent / script, *arguments]
+    subprocess.run(map(str, command), check=True)
 
 
 def write_tables(out):
@@ -104,19 +96,18 @@ def write_tables(out):
     # one table a set of prompts, a row a cell
     titles = {"results": "Test prompts", "dynamic": "Dynamic prompts"}
     for folder in sorted(out.glob("base/*_frames")):
-        frames = folder.name.removesuffix("_frames")
-        titles[folder.name] = f"Test prompts, {frames} frames"
+        titles[folder.name] = "Test prompts, " + folder.name.replace("_", " ")
     parts = []
     for way, title in titles.items():
-        folders = {name: out / name / way for name in ("base", *CELLS)}
-        done = {name: folder for name, folder in folders.items() if (folder / "summary.json").exists()}
+        done = {name: out / name / way for name in ("base", *CELLS)
+                if (out / name / way / "summary.json").exists()}
         if done:
             parts.append(f"# {title}\n\n{table(done)}")
     if not parts:
         raise ValueError(f"{out} holds no scored cell; make one with: python ablate.py run --out {out}")
 
     # what the paper found
-    rows = [(name, [cell.without, *map(str, cell.paper)]) for name, cell in CELLS.items()]
+    rows = [[name, cell.without, *map(str, cell.paper)] for name, cell in CELLS.items()]
     parts.append("# The paper\n\n" + markdown("World-R1-Small on its own videos: not comparable in value",
                                               PAPER_COLUMNS, rows))
     text = "\n\n".join(parts)
@@ -125,12 +116,12 @@ def write_tables(out):
 
 
 def main(argv=None):
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", allow_abbrev=False, help="train and score")
     add = run_parser.add_argument
-    add("--cells", nargs="+", help=", ".join(CELLS))
+    add("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="default: all")
     add("--num", type=int, default=100, help="test prompts that are scored; half as many dynamic ones")
     add("--processes", type=int, default=1, help="of a training, by torchrun (on CPU: set OMP_NUM_THREADS=1)")
     add("--also", type=int, default=33, help="frames of the longer videos (models of 81 frames: 121)")

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
 from noise_warp import MOTIONS, camera_path, latent_noise, path_flow
 from rewards import TERMS, load_rewards
 from sample import generator, sample_videos, sampling_of
-from tiny.world import random_scene, render
+from tiny.world import random_scene, random_scenes, render, render_all
 from train import parse_arguments as training_arguments
 from weights import TINY
 
@@ -44,10 +45,9 @@ def elapsed(call):
     return time.perf_counter() - start
 
 
-def median_time(call, repeat=1):
-    """Seconds, the median of `repeat` calls, after one to warm up where there are several."""
-    if repeat > 1:
-        call()
+def median_time(call, repeat):
+    """Seconds, the median of `repeat` calls, after one to warm up."""
+    call()
     return statistics.median(elapsed(call) for _ in range(repeat))
 
 
@@ -262,8 +262,8 @@ def tiny_part(repeat):
     for count in (1, 16):
         took = median_time(lambda: sample_videos(wan, [PROMPT] * count, sampling), 3)
         print_row(f"text to pixels, videos: {count}", f"{took:.2f}")
-    scenes = [random_scene("bench", split, i) for split in ("static", "dynamic") for i in range(32)]
-    took = median_time(lambda: [render(scene) for scene in scenes], 3)
+    scenes = random_scenes("bench", "static", 32) + random_scenes("bench", "dynamic", 32)
+    took = median_time(lambda: render_all(scenes), 3)
     print_row("64 clips rendered", f"{took:.2f}")
 
     videos, paths = sample_videos(wan, [PROMPT] * 16, sampling)
@@ -319,11 +319,7 @@ def allocated_peak(call):
         call()
     events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return max(accumulate((change for _, change in changes), initial=0))
 
 
 MEMORY_SIZES = {  # config, videos, (T, h, w) of their latents

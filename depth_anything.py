@@ -18,20 +18,21 @@ metric model, sky masks, drop-path, dropout.
 """
 
 import argparse
+import functools
 import math
 import os
 import re
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from noise_warp import draw_paths
-from sample import read_video, write_video
+from sample import psnr, read_video, write_video
 from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh
 from weights import TINY, config_from, fill, match_tensors, model_folder, open_tensors, read_json
 from weights import weight_files, written_whole
@@ -69,20 +70,15 @@ SIZES = {
 
 # --------------------------------------------------------------------------------------- blocks and attention
 
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+def mlp(dim, hidden):
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
 
 class SwiGLU(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # as many parameters as Mlp, to a multiple of 8
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # as many parameters as mlp, to a multiple of 8
+        # Gate and value in one matrix.
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
 
@@ -92,6 +88,8 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A gain a channel on what a layer adds to the residual stream."""
+
     def __init__(self, dim):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
@@ -102,17 +100,18 @@ class LayerScale(nn.Module):
 
 def rope2d(positions, head_dim):
     """Positions (N, 2) = (y, x) -> cos, sin (N, head_dim): the first half turns with y, the second with x."""
+    # Base 100 instead of the usual 10,000: positions are a picture's few dozen patches.
     quarter = head_dim // 4
     frequency = 1 / 100 ** (torch.arange(quarter, device=positions.device).float() / quarter)
     angle = positions.float()[..., None] * frequency  # (N, 2, quarter)
-    angle = torch.cat([angle, angle], -1).flatten(-2)  # (N, head_dim)
+    angle = angle.repeat(1, 1, 2).flatten(1)  # (N, head_dim)
     return angle.cos(), angle.sin()
 
 
 def rotate2d(x, cos, sin):
     """Rotates pairs (i, i + quarter) of each half of the last dimension, in float32."""
-    halves = x.float().unflatten(-1, (2, 2, -1))  # (y|x half, pair member, quarter)
-    turned = torch.stack([-halves[..., 1, :], halves[..., 0, :]], -2).flatten(-3)
+    first, second = x.float().unflatten(-1, (2, 2, -1)).unbind(-2)  # (..., y|x half, quarter) each
+    turned = torch.stack([-second, first], -2).flatten(-3)
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
@@ -122,15 +121,19 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.q_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
+        # The first blocks are DINOv2's own, which had no norm here.
+        norm = nn.LayerNorm if qk_norm else nn.Identity
+        self.q_norm = norm(dim // heads)
+        self.k_norm = norm(dim // heads)
 
     def forward(self, x, rotation=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if rotation is not None:
-            q, k = rotate2d(q, *rotation), rotate2d(k, *rotation)
+            q = rotate2d(q, *rotation)
+            k = rotate2d(k, *rotation)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -141,7 +144,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, 1e-6)
         self.norm2 = nn.LayerNorm(dim, 1e-6)
         self.attn = Attention(dim, heads, qk_norm)
-        self.mlp = SwiGLU(dim, 4 * dim) if swiglu else Mlp(dim, 4 * dim)
+        self.mlp = (SwiGLU if swiglu else mlp)(dim, 4 * dim)
         self.ls1 = LayerScale(dim)
         self.ls2 = LayerScale(dim)
 
@@ -151,15 +154,6 @@ class Block(nn.Module):
 
 
 # ------------------------------------------------------------------- attention within a view / over all views
-
-class PatchEmbed(nn.Module):
-    def __init__(self, dim, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (V, N, D)
-
 
 def reference_view(tokens):
     """Index of the view whose class token (V, D) is the most average one: similarity to the others, norm and
@@ -180,9 +174,9 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.camera_token = nn.Parameter(torch.randn(1, 2, c.dim) * .02)  # the reference view's, the others'
         self.pos_embed = nn.Parameter(torch.randn(1, c.grid ** 2 + 1, c.dim) * .02)
-        self.patch_embed = PatchEmbed(c.dim, c.patch_size)
-        blocks = [Block(c.dim, c.heads, i >= c.alt_start, c.swiglu) for i in range(c.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, c.dim, c.patch_size, c.patch_size)))
+        self.blocks = nn.ModuleList(
+            [Block(c.dim, c.heads, i >= c.alt_start, c.swiglu) for i in range(c.depth)])
         self.norm = nn.LayerNorm(c.dim)
 
     def positions(self, h, w):
@@ -204,14 +198,14 @@ class VisionTransformer(nn.Module):
         h, w = H // c.patch_size, W // c.patch_size
 
         # Every view alone: its patches and a class token, with learned positions.
-        patches = self.patch_embed(images.flatten(0, 1))
+        patches = self.patch_embed(images.flatten(0, 1)).flatten(2).transpose(1, 2)  # (BV, N, D)
         x = torch.cat([self.cls_token.expand(B * V, -1, -1), patches], 1) + self.positions(h, w)
         x = x.unflatten(0, (B, V))  # (B, V, 1+N, D)
 
         # Rotary positions. Within a view the first token sits at (0, 0), the patches from (1, 1) on. Over all
         # views every patch sits at (1, 1): there it goes by content alone.
         grid = torch.cartesian_prod(torch.arange(h), torch.arange(w)) + 1
-        grid = torch.cat([torch.zeros(1, 2, dtype=grid.dtype), grid]).to(x.device)  # (1+N, 2)
+        grid = F.pad(grid, (0, 0, 1, 0)).to(x.device)  # (1+N, 2)
         within = rope2d(grid, c.dim // c.heads)
         across = rope2d(grid.clamp(max=1).repeat(V, 1), c.dim // c.heads)
 
@@ -228,15 +222,14 @@ class VisionTransformer(nn.Module):
                 x, local = x[scene, order], local[scene, order]
             if i == c.alt_start:
                 # From here each view's first token gathers its camera.
-                others = self.camera_token[:, 1:].expand(-1, V - 1, -1)
-                token = torch.cat([self.camera_token[:, :1], others], 1).expand(B, -1, -1)  # (B, V, D)
+                which = torch.arange(V).clamp(max=1)  # the reference view's token, the others'
+                token = self.camera_token[:, which].expand(B, -1, -1)  # (B, V, D)
                 x = torch.cat([token.to(x.dtype).unsqueeze(2), x[:, :, 1:]], 2)
-            if i < c.alt_start:
-                x = local = block(x.flatten(0, 1)).view_as(x)
-            elif i % 2:
+            if i >= c.alt_start and i % 2:
                 x = block(x.flatten(1, 2), across).view_as(x)  # all views as one sequence (B, V(1+N), D)
             else:
-                x = local = block(x.flatten(0, 1), within).view_as(x)  # every view by itself (BV, 1+N, D)
+                rotation = within if i >= c.alt_start else None
+                x = local = block(x.flatten(0, 1), rotation).view_as(x)  # every view by itself (BV, 1+N, D)
             if i in c.out_layers:
                 # What a view knows by itself, and what it learnt from the others; in the order they came in.
                 back = order.argsort(1)
@@ -246,35 +239,33 @@ class VisionTransformer(nn.Module):
         return taken
 
 
-class Backbone(nn.Module):
-    """Only a level in the published names."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.pretrained = VisionTransformer(config)
-
-
 # -------------------------------------------------------------------------------------------------- DPT heads
 
 def uv_embedding(x, aspect):
     """.1 * sine-cosine embedding of positions (C, h, w) for features x (V, C, h, w) at this aspect (W/H)."""
     C, h, w = x.shape[1:]
     diagonal = math.sqrt(aspect ** 2 + 1)
-    u = torch.linspace(-1, 1, w, device=x.device) * (aspect / diagonal * (w - 1) / w)
-    v = torch.linspace(-1, 1, h, device=x.device) * (1 / diagonal * (h - 1) / h)
     frequency = 100.0 ** -(torch.arange(C // 4, device=x.device).float() / (C // 4))
-    parts = []
-    for values, shape in ((u, (1, w)), (v, (h, 1))):
-        angle = torch.outer(frequency, values)  # (C/4, w or h)
-        parts.append(torch.cat([angle.sin(), angle.cos()]).view(-1, *shape).expand(-1, h, w))
-    return .1 * torch.cat(parts)  # (C, h, w)
+
+    def along(side, reach):
+        """(C/2, side) at the middles of `side` cells between -reach and reach."""
+        positions = torch.linspace(-1, 1, side, device=x.device) * (reach / diagonal * (side - 1) / side)
+        angle = torch.outer(frequency, positions)
+        return torch.cat([angle.sin(), angle.cos()])
+
+    u = along(w, aspect)[:, None, :].expand(-1, h, -1)
+    v = along(h, 1)[:, :, None].expand(-1, -1, w)
+    return .1 * torch.cat([u, v])  # (C, h, w)
+
+
+conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResidualConv(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv1 = conv3x3(dim, dim)
+        self.conv2 = conv3x3(dim, dim)
 
     def forward(self, x):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -313,27 +304,25 @@ class DPT(nn.Module):
             nn.ConvTranspose2d(channels[1], channels[1], 2, 2),
             nn.Identity(),
             nn.Conv2d(channels[3], channels[3], 3, 2, 1)])
+        # The name is MiDaS's: the part that was trained from scratch, on top of a pretrained transformer.
         self.scratch = nn.Module()
         for i, width in enumerate(channels):
-            self.scratch.add_module(f"layer{i + 1}_rn", nn.Conv2d(width, features, 3, padding=1, bias=False))
+            self.scratch.add_module(f"layer{i + 1}_rn", conv3x3(width, features, bias=False))
             self.scratch.add_module(f"refinenet{i + 1}", Fusion(features, lateral=i < 3))
-        self.scratch.output_conv1 = nn.Conv2d(features, half, 3, padding=1)
-        self.scratch.output_conv2 = nn.Sequential(
-            nn.Conv2d(half, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, out, 1))
+        self.scratch.output_conv1 = conv3x3(features, half)
+        self.scratch.output_conv2 = nn.Sequential(conv3x3(half, 32), nn.ReLU(), nn.Conv2d(32, out, 1))
         self.images_merger = None
         if image_branch:  # colours at full resolution, past the patches
             self.images_merger = nn.Sequential(
-                nn.Conv2d(3, half // 4, 3, padding=1), nn.GELU(),
-                nn.Conv2d(half // 4, half // 2, 3, padding=1), nn.GELU(),
-                nn.Conv2d(half // 2, half, 3, padding=1), nn.GELU())
+                conv3x3(3, half // 4), nn.GELU(),
+                conv3x3(half // 4, half // 2), nn.GELU(),
+                conv3x3(half // 2, half), nn.GELU())
 
     def forward(self, features, images):
         """Features: four (V, N, 2D); images (V, 3, H, W) -> (V, out, H, W)."""
-        maps = []
-        for i in range(0, len(images), CHUNK):
-            maps.append(self._views([layer[i:i + CHUNK] for layer in features], images[i:i + CHUNK]))
-        return torch.cat(maps)
+        # A few views at a time: their full-size maps are the largest tensors of all.
+        chunks = zip(*(layer.split(CHUNK) for layer in (*features, images)))
+        return torch.cat([self._views(some, images) for *some, images in chunks])
 
     def _views(self, features, images):
         H, W = images.shape[2:]
@@ -372,15 +361,16 @@ class CameraDecoder(nn.Module):
     def forward(self, token, H, W):
         """First tokens (V, 2D) -> camera-to-world (V, 4, 4), intrinsics (V, 3, 3) in H x W pixels."""
         x = self.backbone(token)
-        fov_h, fov_w = self.fc_fov(x).unbind(-1)  # radians
+        # The heads are linear: quaternion_to_matrix takes a quaternion of any norm.
         pose = torch.eye(4, device=x.device).repeat(len(x), 1, 1)
         pose[:, :3, :3] = quaternion_to_matrix(self.fc_qvec(x))
         pose[:, :3, 3] = self.fc_t(x)
         K = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
-        K[:, 0, 0] = W / 2 / (fov_w / 2).tan().clamp_min(1e-6)
-        K[:, 1, 1] = H / 2 / (fov_h / 2).tan().clamp_min(1e-6)
-        K[:, 0, 2] = W / 2
-        K[:, 1, 2] = H / 2
+        middle = x.new_tensor([W / 2, H / 2])
+        K[:, :2, 2] = middle
+        # A side of 2 focal tan(fov/2) pixels, fov in radians: the head gives the height's, then the width's.
+        half_angle = self.fc_fov(x).flip(-1) / 2
+        K.diagonal(0, 1, 2)[:, :2] = half_angle.tan().clamp_min(1e-6).reciprocal() * middle
         return pose, K
 
 
@@ -391,31 +381,32 @@ def gaussians_of(raw, depth, camera_to_world, K):
 
     raw (V, 38, H, W): pixel offset 2, scale 3, quaternion 4, SH 27 (colour-major), depth offset 1, opacity 1.
     """
-    V, _, H, W = raw.shape
+    H, W = raw.shape[2:]
     raw = raw.permute(0, 2, 3, 1)  # (V, H, W, 38)
     offset, scale, quaternion, harmonics, depth_offset, opacity = raw.split((2, 3, 4, 27, 1, 1), -1)
     R, t = camera_to_world[:, :3, :3], camera_to_world[:, :3, 3]
 
     # The mean sits at *ray length* depth + offset along the pixel's unit ray; pixels and K in [0, 1].
-    size = torch.tensor([W, H], device=raw.device, dtype=raw.dtype)
+    size = torch.tensor([W, H, 1.0]).to(raw)
     v, u = torch.meshgrid((torch.arange(H) + .5) / H, (torch.arange(W) + .5) / W, indexing="ij")
-    uv = torch.stack([u, v], -1).to(raw) + offset / size  # (V, H, W, 2)
-    K_inv = torch.linalg.inv(K / torch.tensor([W, H, 1.0], device=K.device)[:, None])
-    ray = F.normalize(torch.einsum("vij,vhwj->vhwi", K_inv, F.pad(uv, (0, 1), value=1.0)), dim=-1)
-    length = depth + depth_offset.squeeze(-1)  # (V, H, W)
-    means = t[:, None, None] + torch.einsum("vij,vhwj->vhwi", R, ray) * length[..., None]
+    uv = torch.stack([u, v], -1).to(raw) + offset / size[:2]  # (V, H, W, 2)
+    K_inv = torch.linalg.inv(K / size[:, None])
+    ray = torch.einsum("vij,vhwj->vhwi", K_inv, F.pad(uv, (0, 1), value=1.0))
+    ray = torch.einsum("vij,vhwj->vhwi", R, F.normalize(ray, dim=-1))  # in world axes
+    length = depth[..., None] + depth_offset  # (V, H, W, 1)
+    means = t[:, None, None] + ray * length
 
     # Scales are in units of a tenth of a pixel's two sides at that depth.
-    pixel = .1 * (K_inv[:, :2, :2] / size).sum((1, 2))
-    scales = (1e-5 + (30 - 1e-5) * scale.sigmoid()) * length[..., None] * pixel[:, None, None, None]
+    pixel = .1 * (K_inv[:, :2, :2] / size[:2]).sum((1, 2))
+    scales = (1e-5 + (30 - 1e-5) * scale.sigmoid()) * length * pixel[:, None, None, None]
 
     # From camera to world axes. The quaternion's order is the published mix-up, which the weights know.
     q = quaternion / (quaternion.norm(dim=-1, keepdim=True) + 1e-8)
     rotations = matrix_to_quaternion(R[:, None, None] @ quaternion_to_matrix(q[..., [3, 0, 1, 2]]))
     damping = torch.tensor([1.0] + [.025] * 3 + [.00625] * 5, device=raw.device)  # by degree
-    harmonics = rotate_sh((harmonics.unflatten(-1, (3, 9)) * damping).flatten(1, 2), R)  # (V, H*W, 3, 9)
-    return Gaussians(means.flatten(0, 2), scales.flatten(0, 2), rotations.flatten(0, 2),
-                     harmonics.flatten(0, 1), opacity.sigmoid().flatten())
+    harmonics = rotate_sh(harmonics.unflatten(-1, (3, 9)) * damping, R)  # (V, H, W, 3, 9)
+    parts = (means, scales, rotations, harmonics, opacity.sigmoid().squeeze(-1))
+    return Gaussians(*(part.flatten(0, 2) for part in parts))
 
 
 # -------------------------------------------------------------------------------------------------- the model
@@ -435,7 +426,7 @@ class DepthAnything3(nn.Module):
     def __init__(self, config=SIZES["da3-small"]):
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config)
+        self.backbone = nn.Sequential(OrderedDict(pretrained=VisionTransformer(config)))
         self.head = DPT(config, 2, token_norm=True, image_branch=False)
         self.cam_dec = CameraDecoder(2 * config.dim)
         if config.gaussians:
@@ -447,17 +438,16 @@ class DepthAnything3(nn.Module):
         H, W = images.shape[2:]
         # The transformer in bfloat16 where that is fast, the heads in float32 as published.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            layers = self.backbone.pretrained(images[None])
+            layers = self.backbone(images[None])
         patches = [patch[0].float() for patch, _ in layers]  # four (V, N, 2D)
         first_tokens = layers[-1][1][0].float()  # (V, 2D)
 
-        log_depth, log_confidence = self.head(patches, images).unbind(1)
-        depth, confidence = log_depth.exp(), log_confidence.exp() + 1
+        depth, confidence = self.head(patches, images).exp().unbind(1)
         pose, K = self.cam_dec(first_tokens, H, W)
         gaussians = None
         if self.config.gaussians:
             gaussians = gaussians_of(self.gs_head(patches, images), depth, pose, K)
-        return depth, confidence, pose, K, gaussians
+        return depth, confidence + 1, pose, K, gaussians
 
     @torch.no_grad()
     def forward(self, frames, views=None):
@@ -471,6 +461,7 @@ class DepthAnything3(nn.Module):
             raise ValueError(f"frames must be (F, 3, H, W) with F >= 1, got {tuple(frames.shape)}")
         if views is not None and views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
+        # Refused before anything is computed: the kernel would kill the process without a word.
         count = min(views or len(frames), len(frames))
         device = self.cam_dec.fc_t.weight.device
         need = memory_estimate(self.config, count, *processed_size(*frames.shape[2:], self.config))
@@ -481,6 +472,7 @@ class DepthAnything3(nn.Module):
         if not frames.isfinite().all():
             raise ValueError("frames have NaN or infinite pixels")
 
+        # Evenly spread frames, as the transformer's training saw them.
         index = torch.linspace(0, len(frames) - 1, count).round().long()
         images = preprocess(frames[index], self.config)
         normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -491,6 +483,7 @@ def memory_estimate(config, views, height, width):
     """Bytes a reconstruction takes beyond the weights: the features that four layers keep, the working set of
     one block, the heads' full-size maps (eight views at a time), and per pixel and view the outputs and
     Gaussians."""
+    # All in float32, 4 bytes a number.
     tokens = views * (height // config.patch_size * (width // config.patch_size) + 1)
     kept = tokens * config.dim * 4 * (2 * 4 + 12)
     heads = min(views, CHUNK) * height * width * config.features * 4 * 3
@@ -503,7 +496,7 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")
+    return math.inf
 
 
 # ----------------------------------------------------------------------------------------------------- frames
@@ -555,15 +548,17 @@ def load_depth_anything(path, device="cpu"):
     config.json names a published size ({"model_name": "da3-giant"}) or holds DA3Config's fields.
     """
     folder = model_folder(path, ["config.json", "model.safetensors"])
-    values = read_json(folder / "config.json")
+    file = folder / "config.json"
+    values = read_json(file)
     if values.get("model_name") in SIZES:
         config = SIZES[values["model_name"]]
     elif "dim" in values and "alt_start" in values:
-        config = config_from(DA3Config, values, folder / "config.json")
+        config = config_from(DA3Config, values, file)
     else:
-        raise ValueError(f"{folder / 'config.json'} names none of {', '.join(SIZES)}; "
+        raise ValueError(f"{file} names none of {', '.join(SIZES)}; "
                          "this file covers no other model")
     files = weight_files(folder, "model")
+    # What a file may hold of the branches left out is known only once the file is open.
     unused = {name for name in open_tensors(files) if UNUSED.match(name)}
     with torch.device("meta"):
         model = DepthAnything3(config)
@@ -572,43 +567,32 @@ def load_depth_anything(path, device="cpu"):
 
 def checkpoint_key(key):
     """The published name of one of our parameters."""
-    return "model." + key
+    return f"model.{key}"
 
 
 # --------------------------------------------------------------------------------------------------- pictures
 
 def write_ply(path, gaussians):
     """Gaussians as the binary .ply of 3DGS viewers: log scales, logit opacity, SH as f_dc and f_rest."""
-    order = gaussians.opacities.argsort(descending=True).cpu()  # the most opaque first
-    harmonics = gaussians.harmonics.cpu()[order]  # (N, 3, K)
-    opacity = gaussians.opacities.cpu()[order].clamp(1e-6, 1 - 1e-6)
-    rest = " ".join(f"f_rest_{i}" for i in range(3 * (harmonics.shape[2] - 1)))
-    columns = {
-        "x y z": gaussians.means.cpu()[order],
-        "nx ny nz": torch.zeros(len(order), 3),
-        "f_dc_0 f_dc_1 f_dc_2": harmonics[:, :, 0],
-        rest: harmonics[:, :, 1:].flatten(1),
-        "opacity": opacity.logit()[:, None],
-        "scale_0 scale_1 scale_2": gaussians.scales.cpu()[order].clamp_min(1e-9).log(),
-        "rot_0 rot_1 rot_2 rot_3": gaussians.rotations.cpu()[order],
-    }
-    properties = [f"property float {name}" for name in " ".join(columns).split()]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(order)}", *properties]
-    body = torch.cat(list(columns.values()), 1).numpy().astype(np.dtype("<f4"))
+    from gsplat import export_splats  # slow to import
+    # Viewers take exp of the scales and the sigmoid of the opacities, so neither may be infinite here.
+    harmonics = gaussians.harmonics.mT  # (N, K, 3)
+    opacities = gaussians.opacities.clamp(1e-6, 1 - 1e-6).logit()
+    scales = gaussians.scales.clamp_min(1e-9).log()
     with written_whole(path) as part:
-        part.write_bytes("\n".join([*header, "end_header\n"]).encode() + body.tobytes())
+        export_splats(gaussians.means, scales, gaussians.rotations, opacities,
+                      harmonics[:, :1], harmonics[:, 1:], save_to=part)
 
 
 def colour_depth(depth):
-    """Depth (F, H, W) -> (F, 3, H, W): near warm and light, far dark blue, on inverse depth."""
+    """Depth (F, H, W) -> (F, 3, H, W): near light and warm, far dark, on inverse depth."""
+    from matplotlib import colormaps  # slow to import
     inverse = 1 / depth.cpu().clamp_min(1e-6)
     some = inverse.flatten()[::7]  # its ends, without the outermost 2 %, are the colours' ends
     low, high = some.quantile(.02), some.quantile(.98)
-    ramp = torch.tensor([[.05, .03, .20], [.25, .07, .45], [.65, .20, .42], [.95, .45, .22], [.98, .90, .55]])
-    place = ((inverse - low) / (high - low).clamp_min(1e-9)).clamp(0, 1) * (len(ramp) - 1)
-    below = place.long().clamp(max=len(ramp) - 2)
-    colours = ramp[below] + (place - below)[..., None] * (ramp[below + 1] - ramp[below])  # (F, H, W, 3)
-    return colours.permute(0, 3, 1, 2)
+    place = (inverse - low) / (high - low).clamp_min(1e-9)  # outside [0, 1] the map holds its end colours
+    colours = torch.from_numpy(colormaps["inferno"](place.numpy())).float()  # (F, H, W, 4): with opacity
+    return colours[..., :3].permute(0, 3, 1, 2)
 
 
 def write_pictures(out, rec, fps):
@@ -624,8 +608,8 @@ def write_pictures(out, rec, fps):
         write_ply(out / "gaussians.ply", rec.gaussians)
         rgb, _, _ = render(rec.gaussians, rec.camera_to_world, rec.intrinsics, *rec.depth.shape[1:])
         write_video(out / "input_and_rerender.mp4", torch.cat([rec.images.cpu(), rgb.cpu()], 3), fps)
-        error = (rgb.clamp(0, 1) - rec.images).square().mean((1, 2, 3))
-        print(f"re-render of {len(rec.frames)} views: {-10 * float(error.mean().log10()):.2f} dB PSNR")
+        quality = psnr(rgb.clamp(0, 1), rec.images, per_frame=False)
+        print(f"re-render of {len(rec.frames)} views: {quality:.2f} dB PSNR")
 
 
 def main(argv=None):

@@ -5,15 +5,15 @@
     python eval.py metrics --videos DIR --prompts FILE --out results/x        anybody's mp4s
     python eval.py table --runs base=results/base rl=results/rl               the paper's tables
 
-A results folder holds metrics.jsonl and metrics.csv (a row a video), summary.json (means with intervals) and,
-of a sampled model, videos/. One reconstruction a video serves every metric. It takes `views` frames, evenly
+A results folder holds metrics.jsonl (a row a video), summary.json (means with intervals) and, of a sampled
+model, videos/. One reconstruction a video serves every metric. It takes `views` frames, evenly
 spread; *held-out* frames lie midway between them and are rendered from cameras halfway between their
 neighbours': a stricter test that no paper reports. Distances are in units of the video's median depth.
 Definitions and sources stand in each function. Left out: FVD and metrics that need reference videos.
 """
 
 import argparse
-import csv
+import functools
 import json
 import math
 import sys
@@ -33,7 +33,7 @@ from noise_warp import camera_path, parse_motion, relative_to_first, rotation_an
 from prompts import SPLITS, read_prompts, read_rows
 from rewards import TERMS, add_reward_options, lpips_distance, motion_magnitude, native_intrinsics, rewards_of
 from sample import check_size, psnr, read_video, sample_videos, sampling_of, write_video
-from weights import TINY, read_json, write_json, written_whole
+from weights import TINY, read_json, write_json
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -93,16 +93,15 @@ def mvcs(depth, camera_to_world, intrinsics):
     NaN if no frames overlap.
     """
     depth = depth.double().cpu()
-    poses = camera_to_world.double().cpu().clone()
-    K = intrinsics.double().cpu()
     unit = depth.median()
     depth = depth / unit
+    poses = camera_to_world.double().cpu().clone()
     poses[:, :3, 3] /= unit
+    K = intrinsics.double().cpu()
 
     h, w = depth.shape[1:]
-    rows, columns = torch.arange(h, dtype=torch.float64) + .5, torch.arange(w, dtype=torch.float64) + .5
-    v, u = torch.meshgrid(rows, columns, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)  # (3, h w), homogeneous
+    v, u = torch.meshgrid(torch.arange(h) + .5, torch.arange(w) + .5, indexing="ij")
+    pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1).double()  # (3, h w), homogeneous
     errors = []
     for i in range(len(depth) - 1):
         # frame i's pixels as points, in the axes of camera i+1
@@ -116,8 +115,8 @@ def mvcs(depth, camera_to_world, intrinsics):
         inside = (z > 0) & (x >= 0) & (x < w) & (y >= 0) & (y < h)
         if inside.any():
             grid = torch.stack([2 * x / w - 1, 2 * y / h - 1], -1)[None, None]
-            seen = F.grid_sample(depth[None, i + 1:i + 2], grid, mode="bilinear", padding_mode="border",
-                                 align_corners=False)[0, 0, 0]  # (h w,)
+            seen = F.grid_sample(depth[None, i + 1:i + 2], grid, padding_mode="border", align_corners=False)
+            seen = seen[0, 0, 0]  # (h w,)
             errors.append((z - seen)[inside].square().mean())
     if not errors:
         return math.nan
@@ -147,13 +146,12 @@ def rerender(rec, video, shown=None):
     reconstructed = shown.cpu(), video[rec.frames]
 
     # the frames midway between them, where there is room for one
-    frames = [int(frame) for frame in rec.frames]
-    gaps = [i for i in range(len(frames) - 1) if frames[i + 1] - frames[i] > 1]
-    if not gaps:
+    gaps = (rec.frames.diff() > 1).nonzero().flatten()
+    if not len(gaps):
         return reconstructed, None
     cameras = halfway(rec.camera_to_world)[gaps]
     rendered = splat.render(rec.gaussians, cameras, K[gaps], H, W)[0].clamp(0, 1)
-    middle = [(frames[i] + frames[i + 1]) // 2 for i in gaps]
+    middle = (rec.frames[gaps] + rec.frames[gaps + 1]) // 2
     return reconstructed, (rendered.cpu(), video[middle])
 
 
@@ -163,21 +161,19 @@ def measure(video, prompt, path, rewards):
     clip = rewards.score(video, prompt, path)
     rec = clip.reconstruction
     if rec is None:
-        raise ValueError(next(iter(clip.errors.values()), "there is no reconstruction"))
-    device = rewards.device
+        raise ValueError(next(iter(clip.errors.values())))
     row = {f"reward_{name}": score for name, score in clip.scores.items()}
 
     # 3D consistency: what the reconstruction gives back of the frames it has seen, and of those it has not
-    for tag, pair in zip(("", "_held_out"), rerender(rec, video, clip.rerender)):
-        if pair is None:
-            continue
-        row["psnr" + tag] = psnr(*pair)
-        row["ssim" + tag] = ssim(*pair)
-        if tag == "" and clip.rerender is not None:
-            row["lpips"] = 1 - clip.scores["recon"]  # the same distance of the same pictures
-        else:
-            rendered, true = pair
-            row["lpips" + tag] = lpips_distance(rewards.lpips, rendered.to(device), true.to(device))
+    shown, held_out = rerender(rec, video, clip.rerender)
+    row["psnr"] = psnr(*shown)
+    row["ssim"] = ssim(*shown)
+    row["lpips"] = 1 - clip.scores["recon"]  # S_recon's own distance, of the same pictures
+    if held_out:
+        row["psnr_held_out"] = psnr(*held_out)
+        row["ssim_held_out"] = ssim(*held_out)
+        pictures = [frames.to(rewards.device) for frames in held_out]
+        row["lpips_held_out"] = lpips_distance(rewards.lpips, *pictures)
     row["mvcs"] = mvcs(rec.depth, rec.camera_to_world, rec.intrinsics)
 
     # camera control, in units of the median depth
@@ -197,15 +193,14 @@ def interval(values):
 
     NaN and None are left out; NaNs if nothing is left. One value is its own interval.
     """
-    known = np.array([value for value in values if value is not None and math.isfinite(value)])
-    if len(known) == 0:
-        return math.nan, math.nan, math.nan
-    mean = float(known.mean())
-    if len(known) == 1:
+    known = np.array(values, dtype=float)
+    known = known[np.isfinite(known)]
+    mean = float(known.mean()) if len(known) else math.nan
+    if len(known) < 2:
         return mean, mean, mean
-    low, high = scipy.stats.bootstrap((known,), np.mean, n_resamples=2000, method="percentile",
-                                      rng=np.random.default_rng(0)).confidence_interval
-    return mean, float(low), float(high)
+    found = scipy.stats.bootstrap((known,), np.mean, n_resamples=2000, method="percentile",
+                                  rng=np.random.default_rng(0))
+    return mean, *map(float, found.confidence_interval)
 
 
 # ------------------------------------------------------------------------------------------------ many videos
@@ -215,23 +210,24 @@ def folder_videos(folder, prompt_file):
 
     The file's rows belong to the videos by id where any id is a video's name, else in order.
     """
-    folder = Path(folder)
     names = [file.stem for file in sorted(folder.glob("*.mp4"))]
     if not names:
         raise ValueError(f"{folder} holds no mp4")
     rows = read_rows(prompt_file)
     by_id = {str(row["id"]).removesuffix(".mp4"): row["prompt"] for row in rows}
-    by_order = dict(zip(names, (row["prompt"] for row in rows)))
+    by_order = {name: row["prompt"] for name, row in zip(names, rows)}
     matched = by_id if by_id.keys() & set(names) else by_order
 
     def load(name):
-        video, _ = read_video(folder / f"{name}.mp4")
-        return video
+        return read_video(folder / f"{name}.mp4")[0]
 
     return {name: matched.get(name) for name in names}, load
 
 
-def sampled_videos(a, batch_size=10):
+BATCH = 10  # videos that are sampled at once
+
+
+def sampled_videos(a):
     """A model's samples for the prompts of a split -> {name: prompt}, load(name).
 
     A batch is sampled when its first video is asked for, and written to OUT/videos. Prompt k takes the seed's
@@ -241,7 +237,8 @@ def sampled_videos(a, batch_size=10):
     file = a.prompts
     if not file:
         is_tiny = Path(a.model).resolve() == (TINY / "wan").resolve()
-        file = TINY / "prompts.jsonl" if is_tiny else Path(__file__).parent / "prompts.jsonl"
+        folder = TINY if is_tiny else TINY.parent
+        file = folder / "prompts.jsonl"
     prompts = read_prompts(file)[a.split][:a.num]
     if not prompts:
         raise ValueError(f"{file} holds no {a.split} prompt; choose another --split")
@@ -252,22 +249,21 @@ def sampled_videos(a, batch_size=10):
     wan = load_wan(a.model, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
     if a.lora:
         merge_lora(wan.dit, a.lora)
-    names = [f"{k:04d}" for k in range(len(prompts))]
-    batch = {}  # name -> video
+
+    @functools.lru_cache(maxsize=1)
+    def sampled_batch(start):
+        members = range(start, min(start + BATCH, len(prompts)))
+        videos, _ = sample_videos(wan, prompts[start:start + BATCH], sampling, a.seed, members=members,
+                                  transport=a.transport)
+        for k, video in zip(members, videos):
+            write_video(a.out / "videos" / f"{k:04d}.mp4", video, sampling.fps)
+        return videos
 
     def load(name):
-        if name not in batch:
-            start = names.index(name)
-            members = range(start, min(start + batch_size, len(names)))
-            videos, _ = sample_videos(wan, [prompts[k] for k in members], sampling, a.seed, members=members,
-                                      transport=a.transport)
-            batch.clear()
-            for k, video in zip(members, videos):
-                batch[names[k]] = video
-                write_video(a.out / "videos" / f"{names[k]}.mp4", video, sampling.fps)
-        return batch[name]
+        number, place = divmod(int(name), BATCH)
+        return sampled_batch(number * BATCH)[place]
 
-    return dict(zip(names, prompts)), load
+    return {f"{k:04d}": prompt for k, prompt in enumerate(prompts)}, load
 
 
 def measured_row(name, prompt, load, rewards):
@@ -290,6 +286,9 @@ def metrics(a):
     """Scores every video and writes the results folder -> exit status, 1 if a video could not be scored."""
     # videos and models: what is wrong with the arguments is found here
     if a.videos:
+        if not a.prompts:
+            raise ValueError("--videos needs --prompts FILE: one prompt a line in the order of the videos, "
+                             "or jsonl with ids")
         prompts, load = folder_videos(a.videos, a.prompts)
     else:
         prompts, load = sampled_videos(a)
@@ -307,19 +306,15 @@ def metrics(a):
 
 
 def write_results(a, rows):
-    """metrics.csv and summary.json of all rows, the summary printed -> exit status."""
-    # a column for every metric that any video has
+    """summary.json of all rows, which is also printed -> exit status."""
+    # every metric that any video has
     good = [row for row in rows if "error" not in row]
-    labels = ("video", "prompt", "size")
-    names = [name for name in dict.fromkeys(key for row in good for key in row) if name not in labels]
-    with written_whole(a.out / "metrics.csv") as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*labels, *names, "error"], restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    known = dict.fromkeys(name for row in good for name in row)
+    names = [name for name in known if name not in ("video", "prompt", "size")]
 
     # means over the videos that could be scored
     summary = {name: interval([row.get(name) for row in good]) for name in names}
-    summary["vbench"] = vbench(Path(a.videos) if a.videos else a.out / "videos", a.out)
+    summary["vbench"] = vbench(a.videos or a.out / "videos", a.out)
     sizes = sorted({row["size"] for row in good})
     failed = len(rows) - len(good)
     lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
@@ -355,34 +350,33 @@ def vbench(videos, out):
 
 # ----------------------------------------------------------------------------------------------------- tables
 
-PAPER = {  # World-R1 (arXiv 2604.24764), as published; VBench in percent
-    "Wan2.1-1.3B": dict(
-        psnr=17.40, ssim=.550, lpips=.467, mvcs=.974, rot_err=9.29, trans_err=62.94, cam_mc=66.21,
-        aesthetic_quality=62.43, imaging_quality=66.51, motion_smoothness=97.44, subject_consistency=96.34,
-        background_consistency=97.29),
-    "Wan2.1-14B": dict(
-        psnr=19.76, ssim=.629, lpips=.405, mvcs=.963, rot_err=17.01, trans_err=60.90, cam_mc=70.55),
-    "World-R1-Small": dict(
-        psnr=27.63, ssim=.858, lpips=.201, mvcs=.989, rot_err=1.50, trans_err=2.76, cam_mc=3.39,
-        aesthetic_quality=65.74, imaging_quality=67.53, motion_smoothness=98.55, subject_consistency=97.58,
-        background_consistency=96.67),
-    "World-R1-Large": dict(
-        psnr=27.67, ssim=.865, lpips=.162, mvcs=.993, rot_err=1.21, trans_err=1.30, cam_mc=2.95),
+# World-R1 (arXiv 2604.24764), as published; VBench in percent, and of the small models alone
+PAPER_COLUMNS = ("psnr", "ssim", "lpips", "mvcs", "rot_err", "trans_err", "cam_mc", *VBENCH)
+PAPER = {
+    "Wan2.1-1.3B": (17.40, .550, .467, .974, 9.29, 62.94, 66.21, 62.43, 66.51, 97.44, 96.34, 97.29),
+    "Wan2.1-14B": (19.76, .629, .405, .963, 17.01, 60.90, 70.55),
+    "World-R1-Small": (27.63, .858, .201, .989, 1.50, 2.76, 3.39, 65.74, 67.53, 98.55, 97.58, 96.67),
+    "World-R1-Large": (27.67, .865, .162, .993, 1.21, 1.30, 2.95),
 }
-REWARDS = tuple(f"reward_{name}" for name in TERMS)
+REWARDS = (*(f"reward_{name}" for name in TERMS), "three_d", "motion")
 TABLES = {  # title -> columns
     "3D consistency (re-render of the reconstruction)":
         ("psnr", "ssim", "lpips", "mvcs", "psnr_held_out", "ssim_held_out", "lpips_held_out"),
     "Camera control": ("rot_err", "trans_err", "cam_mc", "trans_err_rel", "cam_mc_rel"),
-    "Rewards and motion": (*REWARDS, "three_d", "motion"),
+    "Rewards and motion": REWARDS,
 }
-CHANGES = ("psnr", "psnr_held_out", *REWARDS, "three_d", "motion")
+CHANGES = ("psnr", "psnr_held_out", *REWARDS)
+MEAN = "{0[0]:.3f} [{0[1]:.3f}, {0[2]:.3f}]"  # mean, low, high
+CHANGE = "{0[0]:+.3f} [{0[1]:+.3f}, {0[2]:+.3f}] ({0[3]:.0%})"  # and the share that rose
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def good_rows(folder):
     """The scored videos of a results folder -> {(name, prompt, size): row}."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_lines(Path(folder) / "metrics.jsonl")
     return {(row["video"], row["prompt"], row["size"]): row for row in rows if "error" not in row}
 
 
@@ -393,45 +387,30 @@ def changes(before, after):
     shared = [key for key in rows_before if key in rows_after]
     found = {}
     for name in CHANGES:
-        rises = []
-        for key in shared:
-            rise = rows_after[key].get(name, math.nan) - rows_before[key].get(name, math.nan)
-            if math.isfinite(rise):
-                rises.append(rise)
-        if rises:
-            found[name] = *interval(rises), sum(rise > 0 for rise in rises) / len(rises)
+        rises = np.array([rows_after[key].get(name, math.nan) - rows_before[key].get(name, math.nan)
+                          for key in shared])
+        rises = rises[np.isfinite(rises)]
+        if len(rises):
+            found[name] = *interval(rises), float((rises > 0).mean())
     return found
 
 
 def markdown(title, columns, rows):
-    """A titled Markdown table. rows: [(label, cells)]."""
-    lines = [f"**{title}**", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows]
-    return "\n".join(lines)
+    """A titled Markdown table. rows: lists of text, a label and a cell for every column."""
+    lines = ["", *columns], ["---"] * (len(columns) + 1), *rows
+    return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table_row(label, values, columns, form):
+    """values: {column: what `form` shows}; a column without one stays empty."""
+    return [label, *(form.format(values[name]) if name in values else "" for name in columns)]
 
 
 def paper_rows(columns):
     """The paper's rows that have any of these columns, in italics."""
-    rows = []
-    for label, numbers in PAPER.items():
-        if any(name in numbers for name in columns):
-            cells = [f"*{numbers[name]}*" if name in numbers else "" for name in columns]
-            rows.append((f"*paper: {label}*", cells))
-    return rows
-
-
-def change_rows(runs, found, base):
-    """A row of changes for every run with the seed of the run `base` and videos in common with it."""
-    rows = []
-    for label, folder in runs.items():
-        if label == base or found[label]["seed"] != found[base]["seed"]:
-            continue
-        change = changes(runs[base], folder)
-        cells = ["{:+.3f} [{:+.3f}, {:+.3f}] ({:.0%})".format(*change[name]) if name in change else ""
-                 for name in CHANGES]
-        if change:
-            rows.append((label, cells))
-    return rows
+    rows = [table_row(f"*paper: {label}*", dict(zip(PAPER_COLUMNS, numbers)), columns, "*{}*")
+            for label, numbers in PAPER.items()]
+    return [row for row in rows if any(row[1:])]
 
 
 def table(runs):
@@ -449,30 +428,28 @@ def table(runs):
 
     # means of every run
     for title, columns in TABLES.items():
-        rows = []
-        for label, about in found.items():
-            cells = []
-            for name in columns:
-                known = name in about["summary"]
-                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*about["summary"][name]) if known else "")
-            rows.append((label, cells))
+        rows = [table_row(label, about["summary"], columns, MEAN) for label, about in found.items()]
         parts.append(markdown(title, columns, rows + paper_rows(columns)))
 
     # differences from the first, over the videos that both have
-    base = next(iter(runs))
-    rows = change_rows(runs, found, base)
+    base, *others = runs
+    rows = []
+    for label in others:
+        change = changes(runs[base], runs[label])
+        if change and found[label]["seed"] == found[base]["seed"]:
+            rows.append(table_row(label, change, CHANGES, CHANGE))
     if rows:
         title = f"Change from {base}, same prompts and seeds (share of videos that rose)"
         parts.append(markdown(title, CHANGES, rows))
 
-    # VBench
+    # VBench, or why it was not measured
     rows = []
     for label, about in found.items():
-        scores = about["summary"].get("vbench", "")
-        if isinstance(scores, dict):
-            rows.append((label, [f"{scores[name]:.3f}" for name in VBENCH]))
+        scores = about["summary"]["vbench"]
+        if isinstance(scores, str):
+            rows.append([label, scores])
         else:
-            rows.append((label, [str(scores), "", "", "", ""]))
+            rows.append(table_row(label, scores, VBENCH, "{:.3f}"))
     parts.append(markdown("VBench", VBENCH, rows + paper_rows(VBENCH)))
 
     # what was measured
@@ -485,14 +462,13 @@ def table(runs):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-def parse_arguments(argv=None):
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-
     metrics_parser = commands.add_parser("metrics", help="score a folder of mp4s, or a model's samples")
     add = metrics_parser.add_argument
-    add("--videos", help="folder of mp4s; else the model is sampled")
+    add("--videos", type=Path, help="folder of mp4s; else the model is sampled")
     add("--prompts", help="file: one prompt a line, or jsonl (default: prompts.jsonl; the tiny model's own)")
     add("--model", default=str(TINY / "wan"), help="folder (either layout) or hub id")
     add("--lora", help="LoRA file or run folder")
@@ -507,16 +483,9 @@ def parse_arguments(argv=None):
     table_parser = commands.add_parser("table", help="the paper's tables from results folders")
     table_parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=FOLDER")
 
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    a = parse_arguments(argv)
+    a = parser.parse_args(argv)
     try:
         if a.command == "metrics":
-            if a.videos and not a.prompts:
-                raise ValueError("--videos needs --prompts FILE: one prompt a line in the order of the "
-                                 "videos, or jsonl with ids")
             return metrics(a)
         if not all("=" in run for run in a.runs):
             raise ValueError("--runs takes LABEL=FOLDER, such as base=results/base")

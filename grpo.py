@@ -17,7 +17,8 @@ little. The presets say which.
 
 "Fast": only the window is trained, so a rollout keeps a few transitions instead of all. The window is drawn
 for each prompt, the same for its members. A rollout is used once: with --updates n the step's groups are
-split among n optimiser steps, not used n times.
+split among n optimiser steps, not used n times. At the first of them the ratio is 1, so with one update
+(the tiny preset) clipping never acts and the gradient is REINFORCE's with a baseline.
 
 Sources: Flow-GRPO (arXiv 2505.05470) and its Fast variant, GRPO-Guard's ratio normalisation (arXiv
 2510.22319). `sample.transition` gives mean and std for sampling, log-probability and KL alike. Left out:
@@ -58,8 +59,8 @@ class Group:
 # --------------------------------------------------------------------------------------------------- rollouts
 
 def draw_window(generator, steps, size, noisy_steps):
-    """A random window of `size` consecutive steps among the first `noisy_steps`, never the last one, where
-    std -> 0."""
+    """A random window of `size` consecutive steps among the first `noisy_steps`, never the last one: its
+    noise would stay in the video (and with cps it has none to compare)."""
     noisy_steps = min(noisy_steps, steps - 1)
     if not 1 <= size <= noisy_steps:
         raise ValueError(f"a window of {size} steps does not fit into "
@@ -85,9 +86,9 @@ def rollout(velocity, noise, levels, window, eta=.7, kind="flow", generators=Non
         if not stochastic:
             x = mean
             continue
-        # this is where the group's members part, and what the policy's probability is about
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(mean.device)
-        x_next = mean + std * noise
+        # the step noise: here the group's members part, and this is what the policy's probability is about
+        draws = [torch.randn(mean.shape[1:], generator=g) for g in generators]
+        x_next = mean + std * torch.stack(draws).to(mean.device)
         transitions.append(Transition(i, x, x_next, mean, log_prob(x_next, mean, std)))
         x = x_next
     return x, transitions

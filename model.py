@@ -13,8 +13,11 @@ Left out: image-to-video branches (img_emb, add_k_proj), Wan2.2's residual VAE, 
 time instead). The text encoder is transformers' UMT5EncoderModel: it is frozen here and well kept there.
 """
 
+import functools
 import html
+import math
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import ftfy
@@ -123,13 +126,12 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x):
-        B, C, T, H, W = x.shape
+    def forward(self, x, memory=None):
         qkv = self.to_qkv(self.norm(frames_as_batch(x)))  # (B*T, 3C, H, W)
         q, k, v = qkv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B*T, 1, H*W, C)
         y = F.scaled_dot_product_attention(q, k, v)
-        y = y.squeeze(1).transpose(1, 2).unflatten(2, (H, W))  # (B*T, C, H, W)
-        return x + batch_as_frames(self.proj(y), B)
+        y = y.squeeze(1).transpose(1, 2).unflatten(2, x.shape[3:])  # (B*T, C, H, W)
+        return x + batch_as_frames(self.proj(y), len(x))
 
 
 class Downsample(nn.Module):
@@ -189,7 +191,14 @@ class Upsample(nn.Module):
         """Channels to time: (B, 2C, T, H, W) -> (B, C, 2T, H, W)."""
         B, C, T, H, W = x.shape
         x = x.view(B, 2, C // 2, T, H, W)
-        return x.permute(0, 2, 3, 1, 4, 5).reshape(B, C // 2, 2 * T, H, W)
+        return x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+
+
+def run(layers, x, memory):
+    """x through the layers, one after the other."""
+    for layer in layers:
+        x = layer(x, memory)
+    return x
 
 
 class MidBlock(nn.Module):
@@ -199,9 +208,8 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(dim)])
 
     def forward(self, x, memory=None):
-        x = self.resnets[0](x, memory)
-        x = self.attentions[0](x)
-        return self.resnets[1](x, memory)
+        before, after = self.resnets
+        return run((before, *self.attentions, after), x, memory)
 
 
 class Encoder(nn.Module):
@@ -209,27 +217,22 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
-        last = len(config.dim_mult) - 1
-        self.conv_in = CausalConv3d(3, dims[0], 3, padding=1)
+        dim = config.base_dim
+        self.conv_in = CausalConv3d(3, dim, 3, padding=1)
         # One flat list, as in the checkpoints.
         self.down_blocks = nn.ModuleList()
-        for level in range(last + 1):
-            in_dim, out_dim = dims[level], dims[level + 1]
+        for level, multiple in enumerate(config.dim_mult):
             for _ in range(config.num_res_blocks):
-                self.down_blocks.append(ResidualBlock(in_dim, out_dim))
-                in_dim = out_dim
-            if level < last:
-                self.down_blocks.append(Downsample(out_dim, config.temperal_downsample[level]))
-        self.mid_block = MidBlock(dims[-1])
-        self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, 3, padding=1)
+                self.down_blocks.append(ResidualBlock(dim, config.base_dim * multiple))
+                dim = config.base_dim * multiple
+            if level < len(config.temperal_downsample):
+                self.down_blocks.append(Downsample(dim, config.temperal_downsample[level]))
+        self.mid_block = MidBlock(dim)
+        self.norm_out = RMSNorm(dim, 3)
+        self.conv_out = CausalConv3d(dim, 2 * config.z_dim, 3, padding=1)
 
     def forward(self, x, memory=None):
-        x = self.conv_in(x, memory)
-        for block in self.down_blocks:
-            x = block(x, memory)
-        x = self.mid_block(x, memory)
+        x = run((self.conv_in, *self.down_blocks, self.mid_block), x, memory)
         return self.conv_out(F.silu(self.norm_out(x)), memory)
 
 
@@ -243,9 +246,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(out_dim, temporal)] if upsample else [])
 
     def forward(self, x, memory=None):
-        for block in (*self.resnets, *self.upsamplers):
-            x = block(x, memory)
-        return x
+        return run((*self.resnets, *self.upsamplers), x, memory)
 
 
 class Decoder(nn.Module):
@@ -269,10 +270,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(dims[-1], 3, 3, padding=1)
 
     def forward(self, x, memory=None):
-        x = self.conv_in(x, memory)
-        x = self.mid_block(x, memory)
-        for block in self.up_blocks:
-            x = block(x, memory)
+        x = run((self.conv_in, self.mid_block, *self.up_blocks), x, memory)
         return self.conv_out(F.silu(self.norm_out(x)), memory)
 
 
@@ -335,10 +333,9 @@ class VAE(nn.Module):
         return latents * std + mean
 
     def statistics(self, device):
-        shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(self.config.latents_mean, device=device).view(shape)
-        std = torch.tensor(self.config.latents_std, device=device).view(shape)
-        return mean, std
+        """Mean and standard deviation a channel, as one tensor (2, 1, C, 1, 1, 1)."""
+        pair = [self.config.latents_mean, self.config.latents_std]
+        return torch.tensor(pair, device=device).view(2, 1, -1, 1, 1, 1)
 
     def pieces(self, T, pixels):
         """(start, stop) of each piece in latent frames: up to 4, 1 where one frame has 256x256 pixels."""
@@ -427,6 +424,9 @@ def add_gated(x, y, gate):
     return torch.addcmul(x, y.float(), gate)
 
 
+plain_norm = functools.partial(nn.LayerNorm, elementwise_affine=False)  # modulation scales and shifts instead
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm with its weights taken to float32, the residual stream's dtype."""
 
@@ -450,7 +450,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
         self.norm_q = QKNorm(dim, eps)
         self.norm_k = QKNorm(dim, eps)
 
@@ -466,28 +466,16 @@ class Attention(nn.Module):
             k = rotate(k, *rotation)
         q, k, v = [y.transpose(1, 2) for y in (q, k, v)]  # (B, heads, L, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.to_out[0](y.transpose(1, 2).flatten(2))
+        return self.to_out(y.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1))  # (B, L, heads, head_dim)
 
 
-class GELU(nn.Module):
-    def __init__(self, dim, out):
-        super().__init__()
-        self.proj = nn.Linear(dim, out)
-
-    def forward(self, x):
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.net = nn.ModuleList([GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
-
-    def forward(self, x):
-        return self.net[2](self.net[0](x))
+def feed_forward(dim, hidden):
+    # The nesting and the identity (a dropout's place) keep the checkpoints' names.
+    first = nn.Sequential(OrderedDict(proj=nn.Linear(dim, hidden), gelu=nn.GELU("tanh")))
+    return nn.Sequential(OrderedDict(net=nn.Sequential(first, nn.Identity(), nn.Linear(hidden, dim))))
 
 
 class Block(nn.Module):
@@ -495,12 +483,12 @@ class Block(nn.Module):
 
     def __init__(self, dim, ffn_dim, heads, eps):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm1 = plain_norm(dim, eps)
         self.attn1 = Attention(dim, heads, eps)
         self.norm2 = LayerNorm(dim, eps)
         self.attn2 = Attention(dim, heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = FeedForward(dim, ffn_dim)
+        self.norm3 = plain_norm(dim, eps)
+        self.ffn = feed_forward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim ** .5)
 
     def forward(self, x, text, time, rotation, bias):
@@ -519,11 +507,9 @@ class Block(nn.Module):
         return add_gated(x, self.ffn(h), gate2)
 
 
-class TwoLinear(nn.Module):
-    def __init__(self, dim, out):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, out)
-        self.linear_2 = nn.Linear(out, out)
+def two_linear(dim, out, activation):
+    layers = OrderedDict(linear_1=nn.Linear(dim, out), activation=activation, linear_2=nn.Linear(out, out))
+    return nn.Sequential(layers)
 
 
 class Conditions(nn.Module):
@@ -532,18 +518,17 @@ class Conditions(nn.Module):
     def __init__(self, dim, freq_dim, text_dim):
         super().__init__()
         self.freq_dim = freq_dim
-        self.time_embedder = TwoLinear(freq_dim, dim)
+        self.time_embedder = two_linear(freq_dim, dim, nn.SiLU())
         self.time_proj = nn.Linear(dim, 6 * dim)
-        self.text_embedder = TwoLinear(text_dim, dim)
+        self.text_embedder = two_linear(text_dim, dim, nn.GELU("tanh"))
 
     def forward(self, t, text):
         """t (B,), text (B, L, text_dim) -> time (B, D), the blocks' modulation (B, 6, D), text (B, L, D)."""
         time = linear_float32(self.time_embedder.linear_1, time_frequencies(t, self.freq_dim))
         time = linear_float32(self.time_embedder.linear_2, F.silu(time))
         modulation = linear_float32(self.time_proj, F.silu(time)).unflatten(1, (6, -1))
-        text = self.text_embedder.linear_1(text.to(self.text_embedder.linear_1.weight.dtype))
-        text = self.text_embedder.linear_2(F.gelu(text, approximate="tanh"))
-        return time, modulation, text
+        text = text.to(self.text_embedder.linear_1.weight.dtype)
+        return time, modulation, self.text_embedder(text)
 
 
 class DiT(nn.Module):
@@ -558,12 +543,12 @@ class DiT(nn.Module):
         self.config = config
         heads = config.num_attention_heads
         dim = heads * config.attention_head_dim
-        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        patch = math.prod(config.patch_size)
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
         self.condition_embedder = Conditions(dim, config.freq_dim, config.text_dim)
         self.blocks = nn.ModuleList(
             [Block(dim, config.ffn_dim, heads, config.eps) for _ in range(config.num_layers)])
-        self.norm_out = nn.LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.norm_out = plain_norm(dim, config.eps)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim ** .5)
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.checkpointing = False
@@ -599,19 +584,18 @@ class DiT(nn.Module):
         p, q, r = self.config.patch_size
         if T % p or h % q or w % r:
             raise ValueError(f"latents of {T}x{h}x{w} do not divide into patches of {p}x{q}x{r}")
-        grid = (T // p, h // q, w // r)
-        x = x.view(B, C, grid[0], p, grid[1], q, grid[2], r)
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, C * p * q * r)  # (B, L, C*patch)
+        x = x.view(B, C, T // p, p, h // q, q, w // r, r)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, T', h', w', C, p, q, r)
+        grid = x.shape[1:4]
+        x = x.flatten(4).flatten(1, 3)  # (B, L, C*patch)
         # A convolution whose stride is its size is a linear layer of each patch.
         weight = self.patch_embedding.weight.flatten(1)
         return F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias).float(), grid
 
     def unpatchify(self, x, grid):
         """Tokens (B, L, patch*C) -> (B, C, T, h, w)."""
-        p, q, r = self.config.patch_size
-        T, h, w = grid
-        x = x.view(-1, T, h, w, p, q, r, self.config.out_channels)
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.config.out_channels, T * p, h * q, w * r)
+        x = x.view(-1, *grid, *self.config.patch_size, self.config.out_channels)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 # ============================================================================================================
@@ -632,10 +616,8 @@ UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers
 
 # Pattern in our name (= Diffusers' or transformers'): what the original release has there. Applied in order.
 ORIGINAL_DIT_NAMES = {
-    r"^condition_embedder\.time_embedder\.linear_1": "time_embedding.0",
-    r"^condition_embedder\.time_embedder\.linear_2": "time_embedding.2",
-    r"^condition_embedder\.text_embedder\.linear_1": "text_embedding.0",
-    r"^condition_embedder\.text_embedder\.linear_2": "text_embedding.2",
+    r"^condition_embedder\.(time|text)_embedder\.linear_1": r"\1_embedding.0",
+    r"^condition_embedder\.(time|text)_embedder\.linear_2": r"\1_embedding.2",
     r"^condition_embedder\.time_proj": "time_projection.1",
     r"^proj_out": "head.head",
     r"^scale_shift_table": "head.modulation",
@@ -651,9 +633,9 @@ ORIGINAL_DIT_NAMES = {
 ORIGINAL_VAE_NAMES = {
     r"^quant_conv": "conv1",
     r"^post_quant_conv": "conv2",
-    r"coder\.conv_in": "coder.conv1",
-    r"coder\.conv_out": "coder.head.2",
-    r"coder\.norm_out": "coder.head.0",
+    r"conv_in": "conv1",
+    r"conv_out": "head.2",
+    r"norm_out": "head.0",
     r"mid_block\.resnets\.0": "middle.0",
     r"mid_block\.attentions\.0": "middle.1",
     r"mid_block\.resnets\.1": "middle.2",
@@ -678,38 +660,38 @@ ORIGINAL_TEXT_NAMES = {
 }
 
 
-def renamed(key, names):
+def renamed(names, key):
     for ours, theirs in names.items():
         key = re.sub(ours, theirs, key)
     return key
 
 
-def original_dit_key(key):
-    """A DiT parameter's name in the original release, from ours."""
-    return renamed(key, ORIGINAL_DIT_NAMES)
-
-
 def original_vae_key(key):
     """A VAE parameter's name in the original release, where the decoder's levels are one flat list."""
     def index(match):
-        level, kind, place = int(match[1]), match[2], int(match[3])
-        if kind == "upsamplers":
-            place = 3  # after a level's three residual blocks
-        return f"upsamples.{4 * level + place}"
+        level, place = match.groups()
+        return f"upsamples.{4 * int(level) + int(place)}"
 
-    key = re.sub(r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)", index, key)
-    return renamed(key, ORIGINAL_VAE_NAMES)
+    key = key.replace("upsamplers.0", "resnets.3")  # it stands after a level's three residual blocks
+    key = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", index, key)
+    return renamed(ORIGINAL_VAE_NAMES, key)
 
 
-def original_text_key(key):
-    """A UMT5 parameter's name in the original release, from transformers'."""
-    return renamed(key, ORIGINAL_TEXT_NAMES)
+# A DiT or UMT5 parameter's name in the original release, from ours.
+original_dit_key = functools.partial(renamed, ORIGINAL_DIT_NAMES)
+original_text_key = functools.partial(renamed, ORIGINAL_TEXT_NAMES)
+
+
+def _inside(folder, name):
+    """The folder's subfolder of that name; the folder itself where there is none."""
+    if (folder / name).is_dir():
+        return folder / name
+    return folder
 
 
 def _dit_part(folder):
     """-> (meta DiT, weight files, rename) for a model folder of either layout, or a transformer folder."""
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
+    folder = _inside(folder, "transformer")
     config = read_json(folder / "config.json")
     rename = str
     if "dim" in config and "num_heads" in config:  # the original's config
@@ -729,23 +711,20 @@ def _dit_part(folder):
 def _vae_part(folder):
     """-> (meta VAE, weight files, rename) for a model folder of either layout, a vae folder, a .pth file."""
     original = folder if folder.suffix == ".pth" else folder / ORIGINAL_VAE
-    if original.exists():
-        config, files, rename = VAEConfig(), [original], original_vae_key
-    else:
-        if (folder / "vae").is_dir():
-            folder = folder / "vae"
-        config = config_from(VAEConfig, read_json(folder / "config.json"), folder)
-        files, rename = weight_files(folder, "diffusion_pytorch_model"), str
     with torch.device("meta"):
-        vae = VAE(config)
-    return vae, files, rename
+        if original.exists():
+            return VAE(VAEConfig()), [original], original_vae_key
+        folder = _inside(folder, "vae")
+        vae = VAE(config_from(VAEConfig, read_json(folder / "config.json"), folder))
+        return vae, weight_files(folder, "diffusion_pytorch_model"), str
 
 
 def _text_part(folder):
     """-> (meta UMT5EncoderModel, weight files, rename) for a model folder of either layout."""
-    if (folder / "text_encoder").is_dir():
-        config = read_json(folder / "text_encoder" / "config.json")
-        files, rename = weight_files(folder / "text_encoder", "model"), str
+    diffusers = folder / "text_encoder"
+    if diffusers.is_dir():
+        config = read_json(diffusers / "config.json")
+        files, rename = weight_files(diffusers, "model"), str
     else:
         config, files, rename = UMT5_XXL, [folder / ORIGINAL_TEXT], original_text_key
         if not files[0].exists():
@@ -764,16 +743,21 @@ def _tokenizer_folder(folder):
     return folder / name
 
 
+def _checked(model, files, rename, device, dtype):
+    """The arguments for `fill`, once every tensor is known to be there."""
+    return model, match_tensors(model, files, rename, device), device, dtype
+
+
 def load_dit(path, device="cpu", dtype=torch.float32):
     """DiT from a model folder (either layout), its transformer folder, or a hub id."""
-    dit, files, rename = _dit_part(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"]))
-    return fill(dit, match_tensors(dit, files, rename, device), device, dtype)
+    part = _dit_part(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"]))
+    return fill(*_checked(*part, device, dtype))
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """VAE from a model folder (either layout), its vae folder, a .pth file, or a hub id."""
-    vae, files, rename = _vae_part(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE]))
-    return fill(vae, match_tensors(vae, files, rename, device), device, dtype)
+    part = _vae_part(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE]))
+    return fill(*_checked(*part, device, dtype))
 
 
 def clean_prompt(text):
@@ -782,15 +766,14 @@ def clean_prompt(text):
     return re.sub(r"\s+", " ", text).strip()
 
 
+@dataclass
 class Wan:
-    """A text-to-video model: .dit .vae .text_encoder .tokenizer .device, .shift of its scheduler or None."""
-
-    def __init__(self, dit, vae, text_encoder, tokenizer, shift=None):
-        self.dit = dit
-        self.vae = vae
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        self.shift = shift
+    """A text-to-video model."""
+    dit: DiT
+    vae: VAE
+    text_encoder: nn.Module  # transformers' UMT5EncoderModel
+    tokenizer: object
+    shift: float | None = None  # of its scheduler
 
     @property
     def device(self):
@@ -825,10 +808,9 @@ def load_wan(path, device="cpu", dtype=torch.float32):
                          f"nor {ORIGINAL_VAE} (original layout)")
 
     # Check every part by its files' headers.
-    checked = []
-    for part, its_dtype in ((_dit_part, dtype), (_vae_part, torch.float32), (_text_part, dtype)):
-        model, files, rename = part(folder)
-        checked.append((model, match_tensors(model, files, rename, device), device, its_dtype))
+    checked = [_checked(*_dit_part(folder), device, dtype),
+               _checked(*_vae_part(folder), device, torch.float32),
+               _checked(*_text_part(folder), device, dtype)]
     tokenizer_folder = _tokenizer_folder(folder)
     scheduler = {}
     if (folder / "scheduler" / "scheduler_config.json").exists():

@@ -84,42 +84,37 @@ def parse_motion(prompt):
 # The path is the product of their small steps (paper, eq. 5), E_f camera-to-world:
 #     E_0 = I,    E_f = E_{f-1} T_action
 
-def _turn(angle):
-    """Angles (F,) about y (down) -> rotations (F, 3, 3); a positive angle looks right."""
-    cos, sin = angle.cos(), angle.sin()
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([cos, zero, sin,
-                        zero, one, zero,
-                        -sin, zero, cos], -1).view(-1, 3, 3)
+# What a motion adds up to: x, z and the angle about y (positive looks right). Left mirrors right.
+_TRAVEL = {
+    "push_in": (0, PUSH, 0),
+    "pull_out": (0, -PUSH, 0),
+    "move_right": (MOVE, 0, 0),
+    "orbit_right": (0, 0, -ORBIT),  # the camera goes right, so it turns left to keep the centre in view
+    "pan_right": (0, 0, PAN),
+    "pull_right": (MOVE / 2, -PUSH, PAN / 2),  # all three at once, so half of move and pan
+    "fixed": (0, 0, 0),
+}
 
 
 def _segment(motion, progress):
     """Poses (F, 4, 4) of one motion at progress (F,) from 0 (the identity) to 1 (its whole travel)."""
-    side = -1.0 if motion.endswith("left") else 1.0
-    angle, x, z = torch.zeros_like(progress), torch.zeros_like(progress), torch.zeros_like(progress)
-    if motion == "push_in":
-        z = PUSH * progress
-    elif motion == "pull_out":
-        z = -PUSH * progress
-    elif motion.startswith("move"):
-        x = MOVE * progress * side
-    elif motion.startswith("pan"):
-        angle = PAN * progress * side
-    elif motion.startswith("orbit"):  # the camera goes left, so it turns right to keep the centre in view
-        angle = -ORBIT * progress * side
-        x = -angle.sin()  # (x, 0, z) = p - R p with p = (0, 0, 1), the point it turns about
-        z = 1 - angle.cos()
-    elif motion.startswith("pull"):  # move, pull out and pan at once, so half of move and pan
-        x = MOVE / 2 * progress * side
-        z = -PUSH * progress
-        angle = PAN / 2 * progress * side
-    elif motion != "fixed":
+    if motion not in MOTIONS:
         raise ValueError(f"unknown camera motion '{motion}'; the motions are {', '.join(MOTIONS)}")
-    poses = torch.eye(4, dtype=progress.dtype).repeat(len(progress), 1, 1)
-    poses[:, :3, :3] = _turn(angle)
-    poses[:, 0, 3] = x
-    poses[:, 2, 3] = z
-    return poses
+    x, z, angle = (amount * progress for amount in _TRAVEL[motion.replace("left", "right")])
+    if motion.endswith("left"):
+        x = -x
+        angle = -angle
+    cos, sin = angle.cos(), angle.sin()
+    if motion.startswith("orbit"):  # (x, 0, z) = p - R p with p = (0, 0, 1), the point it turns about
+        x = -sin
+        z = 1 - cos
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    poses = torch.stack([
+        cos, zero, sin, x,
+        zero, one, zero, zero,
+        -sin, zero, cos, z,
+        zero, zero, zero, one], -1)
+    return poses.view(-1, 4, 4)
 
 
 def camera_path(motions, frames, strength=1.0):
@@ -231,8 +226,8 @@ def _who_goes_where(step, offset):
     """
     H, W = step.shape[1:]
     step = step.flatten(1)
-    axes = torch.arange(W, device=step.device), torch.arange(H, device=step.device)
-    grid = torch.stack(torch.meshgrid(*axes, indexing="xy")).flatten(1).float()  # (2, H*W)
+    grid = torch.cartesian_prod(torch.arange(H), torch.arange(W)).T.flip(0)  # (2, H*W): x, y
+    grid = grid.to(step)
 
     # Every cell goes forward along the flow.
     position = grid + offset + step
@@ -245,8 +240,9 @@ def _who_goes_where(step, offset):
     received = torch.zeros(H * W, dtype=torch.bool, device=step.device)
     received[target] = True
     hole = (~received).nonzero().squeeze(1)
-    back, _ = _nearest_cell(grid[:, hole] - step[:, hole], H, W)
-    back, inside = _nearest_cell(grid[:, hole] - step[:, hole] - offset[:, back], H, W)
+    before = grid[:, hole] - step[:, hole]
+    back, _ = _nearest_cell(before, H, W)
+    back, inside = _nearest_cell(before - offset[:, back], H, W)
 
     source = torch.cat([source, back[inside]])
     target = torch.cat([target, hole[inside]])
@@ -347,9 +343,8 @@ def latent_noise(path, frames, height, width, samples=1, generator=None, channel
         patches = noise.view(height, multiple, width, multiple, samples, channels)
         latents[:, :, f] = (patches.mean((1, 3)) * multiple).permute(2, 3, 0, 1)
     if degradation:
-        T = latents.shape[2]
-        fresh = white_noise(T * height * width, samples, channels, generator)
-        fresh = fresh.view(T, height, width, samples, channels).permute(3, 4, 0, 1, 2)
+        fresh = white_noise(latents[0, 0].numel(), samples, channels, generator)
+        fresh = fresh.view(-1, height, width, samples, channels).permute(3, 4, 0, 1, 2)
         latents = (1 - degradation) * latents + degradation * fresh
         latents = latents / math.hypot(1 - degradation, degradation)
     return latents
@@ -374,7 +369,7 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
     delta = F.avg_pool2d(frames, kernel, 1, kernel // 2).view_as(base)
     delta = delta / (statistics(delta)[1] + 1e-6)
     weights = torch.linspace(1, .1, steps)
-    weights = weights / weights.sum()
+    weights /= weights.sum()
 
     def push(x, step):
         if step >= steps:
@@ -395,14 +390,12 @@ def draw_paths(axes, paths):
     paths: {label: camera-to-world (F, 4, 4)}, all in the same axes and scale. Arrows show where the first,
     middle and last camera of each look.
     """
-    positions = torch.cat([path[:, :3, 3].double().cpu() for path in paths.values()])
-    reach = max(float((positions.amax(0) - positions.amin(0)).max()), .2)  # a path that stands still has none
     for label, path in paths.items():
-        path = path.double().cpu()
-        line, = axes.plot(path[:, 0, 3], path[:, 2, 3], label=label)
-        shown = path[[0, len(path) // 2, len(path) - 1]]
-        axes.quiver(shown[:, 0, 3], shown[:, 2, 3], shown[:, 0, 2], shown[:, 2, 2], color=line.get_color(),
-                    angles="xy", scale_units="xy", scale=5 / reach, width=.008)
+        # (F, 4): position and viewing direction, x and z of each.
+        x, z, dx, dz = path.double().cpu()[:, [0, 2, 0, 2], [3, 3, 2, 2]].unbind(1)
+        line, = axes.plot(x, z, label=label)
+        some = [0, len(path) // 2, -1]
+        axes.quiver(x[some], z[some], dx[some], dz[some], color=line.get_color(), width=.008)
     axes.set(xlabel="x", ylabel="z (forward)")
     axes.axis("equal")
     axes.margins(.25)

@@ -8,7 +8,7 @@
     policy.step(lr)
 
 Processes: gradients of replicated weights are summed in float64, in one all-reduce per optimiser step: what
-DDP does, without hooks that need a backward pass from a process whose groups may all be masked, and without
+DDP does, without hooks that need a backward pass from a process without a group in the update, and without
 the order of the sum showing in the weights. With --parallel fsdp, FSDP2 shards the frozen weights block by
 block and LoRA stays replicated; with --full the trained weights are sharded as well. Left out: pipeline and
 sequence parallelism.

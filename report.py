@@ -22,7 +22,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -31,12 +31,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from eval import interval, table
+from eval import interval, read_lines, table
 from noise_warp import camera_path, draw_paths, parse_motion
 from prompts import read_prompts
 from rewards import TERMS, Rewards, paths_in_depths
 from sample import as_bytes, read_video, write_video
-from weights import read_json, write_json, write_text
+from train import Config
+from weights import config_from, read_json, write_json, write_text
 
 STYLE = """
 :root {
@@ -98,63 +99,58 @@ def write_page(file, title, body, script):
     write_text(file, PAGE.format(title=html.escape(title), style=STYLE, body=body, script=script))
 
 
-def read_lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 # --------------------------------------------------------------------------------------------------- pictures
 
-GREY = "#808080"  # of axes and frames: legible on a light page and on a dark one
+GREY = "#808080"  # of axes: legible on a light page and on a dark one; text has the page's colours
 CHART_STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "axes.titlesize": 10,
-    "text.color": GREY, "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY,
-    "ytick.color": GREY, "legend.framealpha": 0,
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "axes.edgecolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY, "legend.framealpha": 0,
     "axes.prop_cycle": matplotlib.cycler(color=["#3f87c9", "#d0663f"]),
 }
 
 
-def inline_svg(draw, description, size):
-    """A matplotlib drawing as SVG inside the page. draw(axes) draws it; size: width and height in inches."""
+def inline_svg(size, description, draw, *arguments):
+    """A matplotlib drawing as SVG inside the page: draw(axes, *arguments), on size inches (width, height)."""
     with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure.add_subplot())
+        draw(figure.add_subplot(), *arguments)
         out = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata would name web addresses
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    text = out.getvalue()
-    picture = text[text.index("<svg"):]  # without the XML prologue
-    return picture.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+    _, _, picture = out.getvalue().partition("<svg")  # without the XML prologue
+    return f'<svg role="img" aria-label="{html.escape(description)}"{picture}'
 
 
-def draw_series(axes, title, steps, series, spread=None, dynamic_steps=()):
-    """Curves over training steps on a matplotlib Axes; a missing value (None) is a gap.
+def draw_curves(axes, title, rows, curves, spread=None):
+    """Curves over the training steps of metrics.jsonl on a matplotlib Axes; a missing value (None) is a gap.
 
-    series: {label: values}. spread: half-widths of a band around the first. dynamic_steps: those to shade.
+    curves: {label: name in rows}. spread: name of the half-widths of a band around the first. Dynamic phases
+    are shaded.
     """
+    def column(name):
+        return np.array([row.get(name) for row in rows], dtype=float)
+
     axes.set_title(title, loc="left")
     axes.grid(axis="y", alpha=.25)
-    if dynamic_steps:
-        bars = [(step - .5, 1) for step in dynamic_steps]  # from, width
-        whole_height = axes.get_xaxis_transform()
-        axes.broken_barh(bars, (0, 1), transform=whole_height, color=GREY, alpha=.2, linewidth=0)
-    for label, values in series.items():
-        axes.plot(steps, np.array(values, dtype=float), linewidth=1.2, label=label)
+    for row in rows:
+        if row["phase"] == "dynamic":
+            axes.axvspan(row["step"] - .5, row["step"] + .5, color=GREY, alpha=.2, linewidth=0)
+    steps = column("step")
+    for label, name in curves.items():
+        axes.plot(steps, column(name), linewidth=1.2, label=label)
     if spread:
-        middle, width = np.array(next(iter(series.values())), dtype=float), np.array(spread, dtype=float)
+        middle, width = column(next(iter(curves.values()))), column(spread)
         axes.fill_between(steps, middle - width, middle + width, alpha=.25, linewidth=0)
-    if len(series) > 1:
+    if len(curves) > 1:
         axes.legend()
 
 
-def chart(title, steps, series, spread=None, dynamic_steps=()):
-    """`draw_series` as a figure of the page; nothing where no value is known."""
-    if all(value is None for values in series.values() for value in values):
+def chart(title, rows, curves, spread=None):
+    """`draw_curves` as a figure of the page; nothing where no value is known."""
+    if all(row.get(name) is None for name in curves.values() for row in rows):
         return ""
-
-    def draw(axes):
-        draw_series(axes, title, steps, series, spread, dynamic_steps)
-
-    picture = inline_svg(draw, f"{title}: {', '.join(series)} over {len(steps)} steps", (4.2, 2.0))
+    picture = inline_svg((4.2, 2.0), f"{title}: {', '.join(curves)} over {len(rows)} steps",
+                         draw_curves, title, rows, curves, spread)
     return f"<figure>{picture}</figure>"
 
 
@@ -163,14 +159,8 @@ def inline(data, kind):
 
 
 def inline_video(path):
-    source = inline(Path(path).read_bytes(), "video/mp4")
+    source = inline(path.read_bytes(), "video/mp4")
     return f'<video src="{source}" muted loop playsinline preload="auto" tabindex="0"></video>'
-
-
-def inline_image(image, description):
-    """An image (3, H, W) in [0, 1]."""
-    source = inline(iio.imwrite("<bytes>", as_bytes(image), extension=".png"), "image/png")
-    return f'<img src="{source}" alt="{html.escape(description)}">'
 
 
 def figure(content, caption):
@@ -224,26 +214,19 @@ if (button) {
 
 def training_charts(rows):
     """Charts of metrics.jsonl: the reward and its terms with their spread in a group, and the updates."""
-    steps = [row["step"] for row in rows]
-    dynamic_steps = [row["step"] for row in rows if row["phase"] == "dynamic"]
-
-    def column(name):
-        return [row.get(name) for row in rows]
-
     # the rewards; where the band has no width, a group's videos are alike and nothing is learnt from them
-    charts = []
     labels = {"total": "total reward"} | {name: term.label for name, term in TERMS.items()}
-    for name, label in labels.items():
-        charts.append(chart(label, steps, {name: column(name)}, column(f"{name}_std"), dynamic_steps))
+    charts = [chart(label, rows, {name: name}, f"{name}_std") for name, label in labels.items()]
     # what is watched beside them
-    for title, series in (
-        ("motion magnitude (% of width a frame)", {"motion": column("motion")}),
-        ("ratio: mean and largest", {"mean": column("ratio"), "largest": column("ratio_max")}),
-        ("share of ratios clipped", {"clipped": column("clipped")}),
-        ("KL to the untouched model", {"KL": column("kl")}),
-        ("gradient norm", {"norm": [row["grad"][0] for row in rows]}),
+    rows = [row | dict(grad=row["grad"][0]) for row in rows]  # of a step's updates the first
+    for title, curves in (
+        ("motion magnitude (% of width a frame)", {"motion": "motion"}),
+        ("ratio: mean and largest", {"mean": "ratio", "largest": "ratio_max"}),
+        ("share of ratios clipped", {"clipped": "clipped"}),
+        ("KL to the untouched model", {"KL": "kl"}),
+        ("gradient norm", {"norm": "grad"}),
     ):
-        charts.append(chart(title, steps, series, dynamic_steps=dynamic_steps))
+        charts.append(chart(title, rows, curves))
     return '<div class="grid">\n' + "\n".join(charts) + "\n</div>"
 
 
@@ -260,25 +243,22 @@ def evaluation_table(rows):
 def examples(run, config, count=6):
     """The first test prompts before and after training, from the same noise."""
     # the first and the last evaluation that training has left
-    folders = [folder for folder in run.glob("eval/*") if folder.is_dir()]
-    folders.sort(key=lambda folder: int(folder.name))  # named by their step
+    folders = sorted({file.parent for file in run.glob("eval/*/*.mp4")})  # named by their step
     if len(folders) < 2:
         return '<p class="note">No two evaluations yet: nothing to compare.</p>'
     before, after = folders[0], folders[-1]
     # scored again, with the training's judges: they show what they see
-    prompts = read_prompts(config["prompts"])["test"]
-    names = ("depth_anything", "critic", "preference", "lpips", "views", "frames_seen")
-    judges = {name: config[name] for name in names}
-    rewards = Rewards(**judges, alpha=config["traj_alpha"], beta=config["traj_beta"])
+    prompts = read_prompts(config.prompts)["test"]
+    rewards = Rewards(config.depth_anything, config.critic, config.preference, config.lpips, config.views,
+                      config.frames_seen, config.traj_alpha, config.traj_beta)
 
     sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
-    number = min(count, len(list(before.glob("*.mp4"))))
-    for i in tqdm(range(number), desc="report", unit="prompt"):
-        name = f"{i:02d}.mp4"
+    files = sorted(before.glob("*.mp4"))[:count]
+    for file, prompt in zip(tqdm(files, desc="report", unit="prompt"), prompts):
         sections += [
-            f'<section class="step">\n<h3>{html.escape(prompts[i])}</h3>',
-            example(before / name, "before", prompts[i], rewards),
-            example(after / name, f"after {int(after.name)} steps", prompts[i], rewards),
+            f'<section class="step">\n<h3>{html.escape(prompt)}</h3>',
+            example(file, "before", prompt, rewards),
+            example(after / file.name, f"after {int(after.name)} steps", prompt, rewards),
             "</section>"]
     return "\n".join(sections)
 
@@ -293,18 +273,17 @@ def example(file, label, prompt, rewards):
     if clip.rerender is not None:
         with tempfile.TemporaryDirectory() as scratch:
             rerender = Path(scratch) / "rerender.mp4"
-            slower = fps * len(clip.rerender) / len(video)  # fewer frames in the same time
-            write_video(rerender, clip.rerender, slower)
+            # fewer frames in the same time
+            write_video(rerender, clip.rerender, fps * len(clip.rerender) / len(video))
             figures.append(figure(inline_video(rerender), "re-render"))
     if clip.meta_views is not None:
-        figures.append(figure(inline_image(clip.meta_views[0], "meta-view"), "meta-view"))
+        png = iio.imwrite("<bytes>", as_bytes(clip.meta_views[0]), extension=".png")
+        source = inline(png, "image/png")
+        figures.append(figure(f'<img src="{source}" alt="meta-view">', "meta-view"))
     if clip.reconstruction is not None:
         requested, found = paths_in_depths(clip.path, clip.reconstruction)
-
-        def draw(axes):
-            draw_paths(axes, {"asked": requested, "found": found})
-
-        picture = inline_svg(draw, "camera path, asked and found", (2.6, 2.6))
+        picture = inline_svg((2.6, 2.6), "camera path, asked and found",
+                             draw_paths, {"asked": requested, "found": found})
         figures.append(figure(picture, "camera path from above"))
     return '<div class="pair four">\n' + "\n".join(figures) + "\n</div>"
 
@@ -326,25 +305,24 @@ def html_tables(markdown):
 
 def about_run(config, steps):
     """A sentence on what was trained, and how to read the page."""
-    models = " + ".join(Path(config[name]).name for name in ("model", "lora") if config.get(name))
-    lpips = "a random trunk, a stand-in" if config["lpips"] == "random" else "AlexNet"
-    return (f"{steps} steps of {config['groups']} groups of {config['members']} videos, {config['frames']} "
-            f"frames of {config['height']}x{config['width']}, model {models}, seed {config['seed']}. "
-            f"LPIPS: {lpips}. Bands: mean standard deviation inside a group. Shaded: dynamic phases.")
+    models = " + ".join(Path(model).name for model in (config.model, config.lora) if model)
+    lpips = "a random trunk, a stand-in" if config.lpips == "random" else "AlexNet"
+    return (f"{steps} steps of {config.groups} groups of {config.members} videos, {config.frames} frames of "
+            f"{config.height}x{config.width}, model {models}, seed {config.seed}. LPIPS: {lpips}. "
+            "Bands: mean standard deviation inside a group. Shaded: dynamic phases.")
 
 
 def report(run):
     """A training run's folder -> its report.html."""
-    # what train.py has written
-    if not (run / "metrics.jsonl").exists():
-        raise ValueError(f"{run} holds no metrics.jsonl; give a training run's folder")
-    rows = read_lines(run / "metrics.jsonl")
+    # what train.py has written; what an older version did not write has its default
+    log = run / "metrics.jsonl"
+    rows = read_lines(log) if log.exists() else []
     if not rows:
-        raise ValueError(f"{run}/metrics.jsonl is empty; let the run make a step first")
-    config = read_json(run / "config.json")
+        raise ValueError(f"{run} holds no metrics.jsonl with a step; give a training run's folder")
+    config = config_from(Config, read_json(run / "config.json"), run)
 
     # from the run as a whole to single videos
-    body = [f"<h1>{html.escape(config['name'])}</h1>",
+    body = [f"<h1>{html.escape(config.name)}</h1>",
             f'<p class="note">{html.escape(about_run(config, len(rows)))}</p>']
     if (run / "eval.jsonl").exists():
         body += ["<h2>Fixed test prompts</h2>", evaluation_table(read_lines(run / "eval.jsonl"))]
@@ -354,7 +332,7 @@ def report(run):
     results = {file.parent.name: file.parent for file in sorted(run.glob("*/summary.json"))}
     if results:
         body += ["<h2>Results</h2>", html_tables(table(results))]
-    write_page(run / "report.html", config["name"], "\n".join(body), PLAY)
+    write_page(run / "report.html", config.name, "\n".join(body), PLAY)
     print(run / "report.html")
 
 
@@ -504,7 +482,7 @@ def make_study(a, b, out, seed):
     for name in names:
         videos = []
         for side, folder in (("a", a), ("b", b)):
-            hidden = "".join(rng.choices("0123456789abcdef", k=16)) + ".mp4"
+            hidden = f"{rng.getrandbits(64):016x}.mp4"
             shutil.copyfile(folder / name, page / hidden)
             sides[hidden] = side
             videos.append(hidden)
@@ -526,7 +504,7 @@ def make_study(a, b, out, seed):
 def read_answers(file, key):
     """A participant's downloaded answers -> [{"pair": i, question: "a" | "b" | "tie"}]."""
     try:
-        participant = json.loads(Path(file).read_text())
+        participant = json.loads(file.read_text())
         if participant["study"] != key["study"]:
             raise ValueError("it belongs to another study")
         rows = []
@@ -555,10 +533,10 @@ def score_study(files, out):
     # how often b wins, and whether people agree on where it does
     for question in QUESTIONS:
         rate, low, high = win_rate(people, question)
-        by_pair = {}
+        by_pair = defaultdict(Counter)  # answers of all participants
         for rows in people:
             for row in rows:
-                by_pair.setdefault(row["pair"], Counter())[row[question]] += 1
+                by_pair[row["pair"]][row[question]] += 1
         kappa = fleiss_kappa(by_pair.values())
         agreement = "needs two answers a pair" if kappa is None else f"{kappa:.2f}"
         print(f"{question:9} {rate:.3f} [{low:.3f}, {high:.3f}]  Fleiss' kappa {agreement}")
@@ -567,10 +545,7 @@ def score_study(files, out):
 def win_rate(people, question):
     """Share of answers that prefer b, ties half, each participant counting the same -> (rate, low, high)."""
     worth = {"a": 0.0, "tie": .5, "b": 1.0}
-    rates = []
-    for rows in people:
-        rates.append(np.mean([worth[row[question]] for row in rows]))
-    return interval(rates)
+    return interval([np.mean([worth[row[question]] for row in rows]) for rows in people])
 
 
 def fleiss_kappa(items):
@@ -582,12 +557,12 @@ def fleiss_kappa(items):
     if not items:
         return None
     # share of pairs of raters of one item that agree
-    answers = sum(item.total() for item in items)
+    everything = sum(items, Counter())
+    answers = everything.total()
     agreeing = sum(sum(n * (n - 1) for n in item.values()) / (item.total() - 1) for item in items)
     observed = agreeing / answers
     # the same if everyone answered at random, in these shares
-    shares = [sum(item[choice] for item in items) / answers for choice in set().union(*items)]
-    chance = sum(share ** 2 for share in shares)
+    chance = sum((n / answers) ** 2 for n in everything.values())
     if chance > 1 - 1e-12:
         return 1.0
     return (observed - chance) / (1 - chance)
@@ -596,14 +571,14 @@ def fleiss_kappa(items):
 # ------------------------------------------------------------------------------------------- the command line
 
 def main(argv=None):
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="one self-contained page of a training run")
     run_parser.add_argument("run", type=Path, help="its folder")
     study_parser = commands.add_parser("study", help="a blind pairwise study page")
-    study_parser.add_argument("--a", type=Path, required=True, help="folder of mp4s")
-    study_parser.add_argument("--b", type=Path, required=True, help="folder of mp4s of the same names")
+    for side in ("--a", "--b"):
+        study_parser.add_argument(side, type=Path, required=True, help="folder of mp4s; both share names")
     study_parser.add_argument("--seed", type=int, default=0)
     score_parser = commands.add_parser("score", help="the study's results")
     score_parser.add_argument("answers", type=Path, nargs="+", help="files that participants have downloaded")

@@ -2,7 +2,7 @@
 
     python rewards.py video.mp4 "Camera push in. A red sphere ..."    the terms, and a picture of them
 
-    R = S_meta + S_recon + S_traj + lambda R_gen                        (Eq. 8, 9)
+    R = S_meta + S_recon + S_traj + lambda R_gen      (Eq. 8, 9; lambda is the weight of `general`)
 
 One Depth Anything 3 reconstruction of a video (3D Gaussians and cameras) serves the first three:
     S_meta    the Gaussians from beside the path, scored 0-9 by a vision-language model  `meta_reward`
@@ -103,6 +103,7 @@ def meta_views(rec, side=.35, up=.2):
     x, y, _, p = middle[:3].unbind(1)
     views = []
     for sign in (-1, 1):
+        # beside the path and above it, turned to the scene (y points down)
         position = p + d * (sign * side * x - up * y)
         forward = F.normalize(target - position, dim=0)
         right = F.normalize(torch.linalg.cross(y, forward), dim=0)
@@ -149,17 +150,20 @@ def trajectory_reward(path, recovered, alpha=5.0, beta=5.0, depth=1.0):
     if requested.shape != found.shape or requested.shape[1:] != (4, 4):
         raise ValueError("paths must both be (F, 4, 4), "
                          f"got {tuple(path.shape)} and {tuple(recovered.shape)}")
+    # translations, at the scale that brings the recovered path to the requested one's size
     t, t_found = requested[:, :3, 3], found[:, :3, 3]  # (F, 3)
     if t.square().sum() > 1e-8 * len(t):
         scale = (t * t_found).sum().abs() / t_found.square().sum().clamp_min(1e-12)
     else:
         scale = 1 / depth
     translation = (t - scale * t_found).norm(dim=1).mean()
+    # rotations have no scale
     rotation = rotation_angle(requested[:, :3, :3], found[:, :3, :3]).mean()
     return float(torch.exp(-(alpha * translation + beta * rotation)))
 
 
-def clip_trajectory(judges, clip):
+def trajectory_term(judges, clip):
+    """S_traj of a clip, at the frames that were reconstructed."""
     rec = clip.reconstruction
     return trajectory_reward(clip.path[rec.frames], rec.camera_to_world, judges.alpha, judges.beta,
                              float(rec.depth.median()))
@@ -187,10 +191,11 @@ class Term:
     function: Callable  # (judges, clip) -> float
 
 
+# The public names of the terms. R_gen is `general`; the model it asks is the preference model, HPSv3.
 TERMS = {term.name: term for term in (
     Term("meta", "S_meta", ("depth_anything", "critic"), True, meta_reward),
     Term("recon", "S_recon", ("depth_anything", "lpips"), True, recon_reward),
-    Term("traj", "S_traj", ("depth_anything",), True, clip_trajectory),
+    Term("traj", "S_traj", ("depth_anything",), True, trajectory_term),
     Term("general", "R_gen", ("preference",), False, preference_reward),
 )}
 
@@ -285,6 +290,8 @@ class Rewards:
         """One video (F, 3, H, W) with its prompt and requested path (F, 4, 4) -> Clip with its scores."""
         clip = Clip(video, prompt, path, scores={name: math.nan for name in TERMS})
         asked = self.asked(dynamic)
+
+        # one reconstruction serves every term that looks at geometry; where it fails, all of them are masked
         no_reconstruction = None
         if any("depth_anything" in term.models for term in asked):
             try:
@@ -293,6 +300,8 @@ class Rewards:
                 clip.reconstruction = self.depth_anything(video, self.views)
             except Exception as error:
                 no_reconstruction = error
+
+        # each term by itself: a judge that fails costs its own term alone
         for term in asked:
             if no_reconstruction is not None and "depth_anything" in term.models:
                 self.mask(clip, term, no_reconstruction)
@@ -307,7 +316,8 @@ class Rewards:
         return clip
 
     def terms(self, videos, prompts, paths, dynamic=False, progress=False):
-        """As a call, but it is no error when every sample fails."""
+        """As calling the object, but it is no error when every sample fails: training counts and masks
+        them."""
         items = list(zip(videos, prompts, paths, strict=True))
         bar = tqdm(items, desc="rewards", unit="video", leave=False, disable=not progress)
         scores = [self.score(*item, dynamic).scores for item in bar]
@@ -345,10 +355,13 @@ def motion_magnitude(video, size=32):
     best-fitting quadratic field (what panning, zooming and turning do to a distant scene), mean length over
     pixels and frames. A still scene filmed by a moving camera reads near 0, but for parallax.
     """
+    # flow between neighbours, on small grey pictures
     _, _, H, W = video.shape
     small = (max(8, round(H * size / W)), size)
     grey = F.interpolate(video.float().mean(1, keepdim=True), size=small, mode="area")
     flow = lucas_kanade(grey[:-1], grey[1:])  # (F-1, 2, h, w)
+
+    # the camera's share of it: a quadratic field, fitted to each pair of frames
     h, w = flow.shape[2:]
     y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
     basis = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], -1).view(-1, 6)
@@ -378,10 +391,12 @@ def lucas_kanade(a, b, levels=2, window=5, rounds=3):
             flow = torch.zeros(N, 2, H, W)
         else:  # the coarser level's flow, in this one's pixels
             flow = 2 * F.interpolate(flow, size=(H, W), mode="bilinear", align_corners=False)
+        # the normal equations of a window: its gradients' second moments, the same in every round
         gy, gx = torch.gradient(A, dim=(2, 3))
         v, u = torch.meshgrid(torch.arange(H) + .5, torch.arange(W) + .5, indexing="ij")
         xx, xy, yy = box(gx * gx) + 1e-4, box(gx * gy), box(gy * gy) + 1e-4
         for _ in range(rounds):
+            # how far b, moved back by the flow so far, is from a; and the step that closes the gap
             grid = torch.stack([(u + flow[:, 0]) * 2 / W - 1, (v + flow[:, 1]) * 2 / H - 1], -1)
             moved = F.grid_sample(B, grid, mode="bilinear", padding_mode="border", align_corners=False)
             error = moved - A

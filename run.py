@@ -76,6 +76,11 @@ class Processes:
 MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every"}
 
 
+def flat(config):
+    """A configuration with the reward terms' weights beside the other options, as on the command line."""
+    return config | config.get("weights", {}) | dict(weights=0.0)
+
+
 def open_run(c, processes):
     """Makes runs/NAME, or finds it with the same configuration. -> its folder."""
     folder = Path(c.runs) / c.name
@@ -85,14 +90,10 @@ def open_run(c, processes):
     now = dataclasses.asdict(c)
     if (folder / "config.json").exists():
         before = json.loads((folder / "config.json").read_text())
-        for name in now:
-            if name not in may_change and before.get(name) != now[name]:
-                was, wanted, option = before.get(name), now[name], name
-                if name == "weights":
-                    option = next(term for term in wanted if (was or {}).get(term) != wanted[term])
-                    was, wanted = (was or {}).get(option), wanted[option]
-                option = option.replace("_", "-")
-                raise ValueError(f"{folder} was started with --{option} {was}, not {wanted}; "
+        for name, value in flat(now).items():
+            was = flat(before).get(name, 0.0)  # a term that is new had no weight
+            if name not in may_change and was != value:
+                raise ValueError(f"{folder} was started with --{name.replace('_', '-')} {was}, not {value}; "
                                  "choose another --name, or keep its settings")
     processes.wait()
     if processes.rank == 0:
@@ -152,6 +153,8 @@ def save_checkpoint(policy, folder, step):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     processes.wait()  # until the folder is there
+
+    # every process writes its part
     try:
         dcp.save(policy.state(), checkpoint_id=part, no_dist=processes.world == 1)
     except (OSError, dcp.CheckpointException) as e:
@@ -160,6 +163,8 @@ def save_checkpoint(policy, folder, step):
         raise RuntimeError(f"the checkpoint after step {step} could not be written to {folder} ({reason}); "
                            "older ones are untouched") from None
     processes.wait()  # until all files are written
+
+    # sums and the new name come last, and older checkpoints go only then: a kill leaves the ones before
     if processes.rank == 0:
         digests = {f.name: digest(f) for f in sorted(part.iterdir())}
         write_json(part / "manifest.json", dict(step=step, files=digests))
@@ -233,9 +238,12 @@ def metrics_row(c, step, dynamic, groups, terms, A, notes, norms, processes, clo
     groups: all the step's, without videos; terms {name: (groups x G,)}; A (groups x G,) advantages; notes:
     this process's statistics of transitions; norms: of the gradients, one an update.
     """
+    # what the processes know of their own groups
     gathered = processes.gather((notes, clock.seconds))
     notes = [note for others, _ in gathered for note in others]
     row = dict(step=step, phase="dynamic" if dynamic else "main", prompts=[group.index for group in groups])
+
+    # rewards and advantages: means, and how far members of a group are apart
     for name, values in terms.items():
         row[name] = mean_of(values.tolist())
         row[f"{name}_std"] = spread_in_groups(values.view(c.groups, -1))
@@ -243,10 +251,14 @@ def metrics_row(c, step, dynamic, groups, terms, A, notes, norms, processes, clo
     row["flat_groups"] = int((A.view(c.groups, -1) == 0).all(1).sum())
     row["masked"] = int(terms["total"].isnan().sum())
     row["motion"] = mean_of([m for group in groups for m in group.motion])
+
+    # the update: how far the policy has moved from the one that rolled out, and from the reference
     for name in ("ratio", "clipped", "kl", "loss"):
         row[name] = mean_of([note[name] for note in notes])
     row["ratio_max"] = max(note["ratio_max"] for note in notes)
     row["grad"] = norms
+
+    # what only the machine decides
     if processes.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:

@@ -32,8 +32,8 @@ from weights import TINY, read_json, written_whole
 
 
 def generator(*key):
-    """A CPU torch.Generator seeded by a key such as (seed, step, prompt, member, purpose): no draw depends on
-    another."""
+    """A CPU torch.Generator seeded by a key such as (seed, step, phase, prompt, member, purpose): no draw
+    depends on another."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -97,6 +97,7 @@ def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
     step = sigma - sigma_next
+    # an ODE step
     if eta == 0:
         return x - v * step, torch.zeros((), device=x.device)
 
@@ -148,6 +149,7 @@ def unipc(velocity, x, levels, after_step=unchanged):
     with D_1 = (m_-1 - m0)/rho, rho = (lambda_-1 - lambda)/h, and in the corrector D_2 = m_next - m0.
     First and last steps are of order 1. sigma = 1 is taken as 1 - 1e-6, where lambda is finite.
     """
+    # in lambda, half the log signal-to-noise ratio, the ODE is nearly linear
     levels = levels.float().clamp(max=1 - 1e-6)
     sigma = levels.double().cpu()
     lam = ((1 - sigma) / sigma).log()
@@ -173,6 +175,7 @@ def unipc(velocity, x, levels, after_step=unchanged):
             change = m0 + r1 / rho * (m_prev - m0) + (b1 - r1) * (m_next - m0)
         return float(sigma[i + 1] / sigma[i]) * x - float(1 - sigma[i + 1]) * k * change
 
+    # predict, then correct with what the model says at the point that was reached
     m_prev = m0 = x_before = None
     second_order = False
     for i in range(steps):
@@ -224,6 +227,7 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got '{solver}'")
     if len(prompts) != len(noise):
         raise ValueError(f"{len(prompts)} prompts need as many noise samples, got {len(noise)}")
+    # the schedule, and the velocity that the solver integrates
     levels = sigmas(steps, shift if shift is not None else wan.shift or 5.0)
     unconditional = None
     if guidance != 1:
@@ -264,24 +268,28 @@ def sample_latents(wan, prompts, sampling, seed=0, members=None, paths=None, str
     """One sample a prompt. -> latents (B, C, T, h, w), and the camera paths [(F, 4, 4)] that were asked for.
 
     members: which of the seed's noises each prompt takes (default: the i-th the i-th), so that no sample
-    depends on the batch. paths: instead of the prompts' own camera paths, times strength. released: as
-    World-R1's released code uses transport, white noise with the transported pushed in over the first steps.
+    depends on the batch. paths: instead of the prompts' own camera paths, which are scaled by strength.
+    released: as World-R1's released code uses transport, white noise with the transported pushed in over the
+    first steps.
     """
+    # camera words -> path
     if paths is None:
         paths = [camera_path(parse_motion(prompt), sampling.frames, strength) for prompt in prompts]
-    draws = range(len(prompts)) if members is None else members
+    # path -> flow -> noise, each sample's from its own generator
+    members = range(len(prompts)) if members is None else members
 
-    def noise(transport):
+    def noise_of(transported):
         parts = []
-        for path, member in zip(paths, draws, strict=True):
-            key = [generator(seed, 0, 0, member, "noise")]
-            parts.append(initial_noise(wan, path, sampling.height, sampling.width, key, transport,
+        for path, member in zip(paths, members, strict=True):
+            draws = [generator(seed, 0, 0, member, "noise")]
+            parts.append(initial_noise(wan, path, sampling.height, sampling.width, draws, transported,
                                        sampling.degradation))
         return torch.cat(parts)
 
-    start, push = noise(transport and not released), None
+    # noise -> latents
+    start, push = noise_of(transport and not released), None
     if released:
-        push = released_push(start, noise(True))
+        push = released_push(start, noise_of(True))
     latents = sample(wan, prompts, start, sampling.steps, sampling.guidance, sampling.shift, solver, negative,
                      progress, push)
     return latents, paths

@@ -21,7 +21,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -47,25 +46,34 @@ def quaternion_to_matrix(q):
     """Quaternions (..., 4), scalar last, of any norm -> (..., 3, 3)."""
     x, y, z, w = q.unbind(-1)
     s = 2 / q.square().sum(-1)
-    rows = torch.stack([1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w),
-                        s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w),
-                        s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)], -1)
-    return rows.unflatten(-1, (3, 3))
+    entries = [
+        1 - s * (y * y + z * z),
+        s * (x * y - z * w),
+        s * (x * z + y * w),
+        s * (x * y + z * w),
+        1 - s * (x * x + z * z),
+        s * (y * z - x * w),
+        s * (x * z - y * w),
+        s * (y * z + x * w),
+        1 - s * (x * x + y * y)]
+    return torch.stack(entries, -1).unflatten(-1, (3, 3))
 
 
 def matrix_to_quaternion(R):
     """Rotations (..., 3, 3) -> unit quaternions (..., 4), scalar last and not negative."""
     xx, xy, xz, yx, yy, yz, zx, zy, zz = R.flatten(-2).unbind(-1)
-    squares = torch.stack([1 + xx - yy - zz, 1 - xx + yy - zz,
-                           1 - xx - yy + zz, 1 + xx + yy + zz], -1)  # 4 (x, y, z, w)^2
-    products = torch.stack([  # row i: 4 q_i (x, y, z, w)
-        squares[..., 0], yx + xy, xz + zx, zy - yz,
-        yx + xy, squares[..., 1], zy + yz, xz - zx,
-        xz + zx, zy + yz, squares[..., 2], yx - xy,
-        zy - yz, xz - zx, yx - xy, squares[..., 3]], -1).unflatten(-1, (4, 4))
-    # Each row is q times one of its components; the row of the largest is the one that loses no digits.
+    # Sums and differences of entries across the diagonal are products of two components, times 4.
+    x_y, x_z, y_z = yx + xy, xz + zx, zy + yz
+    x_w, y_w, z_w = zy - yz, xz - zx, yx - xy
+    products = torch.stack([  # row i: 4 q_i q for q = (x, y, z, w)
+        1 + xx - yy - zz, x_y, x_z, x_w,
+        x_y, 1 - xx + yy - zz, y_z, y_w,
+        x_z, y_z, 1 - xx - yy + zz, z_w,
+        x_w, y_w, z_w, 1 + xx + yy + zz], -1).unflatten(-1, (4, 4))
+    # Each row is a multiple of q; the one of its largest component loses no digits.
+    squares = products.diagonal(0, -2, -1)  # 4 q_i^2
     largest = squares.argmax(-1, keepdim=True)
-    row = products.gather(-2, largest[..., None].expand(*largest.shape, 4)).squeeze(-2)
+    row = products.take_along_dim(largest[..., None], -2).squeeze(-2)
     q = row / (2 * squares.gather(-1, largest).sqrt())
     return torch.where(q[..., 3:] < 0, -q, q)
 
@@ -91,6 +99,7 @@ def rotate_sh(harmonics, R):
     Each degree turns within itself, by the matrix that maps its basis at fixed directions d to that at R^T d
     (least squares, exact for spherical harmonics).
     """
+    # Any 32 directions do; the same ones every time, so that results repeat.
     fixed = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(32, 3, generator=fixed, dtype=torch.float64), dim=-1)
     turned = sh_basis(directions @ R.double().cpu())  # rows d^T R = (R^T d)^T -> (V, 32, 9)
@@ -153,8 +162,6 @@ def _view(gaussians, pose, K, height, width, max_pairs):
     means, opacities = gaussians.means, gaussians.opacities
     centre, z, covariance = project(means, gaussians.scales, gaussians.rotations, pose, K, height, width)
     order, low, shape = boxes(centre, z, covariance, opacities, height, width)
-    if not len(order):
-        return z.new_zeros(3, height, width), z.new_zeros(height, width), z.new_zeros(height, width)
 
     # What each of them adds to a pixel (colour and depth), and how it fades around its centre: the exponent
     # c0 dx^2 + c1 dx dy + c2 dy^2 of its inverse covariance.
@@ -163,13 +170,13 @@ def _view(gaussians, pose, K, height, width, max_pairs):
     features = torch.cat([colour(harmonics, means, pose[:3, 3]), z[:, None]], 1)  # (n, 4)
     xx, xy, yy = covariance.unbind(1)
     det = xx * yy - xy * xy
-    conic = torch.stack([.5 * yy / det, -xy / det, .5 * xx / det], 1)  # (n, 3)
-    splats = torch.cat([centre, conic, opacities[:, None]], 1)  # (n, 6)
+    conic = [.5 * yy / det, -xy / det, .5 * xx / det]
+    splats = torch.stack([*centre.unbind(1), *conic, opacities], 1)  # (n, 6)
 
     # Composite chunks of at most max_pairs pairs; what lies wholly behind closed pixels is left out.
     total = features.new_zeros(height * width, 4)
-    log_T = torch.zeros(height * width, dtype=torch.float64, device=z.device)  # log transmittance so far
-    is_open = torch.ones(height * width, dtype=torch.bool, device=z.device)
+    log_T = total.new_zeros(height * width, dtype=torch.float64)  # log transmittance so far
+    is_open = log_T == 0
     pairs = shape.prod(1).cumsum(0)
     start = 0
     while start < len(order) and is_open.any():
@@ -195,13 +202,14 @@ def project(means, scales, rotations, pose, K, height, width):
     """
     R = pose[:3, :3].T  # W: world -> camera
     x, y, z = ((means - pose[:3, 3]) @ R.T).unbind(1)
-    fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+    (fx, _, cx), (_, fy, cy), _ = K
     safe_z = torch.where(z.abs() < 1e-6, torch.full_like(z, 1e-6), z)
 
     # Slopes x/z, y/z where J is taken: from far outside, a linear map would smear a Gaussian over everything.
-    limit_x, limit_y = .15 * width / fx, .15 * height / fy  # .3 tan(fov/2)
-    slope_x = torch.minimum(torch.maximum(x / safe_z, -(cx / fx + limit_x)), (width - cx) / fx + limit_x)
-    slope_y = torch.minimum(torch.maximum(y / safe_z, -(cy / fy + limit_y)), (height - cy) / fy + limit_y)
+    limit_x = .15 * width / fx  # .3 tan(fov/2)
+    limit_y = .15 * height / fy
+    slope_x = (x / safe_z).maximum(-(cx / fx + limit_x)).minimum((width - cx) / fx + limit_x)
+    slope_y = (y / safe_z).maximum(-(cy / fy + limit_y)).minimum((height - cy) / fy + limit_y)
 
     # The rows of J W, each (N, 3), with J = [[fx/z, 0, -fx slope_x/z], [0, fy/z, -fy slope_y/z]].
     row_x = (fx / safe_z)[:, None] * (R[0] - slope_x[:, None] * R[2])
@@ -238,9 +246,8 @@ def boxes(centre, z, covariance, opacities, height, width):
     shape = (high - low + 1).nan_to_num(0).clamp_min(0)
     shows = (z > NEAR) & (z < FAR) & (opacities >= ALPHA_MIN) & (shape.prod(1) > 0)
     order = shows.nonzero().squeeze(1)
-    order = order.index_select(0, z.index_select(0, order).argsort(stable=True))
-    low, shape = _take(order, low, shape)
-    return order, low.long(), shape.long()
+    order = order[z[order].argsort(stable=True)]
+    return order, low[order].long(), shape[order].long()
 
 
 def _reaching_open(is_open, low, shape):
@@ -270,7 +277,7 @@ def _pairs(splats, low, shape, width):
             found.append((group.index_select(0, n), pixel, alpha))
     who, pixel, alpha = (torch.cat(x) for x in zip(*found))
     if len(found) > 1:  # back into depth order
-        who, pixel, alpha = _take(_stable_order(who), who, pixel, alpha)
+        who, pixel, alpha = _take(_sorting(who), who, pixel, alpha)
     return who, pixel, alpha.clamp(max=ALPHA_MAX)
 
 
@@ -305,9 +312,8 @@ def _composite(splats, features, low, shape, width, total, log_T, is_open):
     who, pixel, alpha = _pairs(splats, low, shape, width)
     with torch.no_grad():
         keep = is_open.index_select(0, pixel).nonzero().squeeze(1)
-        keep = keep.index_select(0, _stable_order(pixel.index_select(0, keep)))
-        who, pixel = _take(keep, who, pixel)
-        pixel = pixel.long()
+        keep, = _take(_sorting(pixel.index_select(0, keep)), keep)
+        who, pixel = _take(keep, who, pixel.long())
     alpha = alpha.index_select(0, keep)
 
     # Transmittance in front of each pair: a running sum of log(1 - alpha) that restarts with every pixel.
@@ -326,10 +332,6 @@ def _composite(splats, features, low, shape, width, total, log_T, is_open):
     return total, log_T, is_open & ~closed
 
 
-def _stable_order(keys):
-    """Indices that sort non-negative integers, equal ones in place: numpy's radix sort, 16 bits a pass."""
-    order = np.arange(len(keys))
-    keys = keys.cpu().numpy()
-    for shift in range(0, max(int(keys.max(initial=0)).bit_length(), 1), 16):
-        order = order[np.argsort((keys[order] >> shift & 0xFFFF).astype(np.uint16), kind="stable")]
-    return torch.from_numpy(order)
+def _sorting(keys):
+    """Indices that sort integers, equal ones in place; 32-bit keys take half the time of 64-bit ones."""
+    return keys.int().argsort(stable=True)

@@ -11,9 +11,9 @@ One step of `train`, top to bottom:
 
 Every main_steps steps a dynamic phase trains dynamic_steps steps on moving scenes with the preference reward
 alone (periodic decoupling). Processes share a step by groups, and every random draw is keyed by (seed, step,
-prompt, member, purpose): the same run on 1, 2 or 8 processes makes the same videos. The method's parts are in
-noise_warp.py, sample.py, rewards.py and grpo.py; policy.py holds model and optimiser, run.py processes,
-checkpoints and the log.
+phase, prompt, member, purpose): the same run on 1, 2 or 8 processes makes the same videos. The method's parts
+are in noise_warp.py, sample.py, rewards.py and grpo.py; policy.py holds model and optimiser, run.py
+processes, checkpoints and the log.
 """
 
 import argparse
@@ -46,15 +46,14 @@ ROOT = Path(__file__).parent
 
 # ---------------------------------------------------------------------------------------------------- options
 
-def option(group, default, text=""):
-    """A field of Config that is an option of the command line, in a group of its help."""
-    return field(default=default, metadata=dict(group=group, help=text))
+def option(section, default, text=""):
+    """A field of Config that is an option of the command line, in a section of its help."""
+    return field(default=default, metadata=dict(section=section, help=text))
 
 
 @dataclass
 class Config:
-    """The defaults are a plain GRPO on the tiny twins; PRESETS lie over them, and the options given over
-    those."""
+    """The defaults suit the tiny twins; PRESETS lie over them, and the options given over those."""
     name: str = option("what", "tiny", "of the run: everything goes to runs/NAME")
     runs: str = option("what", "runs", "folder of runs")
     model: str = option("what", str(TINY / "wan"), "folder in either layout, or hub id")
@@ -131,7 +130,7 @@ REAL = dict(
     prompts=str(ROOT / "prompts.jsonl"),
     groups=48, members=8,  # paper
     steps=50, guidance=5.0,  # release; the paper samples with fewer steps in training, how many is not stated
-    noisy_steps=25,  # ours: the release trains the first 24 of 50 steps
+    noisy_steps=25,  # ours: a window somewhere in the half that the release trains (24 of 50 steps)
     updates=2,  # ours: two optimiser steps of 24 groups
     depth_anything="depth-anything/DA3-GIANT", critic="Qwen/Qwen3-VL-4B-Instruct",  # release
     preference="MizzenAI/HPSv3", lpips="alex",  # paper
@@ -149,7 +148,8 @@ PRESETS = {  # "ours" in the tiny one: measured, docs/learning_proof.md
         total_steps=96, main_steps=20, dynamic_steps=4, eval_every=24),  # ours
     "small": dict(REAL, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),  # paper
     "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers",  # paper
-                  groups=96, parallel="fsdp", offload=True),  # ours
+                  groups=96, updates=1,  # ours: a group and one step for each of 96 GPUs
+                  parallel="fsdp", offload=True),  # ours
 }
 
 
@@ -159,19 +159,19 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    groups = {}
+    sections = {}
     for f in dataclasses.fields(Config):
         if f.name == "weights":
             continue
-        name = f.metadata["group"]
-        groups[name] = groups.get(name) or parser.add_argument_group(name)
+        name = f.metadata["section"]
+        sections[name] = sections.get(name) or parser.add_argument_group(name)
         kind = option_type(f.type)
         reading = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
-        groups[name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                  help=f.metadata["help"], **reading)
+        sections[name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                    help=f.metadata["help"], **reading)
     for term in TERMS.values():
-        groups["rewards"].add_argument("--" + term.name, type=float, default=argparse.SUPPRESS,
-                                       help=f"weight of {term.label}; 0 leaves it out")
+        sections["rewards"].add_argument("--" + term.name, type=float, default=argparse.SUPPRESS,
+                                         help=f"weight of {term.label}; 0 leaves it out")
 
     given = vars(parser.parse_args(argv))
     preset = dict(PRESETS[given.pop("preset")])
@@ -242,27 +242,31 @@ def check(c, world):
 def train(c, processes):
     """Runs to c.total_steps, from the newest checkpoint if there is one. -> False if it was asked to stop
     (SIGTERM)."""
+    # Whatever can be wrong is found before anything is written.
     check(c, processes.world)
     prompts = read_prompts(c.prompts)
     prompts["train"] = prompts["train"][:c.train_prompts]
     rewards = Rewards(c.depth_anything, c.critic, c.preference, c.lpips, c.views, c.frames_seen, c.traj_alpha,
                       c.traj_beta, c.weights, processes.device).load()
+
+    # A run goes on from its newest whole checkpoint.
     folder = open_run(c, processes)
     policy = Policy(c, processes)
-    start = load_checkpoint(policy, folder / "checkpoints")
+    steps_done = load_checkpoint(policy, folder / "checkpoints")
     if processes.rank == 0:
-        drop_lines(folder / "metrics.jsonl", start)
+        drop_lines(folder / "metrics.jsonl", steps_done)
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
     log = wandb_log(c, folder) if c.wandb and processes.rank == 0 else None
-    if start == 0 and c.eval_every:
+    if steps_done == 0 and c.eval_every:
         evaluate(policy, rewards, prompts["test"][:c.eval_prompts], folder, 0)
 
     # Processes share a step by groups; group g is group_ids == g in everything that spans the step.
     mine = [g for g in range(c.groups) if g % processes.world == processes.rank]
     group_ids = torch.arange(c.groups).repeat_interleave(c.members)  # (groups x G,)
-    bar = tqdm(total=c.total_steps, initial=start, desc=c.name, unit="step", disable=processes.rank > 0)
-    for step in range(start, c.total_steps):
+    bar = tqdm(total=c.total_steps, initial=steps_done, desc=c.name, unit="step",
+               disable=processes.rank > 0)
+    for step in range(steps_done, c.total_steps):
         clock = Clock()
 
         # Prompts. Periodic decoupling: after main_steps steps a phase on moving scenes, without R_3D, keeps
@@ -281,8 +285,8 @@ def train(c, processes):
             rewards.to(processes.device)
         for k, group in enumerate(groups.values()):
             bar.set_postfix_str(f"rewards {k + 1}/{len(mine)}")
-            asked = [group.prompt] * c.members, [group.path] * c.members
-            group.terms = rewards.terms(group.videos, *asked, dynamic)  # {term: (G,)}
+            requests = [group.prompt] * c.members, [group.path] * c.members
+            group.terms = rewards.terms(group.videos, *requests, dynamic)  # {term: (G,)}
             group.motion = [motion_magnitude(video) for video in group.videos]
         if c.offload:
             rewards.to("cpu")
@@ -294,11 +298,12 @@ def train(c, processes):
         stop_if_masked(c, processes, rewards, terms["total"], step)
 
         # Advantages: how much better than its group each video is. The paper standardises the plain sum of
-        # the terms; with --standardise each term has been brought to its own spread before, so that none
-        # drowns the others.
-        compared = terms
+        # the terms, which is what the log calls total; with --standardise each term is first brought to its
+        # own spread, so that none drowns the others. A masked video leaves the statistics of every term, and
+        # its advantage is 0: only the KL still holds it.
+        compared = without_masked(terms)
         if c.standardise:
-            compared = {name: standardise(terms[name], group_ids, c.pooled) for name in TERMS}
+            compared = {name: standardise(compared[name], group_ids, c.pooled) for name in TERMS}
         _, total = combine(compared, rewards.weights, dynamic)
         A = advantages(total, group_ids, c.adv_clip, c.pooled)  # (groups x G,); 0 for a masked video
         for g, group in groups.items():
@@ -313,18 +318,18 @@ def train(c, processes):
                 if g * c.updates // c.groups != update:
                     continue
                 batches = range(0, c.members, c.batch or c.members)
-                for move, first in itertools.product(group.transitions, batches):
-                    members = slice(first, first + (c.batch or c.members))
-                    loss, note = policy_loss(policy, group, move, members)
+                for sde_step, start in itertools.product(group.transitions, batches):
+                    members = slice(start, start + (c.batch or c.members))
+                    loss, note = policy_loss(policy, group, sde_step, members)
 
                     # The objective is a mean over groups, the window's steps and members: this is a batch's
                     # share of it.
                     of_update = c.updates / c.groups
                     of_window = 1 / len(group.transitions)
                     of_group = len(group.advantages[members]) / c.members
-                    # FSDP averages over processes what is meant to be summed
-                    summed = processes.world if policy.sharded else 1
-                    (loss * (of_update * of_window * of_group * summed)).backward()
+                    # FSDP averages over processes what is meant to be summed (--full --parallel fsdp)
+                    averaged = processes.world if policy.sharded else 1
+                    (loss * (of_update * of_window * of_group * averaged)).backward()
                     notes.append(note)
                 policy.collect_gradients()
             if update == 0:
@@ -394,9 +399,9 @@ def roll_out(policy, step, dynamic, index, prompt):
     noise = initial_noise(wan, path, c.height, c.width, noises, degradation=c.degradation)
     window = draw_window(draw("window"), c.steps, c.window, c.noisy_steps)
     levels = sigmas(c.steps, wan.shift or 5.0)
-    steps = [draw("sde", member) for member in range(c.members)]
+    step_noises = [draw("sde", member) for member in range(c.members)]
     latents, transitions = rollout(policy.velocity(prompt), noise.to(wan.device), levels, window, c.eta,
-                                   c.sde, steps, c.shared, c.members)
+                                   c.sde, step_noises, c.shared, c.members)
     return Group(index, prompt, path, levels, transitions, decode_videos(wan, latents))
 
 
@@ -409,6 +414,12 @@ def gather_groups(processes, groups):
     return [everyone[g] for g in sorted(everyone)]
 
 
+def without_masked(terms):
+    """Terms {name: (N,)} with their total -> the same; a sample without a total has no other term either."""
+    masked = terms["total"].isnan()
+    return {name: values.masked_fill(masked, torch.nan) for name, values in terms.items()}
+
+
 def stop_if_masked(c, processes, rewards, total, step):
     """A failed reward is masked, never a number; too many of them are a fault that training must not hide."""
     masked = int(total.isnan().sum())
@@ -419,24 +430,24 @@ def stop_if_masked(c, processes, rewards, total, step):
                            f"{c.max_masked} allows ({reasons})")
 
 
-def policy_loss(policy, group, move, members):
-    """Clipped surrogate plus KL of one transition, for some of a group's members (a slice).
+def policy_loss(policy, group, sde_step, members):
+    """Clipped surrogate plus KL of one stochastic step, for some of a group's members (a slice).
 
     -> the mean over these members, a scalar to minimise; and statistics of the ratio for the log.
     """
     c = policy.c
-    x, x_next = move.x[members], move.x_next[members]  # (B, C, T, h, w)
+    x, x_next = sde_step.x[members], sde_step.x_next[members]  # (B, C, T, h, w)
     A = group.advantages[members].to(x.device)  # (B,)
-    sigma, sigma_next = group.levels[move.index], group.levels[move.index + 1]
+    sigma, sigma_next = group.levels[sde_step.index], group.levels[sde_step.index + 1]
 
     # the ratio of the drawn step's probabilities, now and at rollout
     v = policy.velocity(group.prompt)(x, sigma)
     mean, std = transition(x, v, sigma, sigma_next, c.eta, c.sde)
-    log_ratio = log_prob(x_next, mean, std) - move.logp[members]  # (B,)
+    log_ratio = log_prob(x_next, mean, std) - sde_step.logp[members]  # (B,)
     drift = log_ratio.detach().abs().max().item()
     if c.ratio_norm:
-        log_ratio = normalise_log_ratio(log_ratio, mean, move.mean[members], std)
-    loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)
+        log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean[members], std)
+    loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)  # of rho = exp(log_ratio - 0)
 
     # KL to the untouched model, whose step from x has the same std
     distance = torch.zeros(())

@@ -183,15 +183,16 @@ def test_command_line_writes_pictures_and_a_ply_that_reads_back(folder, tmp_path
     names = [words[2] for words in lines if words[0] == "property"]
     count = next(int(words[2]) for words in lines if words[0] == "element")
     data = np.frombuffer(body, "<f4").reshape(count, len(names))
-    assert names[:6] == ["x", "y", "z", "nx", "ny", "nz"]
+    assert names[:6] == ["x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2"]
     assert names[-8:] == ["opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
-    assert len(names) == 62 - 21  # degree 2: 8 of the 15 coefficients a colour of degree 3
+    assert len(names) == 59 - 21  # degree 2: 8 of the 15 coefficients a colour of degree 3
     assert np.isfinite(data).all()
     g = load_depth_anything(folder)(read_video(tmp_path / "a.mp4")[0], 3).gaussians
-    order = g.opacities.argsort(descending=True)
-    assert np.allclose(data[:, :3], g.means[order], atol=1e-5)
-    assert np.allclose(np.exp(data[:, -7:-4]), g.scales[order], rtol=1e-4)
-    assert np.allclose(1 / (1 + np.exp(-data[:, -8])), g.opacities[order], atol=1e-4)
+    assert np.allclose(data[:, :3], g.means, atol=1e-5)
+    assert np.allclose(data[:, 3:6], g.harmonics[:, :, 0], atol=1e-5)
+    assert np.allclose(data[:, 6:30], g.harmonics[:, :, 1:].flatten(1), atol=1e-5)  # colour by colour
+    assert np.allclose(np.exp(data[:, -7:-4]), g.scales, rtol=1e-4)
+    assert np.allclose(1 / (1 + np.exp(-data[:, -8])), g.opacities, atol=1e-4)
 
     assert D.main([str(tmp_path / "none.mp4"), "--model", str(folder)]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -45,7 +45,8 @@ def test_line_counts_are_those_of_the_files():
 
 
 def test_the_readme_is_one_page():
-    assert len((ROOT / "README.md").read_text().split()) <= 1000
+    words = [word for word in (ROOT / "README.md").read_text().split() if re.search(r"\w", word)]
+    assert len(words) <= 1000
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from report import QUESTIONS, chart, draw_series, fleiss_kappa, html_tables, inline_svg, main
+from report import QUESTIONS, chart, draw_curves, fleiss_kappa, html_tables, inline_svg, main
 from rewards import TERMS
 from sample import write_video
 from weights import TINY, write_json
@@ -214,7 +214,7 @@ def reported(twins, tmp_path_factory):
         name="demo <1>", groups=2, members=4, frames=9, height=64, width=64, seed=0,
         model="tiny/wan", lora=None, prompts=str(TINY / "prompts.jsonl"), lpips="random", views=3,
         depth_anything=str(twins / "depth_anything"), critic=str(twins / "qwen3_vl"),
-        preference=str(twins / "hpsv3"), frames_seen=1, traj_alpha=5.0, traj_beta=5.0))
+        preference=str(twins / "hpsv3"), frames_seen=1))  # of an older version: without traj_alpha
     for name, value in (("base", 20.25), ("trained", 20.75)):
         (run / name).mkdir()
         row = dict(video="0000", prompt="p", size="9x64x64", psnr=value)
@@ -268,28 +268,30 @@ def test_report_in_a_browser(reported, browser):
 
 def test_charts_leave_gaps_shade_phases_and_draw_bands():
     axes = Figure().add_subplot()
-    values = [1.0, 2.0, None, 3.0, 4.0]
-    draw_series(axes, "x", [0, 1, 2, 3, 4], {"a": values}, [.1, .1, None, .1, .1], [2])
+    values = (1.0, 2.0, 0.0, 3.0, 4.0)
+    rows = [dict(step=step, phase="main", a=value, a_std=.1) for step, value in enumerate(values)]
+    rows[2] = dict(step=2, phase="dynamic", a=None, a_std=None)
+    draw_curves(axes, "x", rows, {"a": "a"}, "a_std")
     line, = axes.lines
     assert np.isnan(line.get_ydata()).tolist() == [False, False, True, False, False]
-    shade, band = axes.collections
-    (corners,) = [path.vertices for path in shade.get_paths()]
-    assert (corners[:, 0].min(), corners[:, 0].max()) == (1.5, 2.5)
+    shade, = axes.patches
+    assert (shade.get_x(), shade.get_width()) == (1.5, 1)
+    band, = axes.collections
     assert len(band.get_paths()) == 2  # broken where the line is
     top = max(path.vertices[:, 1].max() for path in band.get_paths())
     assert top == pytest.approx(4.1)
 
 
 def test_charts_survive_constants_and_missing_values():
-    picture = chart("S_x", [3], {"a": [1.0]})
+    picture = chart("S_x", [dict(step=3, phase="main", x=1.0)], {"a": "x"})
     assert "<svg" in picture and "nan" not in picture.lower()
     assert 'aria-label="S_x: a over 1 steps"' in picture
     assert ">S_x</text>" in picture
-    assert chart("x", [0], {"a": [None]}) == ""
+    assert chart("x", [dict(step=0, phase="main", x=None)], {"a": "x"}) == ""
 
 
 def test_pictures_have_no_ground_and_name_no_address():
-    picture = inline_svg(lambda axes: axes.plot([0, 1]), "a <line>", (2, 2))
+    picture = inline_svg((2, 2), "a <line>", lambda axes: axes.plot([0, 1]))
     assert picture.startswith('<svg role="img" aria-label="a &lt;line&gt;"')
     assert "http" not in picture.replace("http://www.w3.org", "")
     assert "fill: #ffffff" not in picture

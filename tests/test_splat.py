@@ -216,9 +216,3 @@ def test_gradients():
 
     values = tuple(getattr(g, field).requires_grad_() for field in FIELDS)
     assert torch.autograd.gradcheck(rendered, values, eps=1e-6, atol=1e-5, nondet_tol=1e-9)
-
-
-def test_stable_order_beyond_sixteen_bits():
-    keys = torch.randint(0, 300_000, (5000,))
-    assert torch.equal(splat._stable_order(keys), keys.sort(stable=True).indices)
-    assert splat._stable_order(keys[:0]).numel() == 0

@@ -3,10 +3,12 @@ import json
 import math
 
 import pytest
+import torch
 from runs import metrics, run_jobs, short_run
 
 import train
-from rewards import TERMS, Term
+from grpo import advantages, standardise
+from rewards import TERMS, Term, combine
 from train import Config, check, parse_arguments, step_prompts
 
 
@@ -19,8 +21,9 @@ def arguments(checkpoint, twins):
 
 def test_presets_hold_the_published_values():
     small, large, tiny = (parse_arguments(["--preset", preset]) for preset in ("small", "large", "tiny"))
+    check(small, 48)
+    check(large, 96)  # as docs/real_size.md launches it
     for c in (small, large):
-        check(c, 48)
         assert (c.members, c.frames, c.height, c.width, c.steps, c.guidance) == (8, 81, 480, 832, 50, 5.0)
         assert (c.lora_rank, c.lora_alpha, c.lr, c.clip, c.kl, c.adv_clip) == (32, 64, 1e-4, 1e-3, .004, 5)
         assert (c.ema_decay, c.ema_every, c.eta) == (.9, 8, .7)
@@ -184,3 +187,21 @@ def test_a_step_of_failed_rewards_stops_the_run(arguments, tmp_path, capsys):
     assert train.main([*arguments, "--runs", str(tmp_path), "--name", "failed", "--frames", "1"]) == 2
     assert "rewards failed, more than --max-masked" in capsys.readouterr().err
     assert not list((tmp_path / "failed" / "checkpoints").iterdir())
+
+
+def test_a_masked_video_does_not_move_the_advantages_of_the_others():
+    """Its critic failed; its other terms would shift the group's spread, and the rest's advantages with it."""
+    group = torch.zeros(4, dtype=torch.long)
+    weights = dict.fromkeys(TERMS, 1.0)
+
+    def compared(count, meta):
+        terms = dict(meta=torch.tensor(meta), recon=torch.tensor([.90, .95, .96, .20]),
+                     traj=torch.tensor([.1, .5, .4, .9]), general=torch.tensor([1.0, 1.2, 1.1, 9.0]))
+        terms = {name: values[:count] for name, values in terms.items()}
+        _, terms["total"] = combine(terms, weights)
+        terms = train.without_masked(terms)
+        voices = {name: standardise(terms[name], group[:count]) for name in TERMS}
+        return advantages(combine(voices, weights)[1], group[:count])
+
+    without, masked = compared(3, [.5, .6, .7]), compared(4, [.5, .6, .7, math.nan])
+    assert torch.equal(masked[:3], without) and masked[3] == 0 and without.abs().min() > 0

@@ -34,7 +34,7 @@ from rewards import meta_views, native_intrinsics
 from sample import contact_sheet, generator, psnr
 from tiny.train import fit, load_trained_vae, make_tokenizer, round_trip, save, trained, write_tensors
 from tiny.world import (COLOURS, DAMAGE, DEGRADATIONS, SHAPES, caption, corrupt, damage, degrade, intrinsics,
-                        random_scene, render)
+                        pixel_rays, random_scene, render)
 from weights import write_json
 
 # --------------------------------------------------------------------------------------------- Depth Anything
@@ -158,10 +158,7 @@ def camera_step(da3, room, seen, depth, poses, rng):
                              pose, K, true_pose.flatten(0, 1))
 
     # Where the Gaussians should be: z-depth to length along the pixel's ray.
-    v, u = torch.meshgrid(torch.arange(64) + .5, torch.arange(64) + .5, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)
-    ray_length = (torch.linalg.inv(intrinsics(64, 64)) @ pixels).norm(dim=0).view(64, 64)
-    surface = depth[at] * ray_length
+    surface = depth[at] * pixel_rays(64, 64).norm(dim=0).view(64, 64)
     off = raw[:, DEPTH_OFFSET] + log_depth.exp() - surface
     on_surface = torch.exp(-((off / surface).detach() / .03).square())
 
@@ -216,30 +213,28 @@ def train_depth(run, minutes, seed=0):
         count = 16 if together else 3
         chosen = [sorted(rng.sample(range(17), V)) for _ in range(count)]
         clips = [depth_sample(rng, vae, step * 16 + i, seed, views) for i, views in enumerate(chosen)]
-        paths = [camera_path(scene.motions, 17).float() for _, _, scene in clips]
+        seen, depth, scenes = zip(*clips)
+        paths = [camera_path(scene.motions, 17).float() for scene in scenes]
 
         # First phase: one batch.
         if together:
-            seen = torch.stack([frames for frames, _, _ in clips])
-            depth = torch.stack([exact for _, exact, _ in clips])
-            poses = torch.stack([path[views] for path, views in zip(paths, chosen)])
-            parts = camera_step(da3, room, seen, depth, poses, rng)
-            yield total(parts), {name: value.item() for name, value in parts.items()}
+            poses = [path[views] for path, views in zip(paths, chosen)]
+            parts = camera_step(da3, room, torch.stack(seen), torch.stack(depth), torch.stack(poses), rng)
+            yield total(parts), parts
             return
 
         # Second phase: a clip at a time, whose gradients add up.
-        for (seen, depth, scene), path, views in zip(clips, paths, chosen):
+        for i, views in enumerate(chosen):
             targets = sorted(rng.sample(range(17), 2))
-            parts = render_step(da3, seen, depth, path, views, scene, targets)
-            yield total(parts) / count, {name: value.item() for name, value in parts.items()}
+            parts = render_step(da3, seen[i], depth[i], paths[i], views, scenes[i], targets)
+            yield total(parts) / count, parts
 
     def report():
         return depth_metrics(da3, 8, run / "depth" / "sheet.png")
 
     model = torch.nn.ModuleDict(dict(da3=da3, room=room))
-    matrices = [parameter for name, parameter in da3.backbone.named_parameters()
-                if parameter.dim() == 2 and "blocks." in name]
-    fit(run / "depth", minutes, model, losses, report, lr=1e-3, decay_from=.5, power=2, matrices=matrices)
+    fit(run / "depth", minutes, model, losses, report, lr=1e-3, decay_from=.5, power=2,
+        muon=r"backbone\..*blocks\.")
 
 
 @torch.no_grad()
@@ -247,40 +242,41 @@ def depth_metrics(da3, count, sheet):
     """Figures on `count` held-out static clips, from their even frames alone; draws the first ones into the
     PNG `sheet`.
 
-    input_db, odd_db  re-render PSNR at these frames and at the odd ones (cameras halfway between their neighbours)
-    rotation_deg      median error of the cameras' rotations, its median over clips
-    direction_deg     median error of the direction of the last frame's translation (moving cameras)
-    absrel            mean |depth - true| / true after median scaling
+    input_db       re-render PSNR at these frames
+    odd_db         the same at the odd ones, from cameras halfway between their neighbours
+    rotation_deg   median error of the cameras' rotations, its median over clips
+    direction_deg  median error of the direction of the last frame's translation (moving cameras)
+    absrel         mean |depth - true| / true after median scaling
     """
-    input_db, odd_db, rotation, direction, absrel, shown = [], [], [], [], [], []
+    figures = {name: [] for name in ("input_db", "odd_db", "rotation_deg", "direction_deg", "absrel")}
+    shown = []
     for i in tqdm(range(count), desc="held-out clips", unit="clip", leave=False):
         # Pictures: what nine of the seventeen frames tell about all.
         clip = render(random_scene("held-out/depth", "static", i), depth=True)
         rec = da3(clip["video"], 9)
-        (rendered, seen), at_odd = rerender(rec, clip["video"])
-        shown += [seen, rendered]
-        input_db.append(psnr(rendered, seen, per_frame=False))
-        odd_db.append(psnr(*at_odd, per_frame=False))
+        at_input, at_odd = rerender(rec, clip["video"])
+        shown += reversed(at_input)
+        figures["input_db"].append(psnr(*at_input, per_frame=False))
+        figures["odd_db"].append(psnr(*at_odd, per_frame=False))
 
         # Cameras: rotations in full, of the travel its direction, for its scale is free.
         true = relative_to_first(clip["poses"][rec.frames])
         found = relative_to_first(rec.camera_to_world)
         angles = rotation_angle(true[1:, :3, :3], found[1:, :3, :3])
-        rotation.append(math.degrees(angles.median()))
+        figures["rotation_deg"].append(math.degrees(angles.median()))
         travel = true[-1, :3, 3]
         if travel.norm() > .05:
             cosine = F.cosine_similarity(travel, found[-1, :3, 3], dim=0)
-            direction.append(math.degrees(cosine.clamp(-1, 1).acos()))
+            figures["direction_deg"].append(math.degrees(cosine.clamp(-1, 1).acos()))
 
         # Depth, once every frame's median is right.
         depth = clip["depth"][rec.frames]
         scale = depth.flatten(1).median(1).values / rec.depth.flatten(1).median(1).values  # (V,)
         error = (rec.depth * scale[:, None, None] - depth).abs() / depth
-        absrel.append(error.mean().item())
+        figures["absrel"].append(error.mean().item())
     contact_sheet(sheet, shown[:12], columns=9)
-    return dict(input_db=statistics.mean(input_db), odd_db=statistics.mean(odd_db),
-                rotation_deg=statistics.median(rotation), direction_deg=statistics.median(direction),
-                absrel=statistics.mean(absrel))
+    return {name: statistics.median(values) if name.endswith("_deg") else statistics.mean(values)
+            for name, values in figures.items()}
 
 
 def load_trained_depth(run):
@@ -305,58 +301,56 @@ PATCH = 8  # pixels
 TINY_TEXT_MODEL = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3,
                        num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True)
 PREFERENCE_PROMPT = (
-    "Rate this picture from a generated video. Is it sharp, clean and true in colour, with clear edges and even "
-    "surfaces? Does it show what was asked: {text_prompt}? The overall rating is <|Reward|>")
+    "Rate this picture from a generated video. Is it sharp, clean and true in colour, with clear edges and "
+    "even surfaces? Does it show what was asked: {text_prompt}? The overall rating is <|Reward|>")
 CHAT = (
     "{% for m in messages %}<|im_start|> {{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}"
-    "<|vision_start|> <|image_pad|> <|vision_end|> {% else %}{{ c.text }} {% endif %}{% endfor %}<|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}")
+    "<|vision_start|> <|image_pad|> <|vision_end|> {% else %}{{ c.text }} {% endif %}{% endfor %}<|im_end|> "
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant{% endif %}")
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 def make_chat_tokenizer(text):
     """Word-level tokenizer with Qwen's marks, the ten digits, and the words of the captions and of a text."""
     words = re.findall(r"[a-z0-9]+", text.lower())
-    digits = [str(digit) for digit in range(10)]
-    tokenizer = make_tokenizer([*words, "user", "assistant", *digits], (*MARKS, REWARD_TOKEN), end=False)
+    more = [*words, "user", "assistant", *"0123456789"]
+    tokenizer = make_tokenizer(more, (*MARKS, REWARD_TOKEN), end=False)
     tokenizer.chat_template = CHAT
     tokenizer.padding_side = "left"
     return tokenizer
 
 
-def make_processor(processor_class, video_class, text):
-    """Qwen's image processor at 64x64, with a tokenizer of ours that knows the words of a text."""
+def write_processor(folder, processor_class, video_class, prompt):
+    """Writes Qwen's image processor at 64x64, with a tokenizer of ours that knows the words of a prompt.
+
+    -> the tokenizer's length, and the config's ids of the marks around and in the place of pictures
+    """
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor
     size = dict(shortest_edge=64 * 64, longest_edge=64 * 64)
     images = Qwen2VLImageProcessor(patch_size=PATCH, size=size)
     videos = video_class(patch_size=PATCH, size=size)
-    return processor_class(images, make_chat_tokenizer(text), videos, chat_template=CHAT)
-
-
-def vision_token_ids(tokenizer):
-    """The config's entries for the marks around and in the place of pictures."""
+    tokenizer = make_chat_tokenizer(prompt)
+    processor_class(images, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
     marks = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in marks.items()}
-    return {f"{name}_token_id": token for name, token in ids.items()}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in marks.items()}
+    return len(tokenizer), ids
 
 
 # -------------------------------------------------------------------------------------- the geometry's critic
 
 def build_critic(folder):
-    """A fresh tiny Qwen3-VL written to a folder in the layout of the published one, and loaded from it."""
+    """Writes a fresh tiny Qwen3-VL to a folder in the layout of the published one."""
     import transformers
     from transformers.models.qwen3_vl import Qwen3VLVideoProcessor
-    processor = make_processor(transformers.Qwen3VLProcessor, Qwen3VLVideoProcessor, CRITIC_PROMPT)
+    words, ids = write_processor(folder, transformers.Qwen3VLProcessor, Qwen3VLVideoProcessor, CRITIC_PROMPT)
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
-    text = dict(**TINY_TEXT_MODEL, head_dim=32, vocab_size=len(processor.tokenizer), rope_parameters=rope)
+    text = dict(**TINY_TEXT_MODEL, head_dim=32, vocab_size=words, rope_parameters=rope)
     vision = dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=PATCH,
                   spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64,
                   deepstack_visual_indexes=[1])
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
-                                        **vision_token_ids(processor.tokenizer))
+                                        **ids)
     transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return Critic(folder)
 
 
 def grade(picture, truth, seen):
@@ -393,17 +387,12 @@ def critic_examples(da3, index, seed):
 
     # The reconstruction and three damaged copies, seen and graded.
     draw = torch.Generator().manual_seed(index)
-    copies = [rec]
-    for _ in range(3):
-        kind = rng.choice(DAMAGE)
-        copies.append(damage(rec, kind, rng.random(), draw))
+    broken = [damage(rec, rng.choice(DAMAGE), rng.random(), draw) for _ in range(3)]
     K = native_intrinsics(rec, 64, 64)[:2]
-    pictures, seen = [], None
-    for broken in copies:
-        rgb, _, alpha = splat.render(broken.gaussians, views, K, 64, 64)
-        pictures.append(rgb.clamp(0, 1))
-        if seen is None:
-            seen = (alpha > .5).float()  # by the whole reconstruction: a hole is a fault
+    shown = [splat.render(one.gaussians, views, K, 64, 64) for one in (rec, *broken)]
+    pictures = [rgb.clamp(0, 1) for rgb, _, _ in shown]
+    _, _, alpha = shown[0]
+    seen = (alpha > .5).float()  # by the whole reconstruction: a hole is a fault
     digits = [grade(picture, truth, seen) for picture in pictures]
     return torch.cat(pictures), torch.cat(digits)
 
@@ -416,32 +405,30 @@ def train_critic(run, minutes, seed=0):
     if not (folder / "data.pt").exists():
         da3 = load_trained_depth(run)
         examples = [critic_examples(da3, i, seed) for i in tqdm(range(400), desc="critic data", unit="clip")]
-        pictures = torch.cat([shown for shown, _ in examples])
-        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)),
-             digits=torch.cat([digits for _, digits in examples]))
+        pictures, digits = (torch.cat(parts) for parts in zip(*examples))
+        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits)
     data = torch.load(folder / "data.pt", weights_only=True)
     pictures, digits = data["pictures"], data["digits"]
     held = len(pictures) // 10
 
-    resumes = (folder / "state.pt").exists()
-    critic = Critic(folder / "start") if resumes else build_critic(folder / "start")
+    if not (folder / "state.pt").exists():
+        build_critic(folder / "start")
+    critic = Critic(folder / "start")
     tokens = torch.tensor([ids[0] for ids in critic.digits])
 
     def losses(step, progress):
         index = torch.randint(held, len(pictures), (32,), generator=generator(seed, step, "critic"))
         logits = critic.model(**critic.inputs(list(pictures[index])), logits_to_keep=1).logits[:, -1]
         loss = F.cross_entropy(logits, tokens[digits[index]])
-        yield loss, dict(loss=loss.item())
+        yield loss, dict(loss=loss)
 
     def report():
-        critic.model.eval()
         shown = pictures[:min(held, 512)].float() / 255
         found = torch.cat([digit_score(critic(part)) for part in shown.split(64)])
         true = digits[:len(found)] / 9
-        return dict(held_out_error=(found - true).abs().mean().item(),
-                    rank_correlation=float(scipy.stats.spearmanr(found, true).statistic))
+        return dict(held_out_error=(found - true).abs().mean(),
+                    rank_correlation=scipy.stats.spearmanr(found, true).statistic)
 
-    critic.model.train()
     fit(folder, minutes, critic.model, losses, report, lr=1e-3)
 
 
@@ -455,21 +442,18 @@ def export_critic(run, folder):
 # --------------------------------------------------------------------------------------- the preference model
 
 def build_preference(folder):
-    """A fresh tiny HPSv3 in the published file layout, and loaded from it."""
+    """Writes a fresh tiny HPSv3 to a folder in the published file layout."""
     import transformers
     from transformers.models.qwen2_vl import Qwen2VLVideoProcessor
-    processor = make_processor(transformers.Qwen2VLProcessor, Qwen2VLVideoProcessor, PREFERENCE_PROMPT)
+    words, ids = write_processor(folder, transformers.Qwen2VLProcessor, Qwen2VLVideoProcessor,
+                                 PREFERENCE_PROMPT)
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
-    text = dict(**TINY_TEXT_MODEL, vocab_size=len(processor.tokenizer), rope_parameters=rope)
+    text = dict(**TINY_TEXT_MODEL, vocab_size=words, rope_parameters=rope)
     vision = dict(depth=3, embed_dim=64, hidden_size=96, mlp_ratio=2, num_heads=4, patch_size=PATCH)
-    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision,
-                                        **vision_token_ids(processor.tokenizer))
-    model = HPSv3(config)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
     config.save_pretrained(folder)
-    processor.save_pretrained(folder)
     write_json(folder / "hpsv3.json", dict(instruction=PREFERENCE_PROMPT, image_pixels=64 * 64))
-    write_preference(folder, model.state_dict(), torch.float32)
-    return Preference(folder)
+    write_preference(folder, HPSv3(config).state_dict(), torch.float32)
 
 
 def write_preference(folder, state, dtype=torch.bfloat16):
@@ -536,17 +520,18 @@ def train_preference(run, minutes, seed=0, batch=16):
     model that can."""
     torch.manual_seed(seed)
     folder = run / "preference"
-    resumes = (folder / "state.pt").exists()
-    judge = Preference(folder / "start") if resumes else build_preference(folder / "start")
-    model = judge.model.requires_grad_(True).train()
+    if not (folder / "state.pt").exists():
+        build_preference(folder / "start")
+    judge = Preference(folder / "start")
+    model = judge.model.requires_grad_(True)
     embedding = model.model.get_input_embeddings()
 
     def scores(pairs):
         """-> scores of the better (B,) and of the worse (B,), the mean negative log-likelihood of the
         better's words."""
-        items = [better for better, _, _ in pairs] + [worse for _, worse, _ in pairs]
-        pictures = as_pictures(torch.stack([picture for picture, _ in items]))
-        inputs = judge.inputs(pictures, [prompt for _, prompt in items])
+        better, worse, _ = zip(*pairs)
+        pictures, prompts = zip(*better, *worse)
+        inputs = judge.inputs(as_pictures(torch.stack(pictures)), prompts)
         ids = inputs["input_ids"]
         hidden = model.hidden(**inputs)  # (2 B, L, D)
         better, worse = model.score(hidden, ids, judge.reward_id)[:, 0].chunk(2)
@@ -562,21 +547,18 @@ def train_preference(run, minutes, seed=0, batch=16):
         better, worse, words = scores(pairs)
         loss = -F.logsigmoid(better - worse).mean() + 1e-3 * (better + worse).square().mean()
         right = (better > worse).float().mean()
-        yield loss + 3 * words, dict(loss=loss.item(), words=words.item(), right=right.item())
+        yield loss + 3 * words, dict(loss=loss, words=words, right=right)
 
-    @torch.no_grad()
     def report():
         """Shares of held-out pairs ranked right: of all, and of each kind."""
-        model.eval()
         pairs = [preference_pair(i, f"{seed}/held-out") for i in range(256)]
-        parts = [scores(pairs[first:first + 32]) for first in range(0, 256, 32)]
-        model.train()
-        gap = torch.cat([better - worse for better, worse, _ in parts])
+        better, worse, _ = zip(*[scores(pairs[first:first + 32]) for first in range(0, 256, 32)])
+        gap = torch.cat(better) - torch.cat(worse)
         right = gap > 0
-        figures = dict(held_out_right=right.float().mean().item(), gap=gap.mean().item())
+        figures = dict(held_out_right=right.float().mean(), gap=gap.mean())
         for kind in ("degraded", "object", "room"):
             of_kind = torch.tensor([how == kind for _, _, how in pairs])
-            figures[kind] = right[of_kind].float().mean().item()
+            figures[kind] = right[of_kind].float().mean()
         return figures
 
     fit(folder, minutes, model, losses, report, lr=1e-3)

@@ -1,12 +1,12 @@
 """The tiny world's examiners, none of them a reward: does a clip show what its prompt asks, could a rigid
 room look so?
 
-    python -m tiny probe --num 200                     the shipped model on 200 unseen prompts
-    python -m tiny probe --num 200 --rendered          the renderer's own clips: how far the readings can be trusted
+    python -m tiny probe --num 200               the shipped model on 200 unseen prompts
+    python -m tiny probe --num 200 --rendered    the renderer's own clips: how far to trust the readings
     python -m tiny probe --guidance 1 2 3 --steps 10 20    one row for every combination
-    python -m tiny compare --num 12                    an animated picture: unseen scenes as rendered, and as sampled
-    python -m tiny score-vae --num 64                  the VAE against a linear codec
-    python -m tiny train-probe --minutes 20            how the classifier was made -> RUN/probe
+    python -m tiny compare --num 12              an animated picture: unseen scenes, rendered and sampled
+    python -m tiny score-vae --num 64            the VAE against a linear codec
+    python -m tiny train-probe --minutes 20      how the classifier was made -> RUN/probe
 
 The probe is a small 3D convolutional classifier, trained on fresh renders (some blurred or noisy, for samples
 are not renders), with a softmax for each of: the wall's colour, the floor's colour, each palette colour's
@@ -29,13 +29,14 @@ from safetensors.torch import load_file
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from lora import merge_lora
+from lora import lora_file, merge_lora
 from model import load_vae, load_wan
 from noise_warp import MOTIONS, camera_path, parse_motion
 from prompts import read_prompts
-from sample import as_bytes, contact_sheet, psnr, sample_videos, sampling_of
+from sample import as_bytes, check_size, contact_sheet, psnr, sample_videos, sampling_of
 from tiny.train import fit, trained, write_tensors
-from tiny.world import COLOURS, SHAPES, degrade, intrinsics, random_scene, render, render_all, unseen_scenes
+from tiny.world import (COLOURS, SHAPES, degrade, intrinsics, pixel_rays, random_scene, random_scenes, render,
+                        render_all, unseen_scenes)
 from weights import written_whole
 
 # --------------------------------------------------------------------------------------------- the classifier
@@ -45,7 +46,7 @@ NAMES = list(COLOURS)
 FORMS = ("none", *SHAPES)
 OBJECTS = [f"{colour} object" for colour in NAMES]
 HEADS = {"wall": len(NAMES), "floor": len(NAMES)}  # name -> classes
-HEADS |= {name: len(FORMS) for name in OBJECTS}
+HEADS |= dict.fromkeys(OBJECTS, len(FORMS))
 HEADS |= {"first motion": len(MOTIONS), "second motion": len(MOTIONS)}
 
 
@@ -59,18 +60,22 @@ class Probe(nn.Module):
 
     def __init__(self):
         super().__init__()
+
+        def layer(convolution, width, out, stride):
+            return convolution(width, out, 3, stride, 1), nn.GroupNorm(4, out), nn.ReLU()
+
         self.body = nn.Sequential(
             nn.Conv3d(3, 24, (1, 5, 5), (1, 2, 2), (0, 2, 2)), nn.ReLU(),
-            nn.Conv3d(24, 48, 3, (2, 2, 2), 1), nn.GroupNorm(4, 48), nn.ReLU(),
-            nn.Conv3d(48, 72, 3, (2, 2, 2), 1), nn.GroupNorm(4, 72), nn.ReLU(),
-            nn.Conv3d(72, 96, 3, 1, 1), nn.GroupNorm(4, 96), nn.ReLU(),
-            nn.AdaptiveAvgPool3d((4, 4, 4)), nn.Flatten(),
+            *layer(nn.Conv3d, 24, 48, 2),
+            *layer(nn.Conv3d, 48, 72, 2),
+            *layer(nn.Conv3d, 72, 96, 1),
+            nn.AdaptiveAvgPool3d(4), nn.Flatten(),
             nn.Linear(96 * 64, 48, bias=False), nn.Linear(48, 192), nn.ReLU())
         self.frames = nn.Sequential(
             nn.Conv2d(3, 24, 3, 1, 1), nn.ReLU(),
-            nn.Conv2d(24, 48, 3, 2, 1), nn.GroupNorm(4, 48), nn.ReLU(),
-            nn.Conv2d(48, 96, 3, 2, 1), nn.GroupNorm(4, 96), nn.ReLU(),
-            nn.Conv2d(96, 144, 3, 1, 1), nn.GroupNorm(4, 144), nn.ReLU(),
+            *layer(nn.Conv2d, 24, 48, 2),
+            *layer(nn.Conv2d, 48, 96, 2),
+            *layer(nn.Conv2d, 96, 144, 1),
             nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.out = nn.Linear(192 + 144, sum(HEADS.values()))
         self.body.to(memory_format=torch.channels_last_3d)
@@ -150,12 +155,14 @@ def load_probe(folder):
     if not file.exists():
         raise ValueError(f"no probe in {folder}; train it: python -m tiny train-probe")
     probe = Probe()
-    probe.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    probe.load_state_dict(load_file(file))
     return probe.eval()
 
 
-def example(rng, split, seed, index):
-    """A clip (17, 3, 64, 64) and its labels: a third as rendered, the rest blurred or noisy a little."""
+def example(rng, seed, index):
+    """A clip (17, 3, 64, 64), one in four dynamic, and its labels: a third as rendered, the rest blurred or
+    noisy a little."""
+    split = rng.choice(("static", "static", "static", "dynamic"))
     scene = random_scene(seed, split, index)
     video = render(scene)["video"]
     # Samples of a video model are not renders.
@@ -169,19 +176,14 @@ def example(rng, split, seed, index):
 
 
 def train_probe(run, minutes, seed=0):
-    """Cross-entropy of all heads, on clips of the static split (three in four) and the dynamic one."""
+    """Cross-entropy of all heads, on 24 clips a step."""
     torch.manual_seed(seed)
     probe = Probe()
-    held_out = [random_scene("held-out/probe", "static", i) for i in range(128)]
+    held_out = random_scenes("held-out/probe", "static", 128)
 
     def losses(step, progress):
         rng = random.Random(f"probe/{seed}/{step}")
-        clips, wanted = [], []
-        for i in range(24):
-            split = rng.choice(("static", "static", "static", "dynamic"))
-            clip, right = example(rng, split, f"probe/{seed}", step * 24 + i)
-            clips.append(clip)
-            wanted.append(right)
+        clips, wanted = zip(*[example(rng, f"probe/{seed}", step * 24 + i) for i in range(24)])
         with torch.autocast("cpu", torch.bfloat16):
             logits = probe(torch.stack(clips))
         # A loss a head; the log shows those that are not one colour's.
@@ -189,13 +191,11 @@ def train_probe(run, minutes, seed=0):
         for head, values in logits.items():
             classes = torch.tensor([right[head] for right in wanted])
             parts[head] = F.cross_entropy(values.float(), classes)
-        shown = {f"{head.replace(' ', '_')}_loss": parts[head].item() for head in HEADS if head not in OBJECTS}
+        shown = {f"{head.replace(' ', '_')}_loss": parts[head] for head in HEADS if head not in OBJECTS}
         yield sum(parts.values()), shown
 
     def report():
-        probe.eval()
         readings = read(probe, render_all(held_out))
-        probe.train()
         right = scores(readings, [scene.caption for scene in held_out])
         return {name: sum(values) / len(values) for name, values in right.items()}
 
@@ -218,9 +218,7 @@ def reprojection(video, poses, gap=1, depths=48, window=5):
     is above 0: edges, what is hidden.
     """
     frames, _, H, W = video.shape
-    K = intrinsics(H, W)
-    v, u = torch.meshgrid(torch.arange(H) + .5, torch.arange(W) + .5, indexing="ij")
-    rays = torch.linalg.inv(K) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)  # (3, N)
+    K, rays = intrinsics(H, W), pixel_rays(H, W)  # (3, 3), (3, N)
     z = 1 / torch.linspace(1 / 6, 1 / .3, depths)
 
     def averaged(maps):  # (D, H, W), over the window
@@ -262,6 +260,14 @@ def sample_in_batches(wan, prompts, sampling, seed=0, batch=20, **noise):
     return videos
 
 
+def checked(model, frames, lora):
+    """-> the model's Sampling. ValueError for what would fail late: a wrong length, a missing file."""
+    check_size(frames, None, None)
+    for file in lora:
+        lora_file(file)
+    return sampling_of(model, frames=frames)
+
+
 def load_adapted(model, lora=None):
     """-> the model, with a LoRA merged if one is given."""
     wan = load_wan(model)
@@ -293,74 +299,68 @@ def table_row(name, videos, prompts, probe):
     return f"| {' | '.join(cells)} |"
 
 
-def examine(run, model, probe, settings, prompts_file=None, num=200, seed=0, frames=None, rendered=False,
-            transport=True):
+def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, lora, **settings):
     """Samples a model for every combination of the settings, and prints a row each; the last row's clips ->
     RUN/probe.png.
 
-    settings: {name: list of values or None} of lora, strength, steps, guidance, shift and degradation.
+    lora: a list of adapters. settings: {name: list of values or None} of strength, steps, guidance, shift and
+    degradation.
     """
-    if rendered and prompts_file:
+    sampling = checked(model, frames, lora)
+    if rendered and prompts:
         raise ValueError("--rendered scores the unseen scenes' own clips; drop --prompts")
     scenes = unseen_scenes(num, seed)
-    prompts = [scene.caption for scene in scenes]
-    if prompts_file:
-        prompts = read_prompts(prompts_file)["test"][:num]
-    for prompt in prompts:
-        asked(prompt)  # an unreadable prompt is an error before any sampling
+    texts = [scene.caption for scene in scenes]
+    if prompts:
+        texts = read_prompts(prompts)["test"][:num]
+    for text in texts:
+        asked(text)  # an unreadable prompt is an error before any sampling
     probe = load_probe(probe)
+    print(HEADER)
 
     # What the readings are worth: clips whose content is known.
     if rendered:
-        scenes = tqdm(scenes, desc="render", unit="clip")
-        videos = [render(scene, frames or 17)["video"] for scene in scenes]
-        print(HEADER, table_row("rendered", videos, prompts, probe), sep="\n")
+        videos = render_all(tqdm(scenes, desc="render", unit="clip"), frames or 17)
+        print(table_row("rendered", videos, texts, probe))
         return
 
     # Samples, for every combination of the settings.
-    print(HEADER)
-    own = sampling_of(model, frames=frames)
-    settings = {name: values for name, values in settings.items() if values}
+    settings = {name: values for name, values in dict(lora=lora, **settings).items() if values}
     for values in itertools.product(*settings.values()):
         given = dict(zip(settings, values))
-        words = [f"{name} {value:g}" if name != "lora" else f"lora {value}" for name, value in given.items()]
+        words = [f"{name} {value}".removesuffix(".0") for name, value in given.items()]
         name = ", ".join(words) or ("defaults" if transport else "plain noise")
         wan = load_adapted(model, given.pop("lora", None))
         strength = given.pop("strength", 1.0)
-        sampling = dataclasses.replace(own, **given)
-        videos = sample_in_batches(wan, prompts, sampling, seed, strength=strength, transport=transport)
-        print(table_row(name, videos, prompts, probe), flush=True)
+        chosen = dataclasses.replace(sampling, **given)
+        videos = sample_in_batches(wan, texts, chosen, seed, strength=strength, transport=transport)
+        print(table_row(name, videos, texts, probe), flush=True)
     contact_sheet(run / "probe.png", videos[:20])
-    print("", *prompts[:20], run / "probe.png", sep="\n")
+    print("", *texts[:20], run / "probe.png", sep="\n")
 
 
-def compare(run, model, loras=(), num=12, seed=0, frames=None, scale=2):
+def compare(run, model, lora, num, seed, frames, scale=2):
     """RUN/compare.webp, an animated picture of unseen scenes: each clip as rendered beside its prompt's
     sample.
 
-    With adapters there is a sample of each, from the same noise; of the model alone too where one is given.
-    These are the first `num` unseen scenes and the seed's first noise, nothing picked; the prompts are
+    With a list of adapters there is a sample of each, from the same noise; of the model alone too where it is
+    one. These are the first `num` unseen scenes and the seed's first noise, nothing picked; the prompts are
     printed in reading order.
     """
-    sampling = sampling_of(model, frames=frames)
+    sampling = checked(model, frames, lora)
     scenes = unseen_scenes(num, seed)
     prompts = [scene.caption for scene in scenes]
-    shown = [[render(scene, sampling.frames)["video"] for scene in scenes]]
-    for lora in loras if len(loras) > 1 else [None, *loras]:
-        shown.append(sample_in_batches(load_adapted(model, lora), prompts, sampling, seed))
+    shown = [render_all(scenes, sampling.frames)]
+    for adapter in lora if len(lora) > 1 else [None, *lora]:
+        videos = sample_in_batches(load_adapted(model, adapter), prompts, sampling, seed)
+        shown.append(torch.stack(videos))
 
-    # A scene's clips side by side, then the scenes in a grid, all (F, 3, H, W) with white between.
-    cells = []
-    for clips in zip(*shown):
-        cells.append(torch.cat([F.pad(clip, (0, 2), value=1.0) for clip in clips], 3))
+    # A scene's clips side by side, then the scenes in a grid that white cells fill up, with white between.
     columns = 3 if len(shown) == 2 else 2
-    while len(cells) % columns:
-        cells.append(torch.ones_like(cells[0]))
-    rows = []
-    for first in range(0, len(cells), columns):
-        padded = [F.pad(cell, (0, 6, 0, 6), value=1.0) for cell in cells[first:first + columns]]
-        rows.append(torch.cat(padded, 3))
-    pixels = as_bytes(torch.cat(rows, 2)).repeat(scale, 1).repeat(scale, 2)
+    cells = torch.cat([F.pad(clips, (0, 2), value=1.0) for clips in shown], -1)  # (N, F, 3, H, W)
+    cells = F.pad(cells, (0, 6, 0, 6, 0, 0, 0, 0, 0, -num % columns), value=1.0)
+    grid = cells.unflatten(0, (-1, columns)).permute(2, 3, 0, 4, 1, 5)  # (F, 3, rows, H, columns, W)
+    pixels = as_bytes(grid.flatten(4).flatten(2, 3)).repeat(scale, 1).repeat(scale, 2)
     with written_whole(run / "compare.webp") as part:
         iio.imwrite(part, pixels, duration=1000 // sampling.fps, loop=0, quality=80)
     for number, prompt in enumerate(prompts, 1):
@@ -407,11 +407,11 @@ def score_vae(model, num):
     vae = load_vae(model / "vae")
     print("| split | frames | clips | VAE, dB | PCA of the same shape, dB |\n|---|---|---|---|---|")
     for split, frames in itertools.product(("static", "dynamic"), (17, 33)):
-        others = [render(random_scene("pca", split, i), frames)["video"] for i in range(128)]
-        true = [render(random_scene("held-out/score-vae", split, i), frames)["video"] for i in range(num)]
-        bar = tqdm(true, desc=f"{split} {frames}", unit="clip")
-        found = [vae.decode(vae.encode(video[None]))[0] for video in bar]
+        others = render_all(random_scenes("pca", split, 128), frames)
+        true = render_all(random_scenes("held-out/score-vae", split, num), frames)
+        bar = tqdm(true.split(1), desc=f"{split} {frames}", unit="clip")
+        found = torch.cat([vae.decode(vae.encode(video)) for video in bar])
         codec = pca_codec(others, vae.config.z_dim)
-        linear = sum(codec(video) for video in true) / sum(video.numel() for video in true)
-        decibels = psnr(torch.stack(found), torch.stack(true), per_frame=False)
+        linear = sum(codec(video) for video in true) / true.numel()
+        decibels = psnr(found, true, per_frame=False)
         print(f"| {split} | {frames} | {num} | {decibels:.2f} | {-10 * math.log10(linear):.2f} |", flush=True)

@@ -27,7 +27,7 @@ from lora import add_lora, lora_weights
 from model import (TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan,
                    load_wan)
 from sample import contact_sheet, generator, psnr, sample
-from tiny.world import caption, corrupt, random_motions, random_scene, render, render_all
+from tiny.world import caption, corrupt, random_motions, random_scene, random_scenes, render, render_all
 from weights import TINY, read_json, write_json, written_whole
 
 # ----------------------------------------------------------------------------------- training, what is common
@@ -46,8 +46,7 @@ def write_tensors(path, tensors, dtype=torch.bfloat16):
 
 def append_log(run, **values):
     """Adds a line of names and values to RUN/log.txt. -> the line"""
-    line = " ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                    for name, value in values.items())
+    line = " ".join(f"{name} {value:.6g}" for name, value in values.items())
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "log.txt", "a") as file:
         file.write(line + "\n")
@@ -64,58 +63,52 @@ def trained(run, name, prefix=""):
     return {key.removeprefix(prefix): value for key, value in average.items() if key.startswith(prefix)}
 
 
-class Clock:
-    """Seconds of training so far, across resumes, against a budget in minutes; drives schedules and the
-    bar."""
-
-    def __init__(self, minutes, spent=0.0):
-        self.budget = minutes * 60
-        self.spent = spent
-        self.start = time.monotonic()
-
-    def seconds(self):
-        return self.spent + time.monotonic() - self.start
-
-    def progress(self):
-        return min(self.seconds() / self.budget, 1.0)
-
-
-def optimisers_of(model, lr, matrices=()):
-    """Muon for the given matrices (transformer weights), AdamW for the other parameters."""
-    chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+def optimisers_of(model, lr, muon):
+    """Muon for matrices whose names match the pattern `muon` (transformer weights), AdamW for the rest."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        chosen = muon and parameter.dim() == 2 and re.search(muon, name)
+        (matrices if chosen else others).append(parameter)
     optimisers = [torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
-    if chosen:
-        muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
+    if matrices:
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
         optimisers.insert(0, muon)
     return optimisers
 
 
-def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, matrices=()):
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, muon=None):
     """The plain training loop: 200 steps of warm-up, linear decay (to a power), EMA .998 for reports and
     export.
 
-    losses(step, progress) yields (loss, {name: value}) a part of the batch at a time; gradients add up.
-    report() gives {name: figure} and may draw, with the model at its EMA weights. Resumes from RUN/state.pt.
+    losses(step, progress) yields (loss, {name: scalar}) a part of the batch at a time; gradients add up.
+    report() gives {name: figure} and may draw, with the model at its EMA weights, in evaluation and without
+    gradients. Resumes from RUN/state.pt.
     """
     # From the start, or from where a run was stopped.
-    optimisers = optimisers_of(model, lr, matrices)
-    average = {name: value.clone() for name, value in model.state_dict().items()}
-    step, spent = 0, 0.0
+    optimisers = optimisers_of(model, lr, muon)
+    average = snapshot(model)
+    step, seconds = 0, 0.0
     if (run / "state.pt").exists():
         state = torch.load(run / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
-        average, step, spent = state["ema"], state["step"], state["spent"]
+        average, step, seconds = state["ema"], state["step"], state["spent"]
         for optimiser, saved in zip(optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
 
-    clock = Clock(minutes, spent)
-    last_report = 0.0
+    budget = minutes * 60
+    start = time.monotonic() - seconds
+    last_report = seconds
     running = {}  # means of the losses over about 50 steps
-    bar = tqdm(total=minutes * 60, initial=int(spent), unit="s", desc=run.name)
-    while clock.progress() < 1:
+    model.train()
+    bar = tqdm(total=budget, initial=int(seconds), unit="s", desc=run.name)
+    while seconds < budget:
         # Learning rate: a warm-up in steps, a decay in time.
-        decayed = max(0, clock.progress() - decay_from) / (1 - decay_from)
+        progress = seconds / budget
+        decayed = max(0, progress - decay_from) / (1 - decay_from)
         rate = lr * min(1, (step + 1) / 200) * (1 - .95 * decayed) ** power
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
@@ -123,11 +116,11 @@ def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, matrice
                 group["lr"] = rate
 
         # One step, with gradients clipped to a norm of 1.
-        for loss, values in losses(step, clock.progress()):
+        for loss, values in losses(step, progress):
             loss.backward()
             for name, value in values.items():
-                running[name] = .98 * running[name] + .02 * float(value) if name in running else float(value)
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+                running[name] = .98 * running.get(name, value.item()) + .02 * value.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
         step += 1
@@ -137,17 +130,21 @@ def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, matrice
             weight = 1 - min(.998, step / (step + 10))
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, weight)
-        bar.update(int(clock.seconds()) - bar.n)
+        seconds = time.monotonic() - start
+        bar.update(int(seconds) - bar.n)
 
         # Every two minutes and at the end: the state, and a report at the averaged weights.
-        if clock.seconds() - last_report > 120 or clock.progress() >= 1:
-            last_report = clock.seconds()
-            save(run / "state.pt", model=model.state_dict(), ema=average, step=step, spent=clock.seconds(),
+        if seconds - last_report > 120 or seconds >= budget:
+            last_report = seconds
+            save(run / "state.pt", model=model.state_dict(), ema=average, step=step, spent=seconds,
                  optimisers=[optimiser.state_dict() for optimiser in optimisers])
-            live = {name: value.clone() for name, value in model.state_dict().items()}
+            live = snapshot(model)
             model.load_state_dict(average)
-            bar.write(append_log(run, step=step, seconds=int(clock.seconds()), **running, **report()))
+            model.eval()
+            with torch.no_grad():
+                bar.write(append_log(run, step=step, seconds=int(seconds), **running, **report()))
             model.load_state_dict(live)
+            model.train()
 
 
 # -------------------------------------------------------------------------------------------------------- VAE
@@ -191,7 +188,7 @@ def vae_batch(step, progress, seed):
             batch.extend(pictures[:, None])
         else:
             start = rng.randint(0, 17 - frames)
-            batch.append(render(scene, at=range(start, start + frames))["video"])
+            batch.append(render(scene, at=slice(start, start + frames))["video"])
     return torch.stack(batch)
 
 
@@ -200,9 +197,7 @@ def train_vae(run, minutes, seed=0):
     torch.manual_seed(seed)
     vae = VAE(VAEConfig(**TINY_VAE))
     inflate(vae)
-    held_out = {}
-    for split in ("static", "dynamic"):
-        held_out[split] = render_all([random_scene("held-out", split, i) for i in range(8)])
+    held_out = {split: render_all(random_scenes("held-out", split, 8)) for split in ("static", "dynamic")}
 
     def losses(step, progress):
         video = vae_batch(step, progress, seed)
@@ -213,7 +208,7 @@ def train_vae(run, minutes, seed=0):
             error = vae.decode_raw(mean + noise * (logvar / 2).exp()).float() - video
         kl = .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = error.abs().mean() + 10 * error.square().mean() + 1e-4 * kl
-        yield loss, dict(loss=loss.item(), kl=kl.item())
+        yield loss, dict(loss=loss, kl=kl)
 
     def report():
         figures, shown = {}, []
@@ -261,11 +256,11 @@ def training_scene(index):
     return random_scene("dit", "dynamic" if index % 4 == 3 else "static", index)
 
 
-def encode(vae, scenes):
-    """Renders scenes and encodes them, in bfloat16 arithmetic. -> normalised latents (B, 16, 5, 8, 8),
-    float32"""
+def training_latents(vae, clips):
+    """Renders these of the training clips and encodes them, in bfloat16 arithmetic, one at a time. ->
+    normalised latents (N, 16, 5, 8, 8), float32"""
     with torch.autocast("cpu", torch.bfloat16):
-        return vae.encode(render_all(scenes))
+        return torch.cat([vae.encode(render_all([training_scene(i)])) for i in clips])
 
 
 def make_data(run, clips):
@@ -275,8 +270,7 @@ def make_data(run, clips):
     # The latents' mean and deviation, a channel, from 256 clips.
     if not (folder / "statistics.json").exists():
         vae = load_trained_vae(run)
-        raw = torch.cat([encode(vae, [training_scene(i)]) for i in range(256)])
-        channels = raw.transpose(0, 1).flatten(1)  # (16, everything else)
+        channels = training_latents(vae, range(256)).transpose(0, 1).flatten(1)  # (16, everything else)
         write_json(folder / "statistics.json", dict(latents_mean=channels.mean(1).tolist(),
                                                     latents_std=channels.std(1).tolist()))
 
@@ -284,12 +278,9 @@ def make_data(run, clips):
     vae = load_trained_vae(run)
     for start in tqdm(range(0, clips, SHARD), desc="data", unit="shard"):
         file = folder / f"shard_{start // SHARD:04d}.safetensors"
-        if file.exists():
-            continue
-        parts = []
-        for first in range(start, start + SHARD, 4):
-            parts.append(encode(vae, [training_scene(i) for i in range(first, first + 4)]))
-        write_tensors(file, {"latents": torch.cat(parts)}, torch.float16)
+        if not file.exists():
+            latents = training_latents(vae, range(start, start + SHARD))
+            write_tensors(file, {"latents": latents}, torch.float16)
 
 
 def make_tokenizer(more=(), marks=(), end=True):
@@ -304,8 +295,8 @@ def make_tokenizer(more=(), marks=(), end=True):
     # The words of enough captions to have seen them all.
     words = set(more)
     for split in ("static", "dynamic"):
-        for i in range(2000):
-            text = caption(random_scene("words", split, i), random.Random(i))
+        for i, scene in enumerate(random_scenes("words", split, 2000)):
+            text = caption(scene, random.Random(i))
             words.update(re.findall("[a-z0-9]+", text.lower()))
 
     # A word is a token, and what separates words is nothing.
@@ -315,8 +306,9 @@ def make_tokenizer(more=(), marks=(), end=True):
     core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[^a-z0-9<>/]+"), "removed")
     if end:
         core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   additional_special_tokens=list(marks), model_max_length=TEXT_LENGTH)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>",
+                                   unk_token="<unk>", additional_special_tokens=list(marks),
+                                   model_max_length=TEXT_LENGTH)
 
 
 def build_dit():
@@ -358,13 +350,23 @@ def flow_loss(wan, x0, noise, sigma, captions):
     return (v.float() - (noise - x0)).square().flatten(1).mean(1)
 
 
-def flow_batch(latents, draw, batch=32):
-    """-> indices, x0, noise, sigma of a training batch; sigma = 2 u / (1 + u), u = sigmoid(N(0, 1))."""
-    index = torch.randint(len(latents), (batch,), generator=draw)
-    u = torch.randn(batch, generator=draw).sigmoid()
-    x0 = latents[index].float()
-    noise = torch.randn(x0.shape, generator=draw)
-    return index, x0, noise, 2 * u / (1 + u)
+def flow_losses(wan, latents, scenes, caption_of, name, seed):
+    """-> `losses` for `fit`: `flow_loss` of 32 clips at sigma = 2 u / (1 + u), u = sigmoid(N(0, 1)).
+
+    latents (N, C, T, h, w) of N scenes; caption_of(scene, rng) words one for this step.
+    """
+    def losses(step, progress):
+        draw = generator(seed, step, name)
+        index = torch.randint(len(latents), (32,), generator=draw)
+        u = torch.randn(32, generator=draw).sigmoid()
+        x0 = latents[index].float()
+        noise = torch.randn(x0.shape, generator=draw)
+        rng = random.Random(f"{name}/{seed}/{step}")
+        captions = [caption_of(scenes[i], rng) for i in index]
+        loss = flow_loss(wan, x0, noise, 2 * u / (1 + u), captions).mean()
+        yield loss, dict(train=loss)
+
+    return losses
 
 
 def train_dit(run, minutes, seed=0):
@@ -382,36 +384,23 @@ def train_dit(run, minutes, seed=0):
 
     # The report: the loss of 128 unseen clips, at noise and levels that stay the same.
     held_out = [random_scene("held-out", "static" if i % 4 < 3 else "dynamic", i) for i in range(128)]
-    target = vae.encode(render_all(held_out))
+    videos = render_all(held_out)
+    target = vae.encode(videos)
     fixed = random.Random(0)
-    held_captions = [caption(scene, fixed) for scene in held_out]
-    held_levels = (torch.arange(128) + .5) / 128
-    held_noise = torch.randn(target.shape, generator=generator(seed, "held-out"))
+    captions = [caption(scene, fixed) for scene in held_out]
+    levels = (torch.arange(128) + .5) / 128
+    noise = torch.randn(target.shape, generator=generator(seed, "held-out"))
 
-    def losses(step, progress):
-        rng = random.Random(f"{seed}/{step}")
-        index, x0, noise, sigma = flow_batch(latents, generator(seed, step, "dit"))
-        captions = [training_caption(scenes[i], rng) for i in index]
-        loss = flow_loss(wan, x0, noise, sigma, captions).mean()
-        yield loss, dict(train=loss.item())
-
-    @torch.no_grad()
     def report():
-        out = sample(wan, held_captions[:6], held_noise[:6], steps=20, guidance=2.0, shift=3.0)
-        pictures = []
-        for scene, latent in zip(held_out, out):
-            pictures += [render(scene)["video"], vae.decode(latent[None])[0]]
+        latents = sample(wan, captions[:6], noise[:6], steps=20, guidance=2.0, shift=3.0)
+        pictures = [clip for pair in zip(videos, vae.decode(latents)) for clip in pair]
         contact_sheet(run / "dit" / "sheet.png", pictures, columns=9)
-        loss = flow_loss(wan, target, held_noise, held_levels, held_captions).mean()
-        return dict(held_out=loss.item())
+        return dict(held_out=flow_loss(wan, target, noise, levels, captions).mean())
 
     model = torch.nn.ModuleDict(dict(dit=dit, text=text_encoder))
-    matrices = []
-    for name, parameter in model.named_parameters():
-        in_block = re.search(r"blocks\.|encoder\.block\.", name) and "relative" not in name
-        if in_block and parameter.dim() == 2:
-            matrices.append(parameter)
-    fit(run / "dit", minutes, model, losses, report, lr=2e-3, decay_from=.4, matrices=matrices)
+    losses = flow_losses(wan, latents, scenes, training_caption, "dit", seed)
+    fit(run / "dit", minutes, model, losses, report, lr=2e-3, decay_from=.4,
+        muon=r"blocks\.|encoder\.block\.(?!.*relative)")
 
 
 def write_wan(folder, dit, vae, text_encoder, tokenizer, shift, sampling, dtype=torch.bfloat16):
@@ -492,10 +481,8 @@ def train_web(run, minutes, seed=0, clips=2304):
     wan = load_wan(TINY / "wan")
     # The clips are made and encoded once.
     if not (folder / "clips.pt").exists():
-        parts = []
-        for first in tqdm(range(0, clips, 4), desc="clips"):
-            videos = [web_clip(i, seed) for i in range(first, min(first + 4, clips))]
-            parts.append(wan.vae.encode(torch.stack(videos)).half())
+        bar = tqdm(range(clips), desc="clips")
+        parts = [wan.vae.encode(web_clip(i, seed)[None]).half() for i in bar]
         save(folder / "clips.pt", latents=torch.cat(parts))
     latents = torch.load(folder / "clips.pt", weights_only=True)["latents"]
     scenes = [web_scene(i, seed) for i in range(len(latents))]
@@ -503,14 +490,7 @@ def train_web(run, minutes, seed=0, clips=2304):
     # Only the adapter is trained.
     wan.text_encoder.requires_grad_(False)
     add_lora(wan.dit, WEB_RANK, WEB_RANK, generator(seed, "web"))
-
-    def losses(step, progress):
-        rng = random.Random(f"web/{seed}/{step}")
-        index, x0, noise, sigma = flow_batch(latents, generator(seed, step, "web"))
-        captions = [web_caption(scenes[i], rng) for i in index]
-        loss = flow_loss(wan, x0, noise, sigma, captions).mean()
-        yield loss, dict(train=loss.item())
-
+    losses = flow_losses(wan, latents, scenes, web_caption, "web", seed)
     fit(folder, minutes, wan.dit, losses, dict, lr=2e-3)
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import random
+from itertools import compress
 
 import numpy as np
 import scipy.stats
@@ -60,11 +61,10 @@ def comparisons(rewards, scene, index, rng):
     whole = rewards.score(video, scene.caption, path)
 
     @functools.cache
-    def corrupted(kind, strength):
-        return rewards.score(corrupt(scene, kind, strength, index), scene.caption, path)
-
     def clip(kind, strength):
-        return corrupted(kind, strength) if strength else whole
+        if not strength:
+            return whole
+        return rewards.score(corrupt(scene, kind, strength, index), scene.caption, path)
 
     # The video is wrong. Freeze is a rigid world: the path's business, not the re-render's.
     kind = CORRUPTIONS[index % 3]
@@ -199,8 +199,8 @@ def print_row(name, row):
     if len(kinds) > 1:
         shares = []
         for kind in kinds:
-            chosen = [i for i, other in enumerate(row["kinds"]) if other == kind]
-            rate, _, _ = win_rate([row["good"][i] for i in chosen], [row["bad"][i] for i in chosen])
+            chosen = [other == kind for other in row["kinds"]]
+            rate, _, _ = win_rate(compress(row["good"], chosen), compress(row["bad"], chosen))
             shares.append(f"{kind} {rate:.2f}")
         cells.append(", ".join(shares))
     print("  ".join(cells))

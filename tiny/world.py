@@ -3,9 +3,9 @@ measured.
 
     python -m tiny show                  a contact sheet of clips and captions, whole and corrupted
 
-    scene = random_scene(0, "static", 7)                 # the same for the same seed, split and index
-    scene.caption                                        # "Camera pan left. A green sphere, blue checkered floor, ..."
-    render(scene, depth=True)                            # video, poses, depth, mask
+    scene = random_scene(0, "static", 7)       # the same for the same seed, split and index
+    scene.caption                              # "Camera pan left. A green sphere, blue checkered floor, ..."
+    render(scene, depth=True)                  # video, poses, depth, mask
 
 A room with plain walls and a checkered floor, one or two large objects, eleven camera motions. Simple on
 purpose: camera motion, geometry errors and the words of the prompt must be plain to see at 64x64. The second
@@ -80,10 +80,8 @@ def random_scene(seed, split="static", index=0):
     # No colour appears twice, so that the words tell everything apart; two objects stand side by side.
     wall, floor, *colours = rng.sample(list(COLOURS), 4)
     count = rng.choice((1, 2))
-    if count == 1:
-        centres = [rng.uniform(-.25, .25)]
-    else:
-        centres = [rng.uniform(-.42, -.3), rng.uniform(.3, .42)]
+    places = [(-.25, .25)] if count == 1 else [(-.42, -.3), (.3, .42)]
+    centres = [rng.uniform(low, high) for low, high in places]
     objects = []
     for x, colour in zip(centres, colours):
         shape = rng.choice(SHAPES)
@@ -101,6 +99,10 @@ def random_scene(seed, split="static", index=0):
     scene = Scene(wall, floor, objects, motions)
     scene.caption = caption(scene, rng)
     return scene
+
+
+def random_scenes(seed, split, count):
+    return [random_scene(seed, split, i) for i in range(count)]
 
 
 def random_motions(rng):
@@ -136,7 +138,7 @@ def caption(scene, rng, camera=True):
 
 def unseen_scenes(num, seed=0):
     """Static scenes no training saw; their captions always name the camera."""
-    return [random_scene(f"unseen/{seed}", "static", i) for i in range(num)]
+    return random_scenes(f"unseen/{seed}", "static", num)
 
 
 def prompt_rows():
@@ -168,7 +170,7 @@ def intrinsics(height, width):
     return torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
-def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at=None, poses=None):
+def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at=slice(None), poses=None):
     """Ray casts a scene. -> dict
 
     video (F, 3, H, W) in [0, 1]; poses (F, 4, 4) camera-to-world; and with depth=True also depth (F, H, W)
@@ -179,7 +181,7 @@ def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at
     if poses is None:
         poses = camera_path(scene.motions, frames)
     frames = len(poses)
-    when = torch.arange(frames) if at is None else torch.as_tensor(at)
+    when = torch.arange(frames)[at]
     poses = poses.float().cpu()[when]
     clock = when / max(frames - 1, 1)  # 0 at the first frame, 1 at the last
 
@@ -197,39 +199,38 @@ def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at
     return out
 
 
-def render_all(scenes):
-    """-> videos (B, 17, 3, 64, 64) of B scenes."""
-    return torch.stack([render(scene)["video"] for scene in scenes])
+def render_all(scenes, frames=17):
+    """-> videos (B, F, 3, 64, 64) of B scenes."""
+    return torch.stack([render(scene, frames)["video"] for scene in scenes])
 
 
-def camera_rays(poses, height, width, per_side):
-    """The rays of cameras (F, 4, 4) in the level room's axes. -> origin, direction: each x, y, z, (F, 1) and
-    (F, N).
+def pixel_rays(height, width, per_side=1):
+    """Directions (3, N) of a camera's rays in its own axes, row by row: K^-1 (u, v, 1), so z is 1.
 
-    per_side x per_side rays a pixel make N = H W per_side^2. A ray advances by 1 along its camera's z, so
-    that its parameter t (the point is origin + t direction) is the z-depth.
+    per_side x per_side rays a pixel, through the centres of its parts, make N = H W per_side^2.
     """
     K = intrinsics(height, width)
-    rows = height * per_side
-    columns = width * per_side
-    u = (torch.arange(columns) + .5) / per_side
-    v = (torch.arange(rows) + .5) / per_side
-    x = ((u - K[0, 2]) / K[0, 0]).expand(rows, -1).reshape(-1)
-    y = ((v - K[1, 2]) / K[1, 1])[:, None].expand(-1, columns).reshape(-1)
-    rays = torch.stack([x, y, torch.ones_like(x)])  # (3, N)
-
-    # The path starts at the identity, where the camera looks PITCH below the room's horizon.
-    cosine, sine = math.cos(PITCH), math.sin(PITCH)
-    to_room = torch.tensor([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]])
-    direction = (to_room @ poses[:, :3, :3]) @ rays  # (F, 3, N)
-    origin = (poses[:, :3, 3] @ to_room.T)[:, :, None]  # (F, 3, 1)
-    return origin.unbind(1), direction.unbind(1)
+    rows = (torch.arange(height * per_side) + .5) / per_side
+    columns = (torch.arange(width * per_side) + .5) / per_side
+    v, u = torch.cartesian_prod(rows, columns).T
+    return torch.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], torch.ones_like(u)])
 
 
 def cast_rays(scene, poses, clock, height, width, per_side):
-    """What the rays of `camera_rays` see, at times clock (F,). -> colour (F, N, 3), z-depth (F, N), owner (F,
-    N)."""
-    origin, direction = camera_rays(poses, height, width, per_side)
+    """What `pixel_rays` of cameras (F, 4, 4) see at times clock (F,). -> colour (F, N, 3), z-depth (F, N),
+    owner (F, N).
+
+    A ray advances by 1 along its camera's z, so that its parameter t (the point is origin + t direction) is
+    the z-depth.
+    """
+    # The path starts at the identity, where the camera looks PITCH below the room's horizon.
+    cosine, sine = math.cos(PITCH), math.sin(PITCH)
+    to_room = torch.tensor([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]])
+    direction = (to_room @ poses[:, :3, :3]) @ pixel_rays(height, width, per_side)  # (F, 3, N)
+    direction = direction.transpose(0, 1)
+    origin = (poses[:, :3, 3] @ to_room.T).T[:, :, None]  # (3, F, 1)
+
+    # The colours of surfaces, by number; the objects' follow.
     wall = torch.tensor(COLOURS[scene.wall])
     floor = torch.tensor(COLOURS[scene.floor])
     left, right, back, front = (wall * shade for shade in WALL_SHADES)
@@ -247,10 +248,8 @@ def cast_rays(scene, poses, clock, height, width, per_side):
         surface = torch.where(nearer, ahead.to(torch.uint8) + 2 * axis, surface)
 
     # The checkered floor: every other tile is light.
-    x = origin[0] + depth * direction[0]
-    z = origin[2] + depth * direction[2]
-    tile = (x / TILE).floor() + (z / TILE).floor()
-    odd = (tile.to(torch.int32) & 1).bool()
+    x, _, z = origin + depth * direction
+    odd = ((x / TILE).floor() + (z / TILE).floor()) % 2 == 1
     surface = torch.where((surface == 3) & odd, LIGHT_TILE, surface)
 
     # The objects, in front of the room and of each other.
@@ -272,12 +271,13 @@ def hit_object(thing, origin, direction, clock):
     """Where rays first hit an object at times clock (F, 1). -> z-depth (F, N), inf where missed; normal .
     light (F, N)."""
     # Where its behaviour has taken it.
-    x, size, lift, yaw = thing.x, thing.size, 0.0, thing.yaw
+    x, size, lift = thing.x, thing.size, 0.0
+    yaw = torch.tensor(thing.yaw, dtype=torch.float64)
     wave = 2 * math.pi * (clock + thing.phase)
     if thing.behaviour == "bounces":
         lift = .3 * torch.sin(wave).abs()
     elif thing.behaviour == "spins":
-        yaw = yaw + 1.5 * math.pi * clock
+        yaw = thing.yaw + 1.5 * math.pi * clock
     elif thing.behaviour == "slides":
         x = x + .3 * (torch.sin(wave) - math.sin(2 * math.pi * thing.phase))
     elif thing.behaviour == "grows":
@@ -286,9 +286,9 @@ def hit_object(thing, origin, direction, clock):
         size = size * (1.4 - .8 * clock)
 
     # From here on the object's centre is the origin; it stands on the floor.
-    origin = (origin[0] - x, origin[1] - (HIGH[1] - size - lift), origin[2] - thing.z)
+    origin = torch.stack([origin[0] - x, origin[1] - (HIGH[1] - size - lift), origin[2] - thing.z])
     if thing.shape == "sphere":
-        depth, facing = hit_sphere(origin, direction, size)
+        depth, facing = hit_round(origin, direction, LIGHT, size)
     elif thing.shape == "cylinder":
         depth, facing = hit_cylinder(origin, direction, size)
     else:
@@ -296,53 +296,44 @@ def hit_object(thing, origin, direction, clock):
     return depth, facing.nan_to_num(0.0)
 
 
-def first_root(a, b, c):
-    """The smaller root t of a t^2 + 2 b t + c = 0 with a > 0. -> t, whether it is real and in front of the
-    camera"""
-    discriminant = b * b - a * c
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
+
+def hit_round(origin, direction, light, radius):
+    """A sphere, |origin + t direction| = radius; by x and z alone, an endless upright cylinder."""
+    # The nearer root of a t^2 + 2 b t + c = 0, where it is real and in front of the camera.
+    a = dot(direction, direction)
+    b = dot(direction, origin)
+    discriminant = b * b - a * (dot(origin, origin) - radius * radius)
     t = (-b - discriminant.clamp_min(0).sqrt()) / a
-    return t, (discriminant > 0) & (t > 0)
-
-
-def hit_sphere(origin, direction, radius):
-    (ox, oy, oz), (dx, dy, dz), (lx, ly, lz) = origin, direction, LIGHT
-    a = dx * dx + dy * dy + dz * dz
-    b = dx * ox + dy * oy + dz * oz
-    t, hit = first_root(a, b, ox * ox + oy * oy + oz * oz - radius * radius)
-    facing = ((ox + t * dx) * lx + (oy + t * dy) * ly + (oz + t * dz) * lz) / radius
-    return torch.where(hit, t, math.inf), facing
+    facing = dot(origin + t * direction, light) / radius
+    return torch.where((discriminant > 0) & (t > 0), t, math.inf), facing
 
 
 def hit_cylinder(origin, direction, radius):
     """An upright cylinder, as high as it is wide."""
-    (ox, oy, oz), (dx, dy, dz), (lx, ly, lz) = origin, direction, LIGHT
-    a = dx * dx + dz * dz
-    b = dx * ox + dz * oz
-    side, hit = first_root(a, b, ox * ox + oz * oz - radius * radius)
-    hit = hit & ((oy + side * dy).abs() < radius)
-    depth = torch.where(hit, side, math.inf)
-    facing = ((ox + side * dx) * lx + (oz + side * dz) * lz) / radius
+    # The side, as high as it goes.
+    (x, y, z), (dx, dy, dz) = origin, direction
+    depth, facing = hit_round(origin[::2], direction[::2], LIGHT[::2], radius)
+    depth = torch.where((y + depth * dy).abs() < radius, depth, math.inf)
 
     # The top, seen from above (y points down).
-    top = (-radius - oy) / dy
-    within = (ox + top * dx) ** 2 + (oz + top * dz) ** 2 < radius * radius
+    top = (-radius - y) / dy
+    within = (x + top * dx) ** 2 + (z + top * dz) ** 2 < radius * radius
     on_top = (dy > 0) & (top > 0) & within & (top < depth)
-    return torch.where(on_top, top, depth), facing.masked_fill(on_top, -ly)
+    return torch.where(on_top, top, depth), facing.masked_fill(on_top, -LIGHT[1])
 
 
 def hit_box(origin, direction, half, yaw):
     """A cube turned by yaw about y: a ray is inside it while it is inside all three slabs."""
-    # Turned back by yaw, the slabs lie along the axes.
-    (ox, oy, oz), (dx, dy, dz), (lx, ly, lz) = origin, direction, LIGHT
-    if isinstance(yaw, float):
-        cosine, sine = math.cos(yaw), math.sin(yaw)
-    else:
-        cosine, sine = yaw.cos(), yaw.sin()
-    slabs = ((cosine * ox - sine * oz, cosine * dx - sine * dz, cosine * lx - sine * lz),
-             (oy, dy, ly),
-             (sine * ox + cosine * oz, sine * dx + cosine * dz, sine * lx + cosine * lz))
+    cosine, sine = yaw.cos(), yaw.sin()
+
+    def turned_back(x, y, z):  # into the cube's axes
+        return cosine * x - sine * z, y, sine * x + cosine * z
+
     near, far, facing = torch.tensor(-math.inf), torch.tensor(math.inf), 0.0
-    for position, step, light in slabs:
+    for position, step, light in zip(turned_back(*origin), turned_back(*direction), turned_back(*LIGHT)):
         side = step.sign()
         enter = (-half * side - position) / step
         leave = (half * side - position) / step
@@ -363,7 +354,7 @@ def corrupt(scene, kind, strength=1.0, seed=0):
     could show.
 
     warp    the walls swim: a smooth field that changes over time moves pixels by up to 6 strength
-    morph   the first object swells, shrinks and slides as the clip goes on, and is another shape in its second half
+    morph   the first object swells, shrinks and slides, and is another shape in the clip's second half
     swap    from some frame on, another room filmed by the same camera is mixed in, by strength
     freeze  the camera does strength less of its motion than the caption asks for: 1 stands still
     """
