@@ -54,10 +54,16 @@ class Critic:
     def __init__(self, path, device="cpu", dtype=torch.float32):
         import transformers
         folder = model_folder(path, ["*.json", "*.safetensors", "merges.txt", "*.jinja"])
-        self.processor = transformers.AutoProcessor.from_pretrained(folder)
+        self.processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that the last position is every prompt's end
-        self.model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        self.model, found = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found[what]:  # transformers would go on with random weights
+                name = sorted(map(str, found[what]))[0]
+                raise ValueError(f"the critic '{path}' has {what.replace('_', ' ')} such as {name}; "
+                                 "it is not the checkpoint its config describes")
         self.model.to(device).eval()
         self.digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
         if any(len(ids) != 1 for ids in self.digits) or len({ids[0] for ids in self.digits}) < 10:
@@ -135,6 +141,7 @@ def published_instruction():
 class Preference:
     """HPSv3: images and prompts -> scores, unbounded, about 0 to 10 for the published weights.
 
+    .center and .spread bring a score to about [-1, 1], the scale of R_gen: (score - center) / spread.
     path: a folder or hub id with HPSv3.safetensors. Config and processor come from the same folder when it
     has a config.json, else from `base`. hpsv3.json in the folder may hold the prompt and the picture size it
     was trained with.
@@ -151,13 +158,14 @@ class Preference:
             own = read_json(folder / "hpsv3.json")
         self.instruction = own.get("instruction") or published_instruction()
         pixels = own.get("image_pixels", 256 * 28 * 28)
+        self.center, self.spread = own.get("center", 5.0), own.get("spread", 5.0)
 
         # the processor, with the token at which the score is read
         if (folder / "config.json").exists():
             base = folder
         else:
             base = model_folder(base, ["*.json", "merges.txt", "*.jinja"])
-        self.processor = transformers.AutoProcessor.from_pretrained(base)
+        self.processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "right"
         tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})

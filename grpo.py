@@ -125,6 +125,24 @@ def advantages(rewards, group_ids, clip=5.0, pooled=False):
     return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)
 
 
+def variance_shares(terms, weights, group_ids):
+    """How much each term decides: its share of the variance of the weighted sum inside groups.
+
+    terms {name: (N,)}, NaN = masked or not asked for; weights {name: weight}; group_ids (N,). -> {name:
+    share}, share = cov(w r, R) / var(R) about the groups' means, over the samples that no term masks. Shares
+    sum to 1; a term that pulls against the sum has a negative one. Where nothing varies, every share is 0.
+    """
+    parts = {name: weights[name] * values.double() for name, values in terms.items() if weights[name]}
+    parts = {name: values for name, values in parts.items() if not values.isnan().all()}
+    known = ~sum(parts.values()).isnan()
+    same_group = (group_ids[known, None] == group_ids[known]).double()  # (n, n)
+    mean_of_group = same_group / same_group.sum(1, keepdim=True)
+    deviations = {name: values[known] - mean_of_group @ values[known] for name, values in parts.items()}
+    total = sum(deviations.values())
+    variance = total.square().sum().clamp_min(1e-300)
+    return {name: float((values * total).sum() / variance) for name, values in deviations.items()}
+
+
 # ------------------------------------------------------------------------------------------------------- loss
 
 def surrogate(logp, logp_old, advantages, clip):
@@ -148,3 +166,23 @@ def normalise_log_ratio(log_ratio, mean, mean_old, std):
     at all steps.
     """
     return (log_ratio + kl(mean, mean_old, std)) * std
+
+
+def rectification(levels, drawn, eta=.7, kind="flow"):
+    """Weights (drawn,) of the surrogate at each of the first `drawn` steps, mean 1: all of them then teach
+    alike.
+
+    A step x' = mean + std noise moves the policy by d log p / dv = (x' - mean) / std^2 . d mean / dv, which
+    is of size |d mean / dv| / std. That differs from step to step, and the gradient with it (Flash-GRPO,
+    arXiv 2605.15980); the weight is its inverse. `transition` is linear in v, so the slope of its mean is
+    read off two calls, for every kind alike. For flow and dance, with D = sigma - sigma_next and their s,
+        |d mean / dv| / std = sqrt(D) / s + s sqrt(D) (1 - sigma) / (2 sigma).
+    """
+    zero, one = torch.zeros(1), torch.ones(1)
+    strengths = []
+    for sigma, sigma_next in zip(levels[:drawn], levels[1:]):
+        mean, std = transition(zero, zero, sigma, sigma_next, eta, kind)
+        moved, _ = transition(zero, one, sigma, sigma_next, eta, kind)
+        strengths.append((moved - mean).abs() / std)
+    weights = 1 / torch.cat(strengths)
+    return weights / weights.mean()

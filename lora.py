@@ -1,23 +1,26 @@
-"""LoRA (arXiv 2106.09685) of the DiT's attention projections, W + (alpha / r) B A, and its files.
+"""LoRA (arXiv 2106.09685) of the DiT's attention projections, W + (alpha / r) B A, and adapter files.
 
     trained = add_lora(wan.dit, rank=32, alpha=64)     # in place; the model starts unchanged
     with lora_off(wan.dit): ...                        # the reference model
     save_file(lora_weights(wan.dit), "lora.safetensors")
     merge_lora(load_wan("tiny/wan").dit, "lora.safetensors")
 
-Left out: dropout, adapters on other layers.
+`merge_lora` also reads what other tools write for Wan2.1, on any linear layer and the patch embedding:
+PREFIXES and ENDINGS list the forms. Left out: dropout, training adapters on other layers, DoRA and its like.
 """
 
 import contextlib
+import json
 import re
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from model import original_dit_key
-from weights import open_tensors
+from weights import open_tensors, read_json
 
 
 class LoRALinear(nn.Module):
@@ -49,8 +52,11 @@ def add_lora(dit, rank=32, alpha=64, generator=None):
     """Wraps every attention projection (to_q, to_k, to_v, to_out.0) in place. -> trainable {name: parameter}
 
     A is uniform in +-1/sqrt(in) (PEFT's initialisation), B zero: the model starts unchanged. All else is
-    frozen.
+    frozen. ValueError if `merge_lora` added whole differences before: no LoRA file could hold them.
     """
+    if getattr(dit, "merged_differences", None):
+        raise ValueError(f"{dit.merged_differences} holds whole differences, which no exported LoRA could; "
+                         "start from an adapter of LoRA pairs alone, or train all weights (--full)")
     dit.requires_grad_(False)
     for block in dit.blocks:
         for attention in (block.attn1, block.attn2):
@@ -111,44 +117,197 @@ def lora_weights(dit, values=None, layout="diffusers", base=None):
     return tensors
 
 
+ADAPTER_FILES = ("lora.safetensors",  # a training run here
+                 "adapter_model.safetensors",  # PEFT
+                 "pytorch_lora_weights.safetensors")  # Diffusers
+
+
 def lora_file(path):
-    """-> the adapter file that path, a file or a folder of a run, stands for. ValueError if there is none."""
+    """-> the adapter file that path, a file or a folder, stands for. ValueError if there is none."""
     path = Path(path)
+    files = [path]
     if path.is_dir():
-        path = path / "lora.safetensors"
-    if not path.exists():
-        raise ValueError(f"no LoRA file '{path}'; "
-                         "give a .safetensors file, or a run's folder that holds lora.safetensors")
-    return path
+        files = [path / name for name in ADAPTER_FILES]
+    for file in files:
+        if file.exists():
+            return file
+    raise ValueError(f"no LoRA file '{path}'; "
+                     f"give a .safetensors file, or a folder that holds {' or '.join(ADAPTER_FILES)}")
+
+
+# A key in an adapter file is a prefix, a layer's name (ours or the original release's) and an ending.
+PREFIXES = ("base_model.model.",  # PEFT's save_pretrained: flow_grpo, World-R1
+            "transformer.",  # Diffusers
+            "diffusion_model.",  # ComfyUI, lightx2v
+            "lora_unet_",  # kohya, musubi; a layer's dots are underscores
+            "pipe.dit.",  # DiffSynth, which also writes names without a prefix
+            "")
+# Ending: what the tensor is, and the layer's parameter that it changes.
+ENDINGS = {
+    ".lora_A.weight": ("A", "weight"),  # PEFT, Diffusers, ComfyUI
+    ".lora_B.weight": ("B", "weight"),
+    ".lora_A.default.weight": ("A", "weight"),  # DiffSynth
+    ".lora_B.default.weight": ("B", "weight"),
+    ".lora_down.weight": ("A", "weight"),  # kohya, musubi, ComfyUI, lightx2v
+    ".lora_up.weight": ("B", "weight"),
+    ".alpha": ("alpha", "weight"),
+    ".diff": ("difference", "weight"),  # lightx2v
+    ".diff_b": ("difference", "bias"),
+    ".diff_m": ("difference", "modulation"),
+}
+
+
+def split_key(key):
+    """-> the layer's name in the file, kind (A, B, alpha, difference), parameter; None if no ending fits."""
+    prefix = next(prefix for prefix in PREFIXES if key.startswith(prefix))
+    for ending, (kind, parameter) in ENDINGS.items():
+        if key.endswith(ending):
+            return key.removeprefix(prefix).removesuffix(ending), kind, parameter
+    return None
+
+
+def parameter_names(dit):
+    """{a parameter's name in an adapter file: our name}."""
+    names = {}
+    for ours, _ in dit.named_parameters():
+        original = original_dit_key(ours)
+        layer, _, parameter = original.rpartition(".")
+        # Underscores cannot be turned back into dots (self_attn), so the model's names get underscores.
+        kohya = f"{layer.replace('.', '_')}.{parameter}"
+        names |= {ours: ours, original: ours, kohya: ours}
+    return names
+
+
+def match_adapter(dit, path, shapes):
+    """Finds the parameter of every tensor in an adapter file. -> {our parameter name: {kind: key}}
+
+    shapes: {key: shape}. ValueError for a key that fits nowhere, comes twice or lacks its partner.
+    """
+    names = parameter_names(dit)
+    matched = {}
+    for key in sorted(shapes):
+        if split_key(key) is None:
+            raise ValueError(f"{path}: '{key}' is neither a LoRA matrix, an alpha nor a difference; "
+                             "other adapters (DoRA, LoKr) are not read: give a plain LoRA")
+        layer, kind, parameter = split_key(key)
+        name = names.get(f"{layer}.{parameter}")
+        if name is None:
+            raise ValueError(f"{path}: '{key}' fits no layer of this model; "
+                             "the LoRA is another model's, or not a LoRA file")
+        keys = matched.setdefault(name, {})
+        if kind in keys:
+            raise ValueError(f"{path}: '{key}' and '{keys[kind]}' are both {kind} of one layer; delete one")
+        keys[kind] = key
+
+    for name, keys in matched.items():
+        # A and B come together; alpha comes only with them.
+        pair = sorted(keys.keys() & {"A", "B", "alpha"})
+        if pair and not keys.keys() >= {"A", "B"}:
+            missing = "lora_B (lora_up)" if "A" in keys else "lora_A (lora_down)"
+            raise ValueError(f"{path}: '{keys[pair[0]]}' lacks its partner {missing}; the file is incomplete")
+        # A convolution's A has its kernel, its B a kernel of one.
+        shape = tuple(dit.get_parameter(name).shape)  # (out, in, ...)
+        rank = shapes[keys["A"]][:1] if pair else ()
+        expected = {"A": rank + shape[1:], "B": shape[:1] + rank + (1,) * len(shape[2:]), "difference": shape}
+        for kind, key in keys.items():
+            if kind == "alpha" and shapes[key] in ((), (1,)):
+                continue
+            if shapes[key] != expected.get(kind) or pair and len(shape) == 1:
+                raise ValueError(f"{path}: '{key}' of shape {shapes[key]} fits no layer of this model; "
+                                 f"{name} has shape {shape}")
+    return matched
+
+
+# Options of PEFT that change what A and B mean, so that B A would be the wrong thing to add.
+OTHER_MATHS = ("lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters", "kasa_config",
+               "alora_invocation_tokens", "monteclora_config", "arrow_config")
+# Ways to draw the first A and B that leave the model's own weights as they are; others (pissa) change them.
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def peft_config(path, keys):
+    """PEFT's configuration of an adapter: the file beside it, or Diffusers' header; {} if it has none."""
+    config = {}
+    if path.stem == "adapter_model" or any(key.startswith("base_model.model.") for key in keys):
+        config = read_json(path.parent / "adapter_config.json")
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+    # A pipeline of Diffusers writes the part's name before each option.
+    config = {option.removeprefix("transformer."): value for option, value in config.items()}
+
+    def refuse(option):
+        raise ValueError(f"{path}: its configuration has {option} = {config[option]}, which is not read "
+                         "here; merge it with PEFT, or train a plain LoRA")
+
+    for option, value in config.items():
+        other_maths = option in OTHER_MATHS or option.startswith("use_") and option != "use_rslora"
+        if other_maths and value:
+            refuse(option)
+    if config.get("peft_type") not in (None, "LORA"):
+        refuse("peft_type")
+    if config.get("init_lora_weights") not in HARMLESS_STARTS:
+        refuse("init_lora_weights")
+    return config
+
+
+def configured_alpha(config, path, key, rank):
+    """The alpha that PEFT's configuration gives the layer of an A of this rank, for a scale of alpha / rank.
+
+    With an empty configuration it is the rank: nothing is scaled.
+    """
+    layer = split_key(key)[0]
+    values = {}
+    for option, default, patterns in (("r", rank, "rank_pattern"), ("lora_alpha", rank, "alpha_pattern")):
+        values[option] = config.get(option, default)
+        # The first pattern that the end of the layer's name matches, as PEFT does it.
+        for pattern, value in (config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                values[option] = value
+                break
+    if values["r"] != rank:
+        raise ValueError(f"{path}: '{key}' has rank {rank}, its configuration says {values['r']}; "
+                         "they are not of one adapter")
+    if config.get("use_rslora"):
+        return values["lora_alpha"] * rank ** .5  # the scale is alpha / sqrt(rank)
+    return values["lora_alpha"]
 
 
 @torch.no_grad()
 def merge_lora(dit, path, strength=1.0):
-    """Adds a LoRA file of either layout into the weights, W += strength (alpha / r) B A; every key must fit.
+    """Adds an adapter file of any form above into the weights, W += strength (alpha / r) B A.
 
-    -> what was added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
+    path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed.
+    -> the pairs that were added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
+    lightx2v's files also hold whole differences of weights, biases, norms and modulations. They are added
+    too, but are no pairs: dit.merged_differences then names the file, and `add_lora` refuses to train, as
+    exports would lack them.
     """
     path = lora_file(path)
-    tensors = {key: read() for key, (_, read) in open_tensors([path]).items()}
+    found = open_tensors([path])
+    # Whatever can be wrong is found before the first weight changes.
+    config = peft_config(path, found)
+    matched = match_adapter(dit, path, {key: shape for key, (shape, _) in found.items()})
+    alphas = {}
+    for name, keys in matched.items():
+        if "alpha" in keys:
+            alphas[name] = found[keys["alpha"]][1]()
+        elif "A" in keys:
+            (rank, *_), _ = found[keys["A"]]
+            alphas[name] = configured_alpha(config, path, keys["A"], rank)
 
-    # Every linear layer under the names that a file of either layout may have for it.
-    layers = {}
-    for name, layer in dit.named_modules():
-        if isinstance(layer, nn.Linear):
-            for layout in ("diffusers", "original"):
-                layers[file_key(name, layout)] = name, layer
-
-    # A layer's tensors share a stem: its matrices A and B, and alpha where it is not folded into B.
     pairs = {}
-    for stem in sorted({re.sub(r"\.(lora_[AB]\.weight|alpha)$", "", key) for key in tensors}):
-        A = tensors.get(f"{stem}.lora_A.weight")
-        B = tensors.get(f"{stem}.lora_B.weight")
-        name, layer = layers.get(stem, (None, None))
-        if layer is None or A is None or B is None or (B.shape[0], A.shape[1]) != tuple(layer.weight.shape):
-            raise ValueError(f"{path}: '{stem}' fits no layer of this model; "
-                             "the LoRA is another model's, or not a LoRA file")
-        rank = A.shape[0]
-        scale = strength * float(tensors.get(f"{stem}.alpha", rank)) / rank
-        pairs[name] = A.float(), scale * B.float()
-        layer.weight.add_((pairs[name][1] @ pairs[name][0]).to(layer.weight))
+    for name, keys in matched.items():
+        tensors = {kind: found[key][1]() for kind, key in keys.items()}
+        weight = dit.get_parameter(name)
+        if "A" in tensors:
+            A = tensors["A"].float()  # (r, in, ...)
+            B = strength * float(alphas[name]) / len(A) * tensors["B"].float()  # (out, r, ...)
+            product = B.flatten(1) @ A.flatten(1)
+            weight.add_(product.view(weight.shape).to(weight))
+            pairs[name.removesuffix(".weight")] = A, B
+        if "difference" in tensors:
+            weight.add_((strength * tensors["difference"].float()).to(weight))
+            dit.merged_differences = path
     return pairs

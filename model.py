@@ -819,5 +819,5 @@ def load_wan(path, device="cpu", dtype=torch.float32):
     # Read the weights.
     import transformers
     dit, vae, text_encoder = [fill(*part) for part in checked]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     return Wan(dit, vae, text_encoder, tokenizer, scheduler.get("flow_shift", scheduler.get("shift")))

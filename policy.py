@@ -17,6 +17,7 @@ sequence parallelism.
 import contextlib
 import copy
 import functools
+import math
 
 import torch
 import torch.distributed.tensor
@@ -133,10 +134,28 @@ class Policy:
             raise RuntimeError("gradients differ between processes; a collective was skipped or reordered")
         return norm
 
-    def step(self, lr):
-        self.optimiser.param_groups[0]["lr"] = lr
-        self.optimiser.step()
+    def step(self, lr, norm):
+        """An optimiser step, left out where the gradient is not finite. -> whether it was taken."""
+        finite = math.isfinite(norm)
+        if finite:
+            self.optimiser.param_groups[0]["lr"] = lr
+            self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        return finite
+
+    def check_finite(self, everywhere=True):
+        """RuntimeError names a tensor that is not: such weights are neither saved, exported nor gone on with.
+        everywhere: all processes call, and all of them raise."""
+        bad = None
+        for name, values in self.state().items():
+            local = values.to_local() if isinstance(values, torch.distributed.tensor.DTensor) else values
+            if not local.isfinite().all():
+                bad = name
+        found = self.processes.gather(bad) if everywhere else [bad]
+        for name in found:
+            if name is not None:
+                raise RuntimeError(f"{name} holds NaN or infinite values; "
+                                   "start again from an earlier checkpoint with a smaller --lr")
 
     @torch.no_grad()
     def follow(self, step):
@@ -176,6 +195,7 @@ class Policy:
         rank 0 alone."""
         if self.c.full or self.processes.rank:
             return
+        self.check_finite(everywhere=False)
         for name, layout in (("lora", "diffusers"), ("lora_comfyui", "original")):
             with written_whole(folder / f"{name}.safetensors") as part:
                 tensors = lora_weights(self.wan.dit, self.average, layout, self.base)

@@ -54,8 +54,14 @@ def read_prompts(file):
     training prompt.
     """
     prompts = {split: [] for split in SPLITS}
-    for row in read_rows(file):
-        prompts[row["split"]].append(row["prompt"])
+    if Path(file).is_dir():
+        for split in SPLITS:
+            for part in (Path(file) / f"{split}.jsonl", Path(file) / f"{split}.txt"):
+                if part.exists():
+                    prompts[split] += [row["prompt"] for row in read_rows(part)]
+    else:
+        for row in read_rows(file):
+            prompts[row["split"]].append(row["prompt"])
     train = prompts["train"]
     if not train:
         raise ValueError(f"{file} holds no training prompt")

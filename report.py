@@ -14,14 +14,15 @@ Plain HTML, CSS and a little script: both work from a file, without network, in 
 
 import argparse
 import base64
-import hashlib
 import html
 import io
 import json
-import random
+import os
+import secrets
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -54,6 +55,7 @@ body {
 }
 h1 { font-size: 1.6rem }
 h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
+p.warning { padding-left: .8rem; border-left: .3rem solid #d0663f }
 p.note, figcaption { color: var(--soft); font-size: .88rem }
 figure { margin: 0 }
 video, img {
@@ -105,7 +107,7 @@ GREY = "#808080"  # of axes: legible on a light page and on a dark one; text has
 CHART_STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "axes.edgecolor": GREY,
     "xtick.color": GREY, "ytick.color": GREY, "legend.framealpha": 0,
-    "axes.prop_cycle": matplotlib.cycler(color=["#3f87c9", "#d0663f"]),
+    "axes.prop_cycle": matplotlib.cycler(color=["#3f87c9", "#d0663f", "#4b9a5f", "#9a6fc4"]),
 }
 
 
@@ -133,7 +135,7 @@ def draw_curves(axes, title, rows, curves, spread=None):
     axes.set_title(title, loc="left")
     axes.grid(axis="y", alpha=.25)
     for row in rows:
-        if row["phase"] == "dynamic":
+        if row.get("phase") == "dynamic":
             axes.axvspan(row["step"] - .5, row["step"] + .5, color=GREY, alpha=.2, linewidth=0)
     steps = column("step")
     for label, name in curves.items():
@@ -218,8 +220,11 @@ def training_charts(rows):
     labels = {"total": "total reward"} | {name: term.label for name, term in TERMS.items()}
     charts = [chart(label, rows, {name: name}, f"{name}_std") for name, label in labels.items()]
     # what is watched beside them
-    rows = [row | dict(grad=row["grad"][0]) for row in rows]  # of a step's updates the first
+    rows = [row | dict(grad=(row.get("grad") or [None])[0]) for row in rows]  # a step's first update
+    shares = {term.label: f"share_{name}" for name, term in TERMS.items()
+              if any(f"share_{name}" in row for row in rows)}
     for title, curves in (
+        ("share of the advantages' variance", shares),
         ("motion magnitude (% of width a frame)", {"motion": "motion"}),
         ("ratio: mean and largest", {"mean": "ratio", "largest": "ratio_max"}),
         ("share of ratios clipped", {"clipped": "clipped"}),
@@ -230,12 +235,32 @@ def training_charts(rows):
     return '<div class="grid">\n' + "\n".join(charts) + "\n</div>"
 
 
+def one_term_warnings(rows, share=.7, steps=20):
+    """A paragraph for each time that one term decided more than `share` of the advantages' variance for so
+    many main steps in a row: the other terms were then hardly trained on."""
+    main_rows = [row for row in rows if row.get("phase") == "main"]
+    paragraphs = []
+    for name, term in TERMS.items():
+        stretch = []  # steps in a row
+        for row in [*main_rows, {}]:  # a last one ends the stretch
+            if (row.get(f"share_{name}") or 0) > share:
+                stretch.append(row["step"])
+                continue
+            if len(stretch) >= steps:
+                text = (f"Warning: {term.label} alone decided more than {share:.0%} of the advantages' "
+                        f"variance in steps {stretch[0]} to {stretch[-1]}: the others hardly counted. "
+                        f"Lower --{name}, or use --standardise.")
+                paragraphs.append(f'<p class="warning">{html.escape(text)}</p>')
+            stretch = []
+    return paragraphs
+
+
 def evaluation_table(rows):
     """eval.jsonl: mean scores of the fixed test prompts during training."""
     names = [name for name in rows[0] if name != "step"]
     cells = []
     for row in rows:
-        values = ["" if row[name] is None else f"{row[name]:.4f}" for name in names]
+        values = ["" if row.get(name) is None else f"{row[name]:.4f}" for name in names]
         cells.append([str(row["step"]), *values])
     return html_table(["step", *names], cells)
 
@@ -322,7 +347,7 @@ def report(run):
     config = config_from(Config, read_json(run / "config.json"), run)
 
     # from the run as a whole to single videos
-    body = [f"<h1>{html.escape(config.name)}</h1>",
+    body = [f"<h1>{html.escape(config.name)}</h1>", *one_term_warnings(rows),
             f'<p class="note">{html.escape(about_run(config, len(rows)))}</p>']
     if (run / "eval.jsonl").exists():
         body += ["<h2>Fixed test prompts</h2>", evaluation_table(read_lines(run / "eval.jsonl"))]
@@ -466,37 +491,50 @@ def prompts_of(folder):
     return prompts
 
 
-def make_study(a, b, out, seed):
-    """Writes OUT/page, whose file names say nothing of the side, and OUT/study_key.json, which does."""
+def make_study(a, b, out):
+    """Writes OUT/page, whose files say nothing of the side, and OUT/study_key.json, which does.
+
+    Names and orders are the operating system's randomness: who has this file cannot draw them again.
+    """
     # the videos that both have
+    folders = dict(a=a, b=b)
     names = sorted({file.name for file in a.glob("*.mp4")} & {file.name for file in b.glob("*.mp4")})
     if not names:
         raise ValueError(f"{a} and {b} share no mp4 of the same name")
+    if (out / "study_key.json").exists():
+        raise ValueError(f"{out} holds a study, whose answers need its key; choose another --out")
     page = out / "page"
     page.mkdir(parents=True, exist_ok=True)
     prompts = prompts_of(a)
 
-    # every video under a random name, pairs and sides in random order
-    rng = random.Random(f"study/{seed}")
-    pairs, sides = [], {}
-    for name in names:
-        videos = []
-        for side, folder in (("a", a), ("b", b)):
-            hidden = f"{rng.getrandbits(64):016x}.mp4"
-            shutil.copyfile(folder / name, page / hidden)
-            sides[hidden] = side
-            videos.append(hidden)
-        rng.shuffle(videos)
-        pairs.append(dict(prompt=prompts.get(Path(name).stem) or "(no text given)", videos=videos))
-    rng.shuffle(pairs)
+    # every video under a random name; the times of the copies must not tell the sides apart
+    chance = secrets.SystemRandom()
+    now = time.time()
+    copies = [(name, side) for name in names for side in folders]
+    chance.shuffle(copies)
+    hidden = {}
+    for name, side in copies:
+        file = page / f"{secrets.token_hex(8)}.mp4"
+        shutil.copyfile(folders[side] / name, file)
+        os.utime(file, (now, now))
+        hidden[name, side] = file.name
 
-    # a participant's answers name this very set of files
-    identity = hashlib.sha256(json.dumps(sides, sort_keys=True).encode()).hexdigest()[:12]
+    # pairs and sides in random order
+    pairs = []
+    for name in names:
+        videos = [hidden[name, side] for side in folders]
+        chance.shuffle(videos)
+        pairs.append(dict(prompt=prompts.get(Path(name).stem) or "(no text given)", videos=videos))
+    chance.shuffle(pairs)
+
+    # a participant's answers name this very study
+    identity = secrets.token_hex(6)
     questions = [QUESTION.format(name=name, text=html.escape(text)) for name, text in QUESTIONS.items()]
     data = json.dumps(dict(study=identity, pairs=pairs, questions=list(QUESTIONS)))
-    data = data.replace("</", "<\\/")  # a prompt must not end the script
+    data = data.replace("<", "\\u003c")  # no prompt can end the script, or open a comment in it
     write_page(page / "index.html", "Which video?", STUDY.format(questions="\n".join(questions)),
                STUDY_SCRIPT.replace("{data}", data))
+    sides = {file: side for (_, side), file in hidden.items()}
     write_json(out / "study_key.json", dict(study=identity, a=str(a), b=str(b), videos=sides))
     print(f"{len(pairs)} pairs: give out the folder {page} (open index.html); keep {out / 'study_key.json'}")
 
@@ -579,7 +617,6 @@ def main(argv=None):
     study_parser = commands.add_parser("study", help="a blind pairwise study page")
     for side in ("--a", "--b"):
         study_parser.add_argument(side, type=Path, required=True, help="folder of mp4s; both share names")
-    study_parser.add_argument("--seed", type=int, default=0)
     score_parser = commands.add_parser("score", help="the study's results")
     score_parser.add_argument("answers", type=Path, nargs="+", help="files that participants have downloaded")
     for command in (study_parser, score_parser):
@@ -589,7 +626,7 @@ def main(argv=None):
         if a.command == "run":
             report(a.run)
         elif a.command == "study":
-            make_study(a.a, a.b, a.out, a.seed)
+            make_study(a.a, a.b, a.out)
         else:
             score_study(a.answers, a.out)
     except (ValueError, OSError) as e:

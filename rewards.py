@@ -68,6 +68,18 @@ def native_intrinsics(rec, height, width):
     return rec.intrinsics * torch.tensor([width / w, height / h, 1.0], device=rec.intrinsics.device)[:, None]
 
 
+def check_reconstruction(rec):
+    """ValueError if a reconstruction is not finite or shows nothing: no term may make a number of it."""
+    parts = {name: getattr(rec, name) for name in ("depth", "camera_to_world", "intrinsics")}
+    if rec.gaussians is not None:
+        parts |= {f"Gaussians' {name}": values for name, values in vars(rec.gaussians).items()}
+    for name, values in parts.items():
+        if not values.isfinite().all():
+            raise ValueError(f"the reconstruction's {name} holds NaN or infinite values")
+    if (rec.depth <= 0).all() or rec.gaussians is not None and not (rec.gaussians.opacities > 0).any():
+        raise ValueError("the reconstruction is empty")
+
+
 def paths_in_depths(path, rec):
     """Requested and recovered camera-to-world at the reconstructed frames, (V, 4, 4) each, float64, relative
     to their first pose; the recovered one in units of the scene's median depth."""
@@ -172,12 +184,20 @@ def trajectory_term(judges, clip):
 # ------------------------------------------------------------------------------------------------------ R_gen
 
 def preference_reward(judges, clip):
-    """R_gen: HPSv3's score of the first frames against the prompt, their mean (Eq. 10). Alone in the dynamic
-    phase."""
+    """R_gen in [-1, 1]: HPSv3's score of the first frames against the prompt, their mean (Eq. 10). Alone in
+    the dynamic phase.
+
+    The paper has R_gen on that scale and does not state the map: ours is tanh((score - center) / spread),
+    monotone, with a center and spread of the judge's own unless options give others. Raw, HPSv3 spans some
+    ten units, and the plain sum would be its alone.
+    """
     if not clip.video.isfinite().all():
         raise ValueError("frames have NaN or infinite pixels")
     frames = clip.video[:judges.frames_seen]
-    return judges.preference(frames, [clip.prompt] * len(frames)).mean()
+    score = judges.preference(frames, [clip.prompt] * len(frames)).mean()
+    center = judges.preference.center if judges.center is None else judges.center
+    spread = judges.preference.spread if judges.spread is None else judges.spread
+    return torch.tanh((score - center) / spread)
 
 
 # ----------------------------------------------------------------------------------------- the table of terms
@@ -231,10 +251,11 @@ class Rewards:
 
     def __init__(self, depth_anything=TINY / "depth_anything", critic=TINY / "qwen3_vl",
                  preference=TINY / "hpsv3", lpips="random", views=9, frames_seen=4, alpha=5.0, beta=5.0,
-                 weights=None, device="cpu", dtype=None):
+                 weights=None, device="cpu", dtype=None, center=None, spread=None):
         self.sources = dict(depth_anything=depth_anything, critic=critic, preference=preference, lpips=lpips)
         self.views, self.frames_seen = views, frames_seen
         self.alpha, self.beta = alpha, beta
+        self.center, self.spread = center, spread
         self.weights = {name: 1.0 for name in TERMS} | (weights or {})
         unknown = sorted(set(self.weights) - set(TERMS))
         if unknown:
@@ -297,7 +318,9 @@ class Rewards:
             try:
                 if len(video) < 2:
                     raise ValueError("one frame shows no camera path")
-                clip.reconstruction = self.depth_anything(video, self.views)
+                rec = self.depth_anything(video, self.views)
+                check_reconstruction(rec)
+                clip.reconstruction = rec
             except Exception as error:
                 no_reconstruction = error
 

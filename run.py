@@ -109,16 +109,22 @@ def append_line(file, row):
         os.fsync(f.fileno())
 
 
-def drop_lines(file, steps):
-    """Drops the lines of steps that are to be done again, and a half-written last line."""
-    if not file.exists():
-        return
-    kept = []
+def read_lines(file):
+    """-> the rows of a log, without lines that are none (a half-written last one)."""
+    rows = []
     for line in file.read_text().splitlines():
         with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] < steps:
-                kept.append(line + "\n")
-    write_text(file, "".join(kept))
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def drop_lines(file, steps):
+    """Drops the lines of steps that are to be done again, and what is no line."""
+    if file.exists():
+        kept = [json.dumps(row) + "\n" for row in read_lines(file) if row["step"] < steps]
+        write_text(file, "".join(kept))
 
 
 def wandb_log(c, folder):
@@ -147,6 +153,7 @@ def save_checkpoint(policy, folder, step):
     """folder/step_N, N steps done: written under another name, checksummed, then renamed; only then are old
     ones deleted."""
     c, processes = policy.c, policy.processes
+    policy.check_finite()
     final = folder / f"step_{step:06d}"
     part = folder / f".part_{step:06d}"
     if processes.rank == 0:
@@ -201,6 +208,7 @@ def load_checkpoint(policy, folder):
     if found is None:
         return 0
     dcp.load(policy.state(), checkpoint_id=found, no_dist=policy.processes.world == 1)
+    policy.check_finite()
     return int(found.rsplit("_", 1)[1])
 
 
@@ -232,7 +240,7 @@ def spread_in_groups(values):
     return mean_of([float(row.std(correction=0)) for row in known if len(row)])
 
 
-def metrics_row(c, step, dynamic, groups, terms, A, notes, norms, processes, clock):
+def metrics_row(c, step, dynamic, groups, terms, shares, A, notes, norms, processes, clock):
     """One line of metrics.jsonl, the same on every process.
 
     groups: all the step's, without videos; terms {name: (groups x G,)}; A (groups x G,) advantages; notes:
@@ -247,6 +255,8 @@ def metrics_row(c, step, dynamic, groups, terms, A, notes, norms, processes, clo
     for name, values in terms.items():
         row[name] = mean_of(values.tolist())
         row[f"{name}_std"] = spread_in_groups(values.view(c.groups, -1))
+    for name, share in shares.items():
+        row[f"share_{name}"] = share
     row["advantage_abs"], row["advantage_max"] = A.abs().mean().item(), A.max().item()
     row["flat_groups"] = int((A.view(c.groups, -1) == 0).all(1).sum())
     row["masked"] = int(terms["total"].isnan().sum())
@@ -256,7 +266,8 @@ def metrics_row(c, step, dynamic, groups, terms, A, notes, norms, processes, clo
     for name in ("ratio", "clipped", "kl", "loss"):
         row[name] = mean_of([note[name] for note in notes])
     row["ratio_max"] = max(note["ratio_max"] for note in notes)
-    row["grad"] = norms
+    row["grad"] = [norm if math.isfinite(norm) else None for norm in norms]
+    row["skipped"] = row["grad"].count(None)
 
     # what only the machine decides
     if processes.device.type == "cuda":

@@ -356,7 +356,7 @@ def psnr(a, b, per_frame=True):
     or (per_frame=False) one value over everything given."""
     error = (a.float() - b.float()).square()
     if not per_frame:
-        return -10 * math.log10(error.mean().item())
+        return -10 * math.log10(max(error.mean().item(), 1e-10))
     return float((-10 * error.mean((1, 2, 3)).clamp_min(1e-10).log10()).mean())
 
 
@@ -441,7 +441,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("prompt")
     add("--model", default=str(TINY / "wan"), help="folder (either layout) or hub id")
-    add("--lora", help="LoRA file of either layout, or a training run's folder; merged into the model")
+    add("--lora", help="adapter file or folder, merged into the model (forms: docs/real_size.md)")
     add("--out", type=Path, help="the mp4; a contact sheet goes beside it (default out/PROMPT_SEED.mp4)")
     add("--num", type=int, default=1, help="videos of the prompt, sampled as one batch")
     add("--seed", type=int, default=0)

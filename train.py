@@ -19,6 +19,7 @@ processes, checkpoints and the log.
 import argparse
 import dataclasses
 import itertools
+import math
 import signal
 import sys
 import types
@@ -29,14 +30,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from grpo import Group, advantages, draw_window, kl, normalise_log_ratio, rollout, standardise, surrogate
+from grpo import (Group, advantages, draw_window, kl, normalise_log_ratio, rectification, rollout,
+                  standardise, surrogate, variance_shares)
 from lora import lora_file
 from noise_warp import camera_path, parse_motion
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
 from run import (Clock, Processes, append_line, drop_lines, load_checkpoint, mean_of, metrics_row, open_run,
-                 save_checkpoint, wandb_log)
+                 read_lines, save_checkpoint, wandb_log)
 from sample import (check_device, check_size, contact_sheet, decode_videos, generator, initial_noise,
                     log_prob, sample_latents, sampling_of, sigmas, transition, write_video)
 from weights import TINY
@@ -85,6 +87,8 @@ class Config:
     frames_seen: int = option("rewards", 2, "frames the preference model sees, from the first on")
     traj_alpha: float = option("rewards", 5.0, "weight of the translation error in S_traj")
     traj_beta: float = option("rewards", 5.0, "weight of the rotation error in S_traj")
+    general_center: float | None = option("rewards", None, "R_gen = tanh((score - center) / spread)")
+    general_spread: float | None = option("rewards", None, "(default of both: the judge's own)")
     # of the terms: --meta, --recon, ...
     weights: dict = field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
     standardise: bool = option("rewards", True, "bring each term to its spread in the group before the sum")
@@ -100,8 +104,10 @@ class Config:
     kl: float = option("update", .004, "weight of the KL to the untouched model")
     adv_clip: float = option("update", 5.0, "of the advantages")
     grad_clip: float = option("update", 1.0)
+    max_skipped: int = option("update", 3, "steps in a row without a finite gradient that stop the run")
     updates: int = option("update", 1, "optimiser steps a rollout: its groups are split among them")
     ratio_norm: bool = option("update", False, "GRPO-Guard's normalised ratio")
+    rectify: bool = option("update", False, "Flash-GRPO's weights: every step's gradient of one size")
     full: bool = option("update", False, "train all weights instead of LoRA")
     lora_rank: int = option("update", 32)
     lora_alpha: float = option("update", 64.0)
@@ -214,6 +220,18 @@ def check(c, world):
                  "keep", "lora_rank", "views", "frames_seen", "ema_every"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(c, name)}")
+    numbers = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)} | c.weights
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    for name in ("lr", "kl", "clip", "grad_clip", "adv_clip", "weight_decay", "max_masked", "max_skipped"):
+        if getattr(c, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(c, name)}")
+    for name in ("beta1", "beta2", "ema_decay", "decay"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(c, name)}")
+    if c.general_spread is not None and c.general_spread <= 0:
+        raise ValueError(f"--general-spread must be above 0, got {c.general_spread}")
     for name, values in (("parallel", ("ddp", "fsdp")), ("sde", ("flow", "dance", "cps")),
                          ("dtype", ("float32", "bfloat16")), ("lpips", ("alex", "random"))):
         if getattr(c, name) not in values:
@@ -246,8 +264,12 @@ def train(c, processes):
     check(c, processes.world)
     prompts = read_prompts(c.prompts)
     prompts["train"] = prompts["train"][:c.train_prompts]
+    if c.dynamic_steps and not prompts["dynamic"]:
+        raise ValueError(f"{c.prompts} holds no dynamic prompts for the dynamic phase; "
+                         "add some (split dynamic), or leave the phase out: --dynamic-steps 0")
     rewards = Rewards(c.depth_anything, c.critic, c.preference, c.lpips, c.views, c.frames_seen, c.traj_alpha,
-                      c.traj_beta, c.weights, processes.device).load()
+                      c.traj_beta, c.weights, processes.device, center=c.general_center,
+                      spread=c.general_spread).load()
 
     # A run goes on from its newest whole checkpoint.
     folder = open_run(c, processes)
@@ -264,6 +286,7 @@ def train(c, processes):
     # Processes share a step by groups; group g is group_ids == g in everything that spans the step.
     mine = [g for g in range(c.groups) if g % processes.world == processes.rank]
     group_ids = torch.arange(c.groups).repeat_interleave(c.members)  # (groups x G,)
+    skipped = 0  # optimiser steps in a row that were left out
     bar = tqdm(total=c.total_steps, initial=steps_done, desc=c.name, unit="step",
                disable=processes.rank > 0)
     for step in range(steps_done, c.total_steps):
@@ -304,6 +327,7 @@ def train(c, processes):
         compared = without_masked(terms)
         if c.standardise:
             compared = {name: standardise(compared[name], group_ids, c.pooled) for name in TERMS}
+        shares = variance_shares(compared, rewards.weights, group_ids)  # who decides
         _, total = combine(compared, rewards.weights, dynamic)
         A = advantages(total, group_ids, c.adv_clip, c.pooled)  # (groups x G,); 0 for a masked video
         for g, group in groups.items():
@@ -334,15 +358,22 @@ def train(c, processes):
                 policy.collect_gradients()
             if update == 0:
                 stop_if_drifted(c, notes)
+            # a gradient that is not finite is an event: its step is left out, counted, and too many stop the
+            # run
             norms.append(policy.sum_gradients())
-            policy.step(learning_rate(c, step))
+            taken = policy.step(learning_rate(c, step), norms[-1])
+            skipped = 0 if taken else skipped + 1
+            if skipped > c.max_skipped:
+                raise RuntimeError(f"step {step}: {skipped} gradients in a row were not finite, more than "
+                                   f"--max-skipped {c.max_skipped}; a smaller --lr may help")
         policy.follow(step)
         clock.lap("update")
 
         # Log, evaluate, save.
-        row = metrics_row(c, step, dynamic, all_groups, terms, A, notes, norms, processes, clock)
+        row = metrics_row(c, step, dynamic, all_groups, terms, shares, A, notes, norms, processes, clock)
         if processes.rank == 0:
             append_line(folder / "metrics.jsonl", row)
+            warn_of_one_term(folder / "metrics.jsonl")
             if log:
                 log(row)
         done = step + 1
@@ -417,7 +448,7 @@ def gather_groups(processes, groups):
 def without_masked(terms):
     """Terms {name: (N,)} with their total -> the same; a sample without a total has no other term either."""
     masked = terms["total"].isnan()
-    return {name: values.masked_fill(masked, torch.nan) for name, values in terms.items()}
+    return {name: terms[name].masked_fill(masked, torch.nan) for name in TERMS}
 
 
 def stop_if_masked(c, processes, rewards, total, step):
@@ -448,6 +479,9 @@ def policy_loss(policy, group, sde_step, members):
     if c.ratio_norm:
         log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean[members], std)
     loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)  # of rho = exp(log_ratio - 0)
+    if c.rectify:
+        drawn = min(c.noisy_steps, c.steps - 1)
+        loss = loss * rectification(group.levels, drawn, c.eta, c.sde)[sde_step.index].to(loss.device)
 
     # KL to the untouched model, whose step from x has the same std
     distance = torch.zeros(())
@@ -462,6 +496,17 @@ def policy_loss(policy, group, sde_step, members):
     clipped = ((ratio - 1).abs() > c.clip).float().mean().item()
     return loss, dict(ratio=ratio.mean().item(), ratio_max=ratio.max().item(), drift=drift, clipped=clipped,
                       kl=distance.item(), loss=loss.item())
+
+
+def warn_of_one_term(file, share=.7, steps=20):
+    """Says so when one term has decided more than `share` of the advantages for the last `steps` main steps:
+    the others are then trained on hardly at all (HPSv3 raw, say, spans ten times what R_3D does)."""
+    rows = [row for row in read_lines(file) if row["phase"] == "main"]
+    for name, term in TERMS.items():
+        over = [row.get(f"share_{name}", 0.0) > share for row in rows]
+        if len(over) >= steps and len(over) % steps == 0 and all(over[-steps:]):
+            tqdm.write(f"{term.label} alone has decided more than {share:.0%} of the advantages "
+                       f"for {steps} steps; lower --{name}, or use --standardise")
 
 
 def stop_if_drifted(c, notes):

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import re
 import shutil
 
 import pytest
@@ -164,3 +166,29 @@ def test_the_stand_in_for_lpips_is_seeded_and_a_distance():
     assert lpips_distance(load_lpips("random"), a, b) == lpips_distance(network, a, b) > 0
     with pytest.raises(ValueError, match="the LPIPS trunk must be alex or random, got 'vgg'"):
         load_lpips("vgg")
+
+
+def test_a_critic_whose_file_lacks_tensors_is_refused(twins, tmp_path):
+    """transformers would fill them at random and only warn."""
+    folder = shutil.copytree(twins / "qwen3_vl", tmp_path / "critic")
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    lost = next(name for name in sorted(tensors) if "visual" in name)
+    tensors.pop(lost)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"missing keys such as {re.escape(lost)}"):
+        Critic(folder)
+
+
+def test_no_model_folder_runs_its_code(twins, tmp_path, monkeypatch):
+    """An auto_map asks to run a file of the folder; nobody is asked on stdin, and the file is not run."""
+    folder = shutil.copytree(twins / "qwen3_vl", tmp_path / "critic")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
+    for name, kind in (("processor_config.json", "AutoProcessor"), ("tokenizer_config.json", "AutoTokenizer")):
+        config = json.loads((folder / name).read_text())
+        config["auto_map"] = {kind: ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil"}
+        (folder / name).write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    with contextlib.suppress(ValueError, OSError):
+        Critic(folder)
+    assert not (tmp_path / "ran").exists()

@@ -1,13 +1,15 @@
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from eval import camera_errors, changes, folder_videos, halfway, interval, main, mvcs, psnr, ssim, table
+from eval import (camera_errors, changes, folder_videos, halfway, interval, main, mvcs, psnr, ssim, table,
+                  vbench)
 from noise_warp import camera_path
 from rewards import TERMS
 from sample import sample_videos, sampling_of, write_video
@@ -223,6 +225,57 @@ def test_table_holds_ours_and_the_papers(scored, tmp_path):
     assert "not comparable" in text
     with pytest.raises(ValueError, match="holds no summary.json"):
         table(dict(x=tmp_path))
+
+
+# A stand-in for the vbench package, which is not installed: it measures nothing, and writes a results file as
+# the real one's `evaluate` does: {dimension: [score, [{"video_path": ..., "video_results": ...}, ...]]}.
+FAKE_VBENCH = """
+import json
+from pathlib import Path
+
+SCORES = dict(aesthetic_quality=.6574, imaging_quality={imaging}, motion_smoothness=.9855,
+              subject_consistency=.9758, background_consistency=.9667, dynamic_degree=.5)
+
+class VBench:
+    def __init__(self, device, full_info_dir, output_path):
+        self.output_path = output_path
+
+    def evaluate(self, videos_path, name, prompt_list=[], dimension_list=None, local=False, read_frame=False,
+                 mode="vbench_standard", **kwargs):
+        assert mode == "custom_input"
+        videos = [str(file) for file in Path(videos_path).iterdir() if file.suffix == ".mp4"]
+        results = dict()
+        for dimension in dimension_list:
+            each = [dict(video_path=video, video_results=SCORES[dimension]) for video in videos]
+            results[dimension] = SCORES[dimension], each
+        file = Path(self.output_path) / (name + "_eval_results.json")
+        file.write_text(json.dumps(results, indent=4))
+"""
+
+
+@pytest.mark.parametrize("imaging", (.6753, 67.53))  # by the package's version: of 1, of 100
+def test_vbench_is_in_percent_with_the_papers_average(imaging, scored, tmp_path, monkeypatch):
+    (tmp_path / "vbench.py").write_text(FAKE_VBENCH.replace("{imaging}", str(imaging)))
+    (tmp_path / "0.mp4").write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vbench", raising=False)
+    scores = vbench(tmp_path, tmp_path)
+    del sys.modules["vbench"]
+    assert scores["AVG"] == pytest.approx(85.214)
+    assert scores["dynamic_degree"] == 50  # which is no part of the average
+    assert scores["imaging_quality"] == pytest.approx(67.53)
+
+    run = tmp_path / "run"
+    shutil.copytree(scored[1], run)
+    about = json.loads((run / "summary.json").read_text())
+    about["summary"]["vbench"] = scores
+    (run / "summary.json").write_text(json.dumps(about))
+    lines = table(dict(ours=run)).split("**VBench (%)**")[1].splitlines()
+    assert lines[2].endswith("| background_consistency | AVG | dynamic_degree |")
+    lines = [line.replace("*", "") for line in lines]
+    assert "| ours | 65.74 | 67.53 | 98.55 | 97.58 | 96.67 | 85.21 | 50.00 |" in lines
+    assert "| paper: Wan2.1-1.3B | 62.43 | 66.51 | 97.44 | 96.34 | 97.29 | 84.0 |  |" in lines
+    assert "| paper: World-R1-Small | 65.74 | 67.53 | 98.55 | 97.58 | 96.67 | 85.21 |  |" in lines
 
 
 def test_runs_on_the_same_prompts_are_compared_video_by_video(scored, tmp_path):

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from grpo import advantages, draw_window, kl, normalise_log_ratio, rollout, standardise, surrogate
+from grpo import (advantages, draw_window, kl, normalise_log_ratio, rectification, rollout, standardise,
+                  surrogate, variance_shares)
 from rewards import combine
 from sample import generator, log_prob, sigmas, transition
 
@@ -218,3 +219,63 @@ def test_windows_are_random_high_noise_and_never_the_last_step():
     assert max(draw_window(generator(i), 4, 1, 99)[-1] for i in range(50)) == 2
     with pytest.raises(ValueError, match="a window of 5 steps does not fit into the first 4"):
         draw_window(generator(0), 10, 5, 4)
+
+
+# ------------------------------------------------------------------------------------- rectification and shares
+
+@pytest.mark.parametrize("kind", ["flow", "dance", "cps"])
+def test_rectified_gradients_are_of_one_size_at_every_step(kind):
+    """The gradient of log p(x') with respect to v, over many draws of the step: its norm differs from step to step,
+    and is the same to 5 % once it is rectified."""
+    levels, drawn = sigmas(20, 5.0), 12
+    plain = []
+    for i in range(drawn):
+        g = generator(kind, i)
+        x = torch.randn(4000, 2, generator=g)
+        v = mixture_velocity(x, levels[i]).requires_grad_()
+        mean, std = transition(x, v, levels[i], levels[i + 1], .7, kind)
+        x_next = mean.detach() + std * torch.randn(mean.shape, generator=g)
+        gradient, = torch.autograd.grad(log_prob(x_next, mean, std).sum(), v)
+        plain.append(gradient.norm(dim=1).mean())
+    plain = torch.stack(plain)
+    rectified = plain * rectification(levels, drawn, .7, kind)
+    assert plain.max() / plain.min() > 1.3
+    assert rectified.max() / rectified.min() < 1.05
+
+
+def test_rectification_is_flash_grpos_formula():
+    levels, drawn, eta = sigmas(20, 5.0), 12, .7
+    sigma, sigma_next = levels[1:drawn].double(), levels[2:drawn + 1].double()
+    step = sigma - sigma_next
+    s = eta * (sigma / (1 - sigma)).sqrt()
+    expected = 1 / (step.sqrt() / s + s * step.sqrt() * (1 - sigma) / (2 * sigma))
+    weights = rectification(levels, drawn, eta, "flow").double()
+    assert torch.allclose(weights[1:] / weights[1], expected / expected[0], rtol=1e-4)
+    assert weights.mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_shares_name_the_term_that_decides():
+    """Raw HPSv3 spans some ten units where R_3D spans three: it decides nearly alone."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.arange(40) // 8
+    terms = {name: torch.rand(40, generator=g) for name in ("meta", "recon", "traj")}
+    terms["general"] = 10 * torch.rand(40, generator=g) + 5 * ids
+    shares = variance_shares(terms, dict.fromkeys(terms, 1.0), ids)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["general"] > .9
+    halved = variance_shares(terms, dict.fromkeys(terms, 1.0) | dict(general=0.0), ids)
+    assert set(halved) == {"meta", "recon", "traj"}
+    assert max(halved.values()) < .6
+
+
+def test_shares_leave_masked_samples_and_terms_out():
+    ids = torch.zeros(4, dtype=torch.long)
+    terms = dict(meta=torch.tensor([.1, .2, .4, NAN]), traj=torch.full((4,), NAN),
+                 general=torch.tensor([.3, .1, .2, 99.0]))
+    weights = dict.fromkeys(terms, 1.0)
+    without = {name: values[:3] for name, values in terms.items()}
+    expected = variance_shares(without, weights, ids[:3])
+    assert variance_shares(terms, weights, ids) == pytest.approx(expected)
+    assert set(expected) == {"meta", "general"}
+    same = dict(meta=torch.ones(4), general=torch.ones(4))
+    assert variance_shares(same, weights, ids) == dict(meta=0.0, general=0.0)

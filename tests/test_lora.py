@@ -1,5 +1,11 @@
+import json
+import shutil
+
+import peft
 import pytest
 import torch
+import torch.nn as nn
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from lora import LoRALinear, add_lora, lora_off, lora_weights, merge_lora
@@ -62,7 +68,7 @@ def test_files_merge_back_to_the_same_model(adapted, tmp_path, layout):
 
 
 def test_alpha_and_strength_scale_what_is_merged(adapted, checkpoint, tmp_path):
-    """A file that keeps alpha apart, at half strength: the folded file's change, halved and times alpha / r."""
+    """A file that keeps alpha apart, at half strength: the folded file's change, halved, times alpha / r."""
     wan, *_ = adapted
     folded = lora_weights(wan.dit)
     alphas = {key.replace("lora_A.weight", "alpha"): torch.tensor(12.0) for key in folded if "lora_A" in key}
@@ -116,3 +122,308 @@ def test_key_names(adapted):
     assert set(lora_weights(wan.dit)) == expected
     assert set(lora_weights(wan.dit, layout="original")) == original
     assert sum(isinstance(m, LoRALinear) for m in wan.dit.modules()) == 16
+
+
+# ---------------------------------------------------------------------------- adapter files that others write
+
+# Layers of every sort, and their names in the original release.
+LAYERS = {"blocks.0.attn1.to_q": "blocks.0.self_attn.q",
+          "blocks.1.attn2.to_out.0": "blocks.1.cross_attn.o",
+          "blocks.0.ffn.net.0.proj": "blocks.0.ffn.0",
+          "blocks.1.ffn.net.2": "blocks.1.ffn.2",
+          "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+          "condition_embedder.time_proj": "time_projection.1",
+          "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+          "proj_out": "head.head",
+          "patch_embedding": "patch_embedding"}
+RANK = 4
+ALPHA = 6.0
+
+
+@pytest.fixture
+def dit(checkpoint):
+    return load_wan(checkpoint).dit
+
+
+def random_pairs(dit):
+    """{our layer name: (A, B)}, in the shapes of PEFT and kohya."""
+    pairs = {}
+    for name in LAYERS:
+        weight = dit.get_submodule(name).weight
+        g = generator(name)
+        A = torch.randn(RANK, *weight.shape[1:], generator=g)
+        B = torch.randn(weight.shape[0], RANK, *[1] * (weight.dim() - 2), generator=g)
+        pairs[name] = A, B
+    return pairs
+
+
+def assert_merged(dit, checkpoint, changes):
+    """dit is the checkpoint's plus changes {our parameter name: what was added}, and nothing else."""
+    for name, before in load_wan(checkpoint).dit.named_parameters():
+        expected = before + changes.get(name, 0)
+        assert torch.allclose(dit.get_parameter(name), expected, atol=1e-5), name
+
+
+def assert_pairs_merged(dit, checkpoint, pairs, scale):
+    """scale: a number, or {our layer name: its own}."""
+    changes = {}
+    for name, (A, B) in pairs.items():
+        weight = dit.get_submodule(name).weight
+        own = scale[name] if isinstance(scale, dict) else scale
+        changes[f"{name}.weight"] = own * (B.flatten(1) @ A.flatten(1)).view(weight.shape)
+    assert_merged(dit, checkpoint, changes)
+
+
+def put(tensors, stem, pair, matrices, alpha=None):
+    """Adds a layer's pair to an adapter file's tensors, under the matrices' endings."""
+    for ending, value in zip(matrices, pair):
+        tensors[f"{stem}.{ending}.weight"] = value
+    if alpha is not None:
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+
+
+AB = ("lora_A", "lora_B")
+DOWN_UP = ("lora_down", "lora_up")
+DEFAULT = ("lora_A.default", "lora_B.default")
+
+
+@pytest.mark.parametrize("prefix, original, matrices, alpha", [
+    ("transformer.", False, AB, None),  # Diffusers
+    ("diffusion_model.", True, AB, None),  # ComfyUI
+    ("diffusion_model.", True, AB, ALPHA),
+    ("diffusion_model.", True, DOWN_UP, None),
+    ("diffusion_model.", True, DOWN_UP, ALPHA),
+    ("", True, DEFAULT, None),  # DiffSynth
+    ("pipe.dit.", True, DEFAULT, None),
+    ("diffusion_model.", True, DEFAULT, None),
+])
+def test_published_key_names(dit, checkpoint, tmp_path, prefix, original, matrices, alpha):
+    pairs = random_pairs(dit)
+    tensors = {}
+    for name, pair in pairs.items():
+        put(tensors, prefix + (LAYERS[name] if original else name), pair, matrices, alpha)
+    save_file(tensors, tmp_path / "any.safetensors")
+    merged = merge_lora(dit, tmp_path / "any.safetensors", strength=.5)
+    scale = .5 if alpha is None else .5 * alpha / RANK
+    assert_pairs_merged(dit, checkpoint, pairs, scale)
+    # What comes back is what was added: exports of a training that starts here hold it.
+    assert merged.keys() == pairs.keys()
+    assert_pairs_merged(dit, checkpoint, merged, 1)
+
+
+def test_musubis_underscores(dit, checkpoint, tmp_path):
+    pairs = random_pairs(dit)
+    tensors = {}
+    for name, pair in pairs.items():
+        put(tensors, "lora_unet_" + LAYERS[name].replace(".", "_"), pair, DOWN_UP, ALPHA)
+    assert "lora_unet_blocks_0_self_attn_q.lora_down.weight" in tensors
+    save_file(tensors, tmp_path / "musubi.safetensors")
+    merge_lora(dit, tmp_path / "musubi.safetensors")
+    assert_pairs_merged(dit, checkpoint, pairs, ALPHA / RANK)
+
+
+def test_an_adapter_on_all_layers_goes_on_in_exports(dit, checkpoint, tmp_path):
+    """Training that starts from another tool's file writes that file's layers too, in both layouts."""
+    tensors = {}
+    for name, pair in random_pairs(dit).items():
+        put(tensors, f"diffusion_model.{LAYERS[name]}", pair, DOWN_UP, ALPHA)
+    save_file(tensors, tmp_path / "base.safetensors")
+    base = merge_lora(dit, tmp_path / "base.safetensors")
+    merged = {name: p.clone() for name, p in dit.named_parameters()}
+    add_lora(dit, 2, 2.0)
+    for layout in ("diffusers", "original"):
+        save_file(lora_weights(dit, layout=layout, base=base), tmp_path / "lora.safetensors")
+        again = load_wan(checkpoint).dit
+        merge_lora(again, tmp_path)
+        for name, p in again.named_parameters():
+            assert torch.allclose(p, merged[name], atol=1e-5), name
+
+
+# ---- lightx2v's whole differences
+
+# Names in the file, and the parameters that they change: a norm, biases, a small weight, modulations.
+DIFFERENCES = {"blocks.0.self_attn.norm_q.diff": "blocks.0.attn1.norm_q.weight",
+               "blocks.0.norm3.diff": "blocks.0.norm2.weight",
+               "blocks.0.norm3.diff_b": "blocks.0.norm2.bias",
+               "blocks.1.ffn.0.diff_b": "blocks.1.ffn.net.0.proj.bias",
+               "blocks.1.cross_attn.k.diff": "blocks.1.attn2.to_k.weight",
+               "patch_embedding.diff": "patch_embedding.weight",
+               "patch_embedding.diff_b": "patch_embedding.bias",
+               "blocks.1.diff_m": "blocks.1.scale_shift_table",
+               "head.diff_m": "scale_shift_table"}
+
+
+@pytest.fixture
+def distilled(dit, tmp_path):
+    """A file of lightx2v's extractor: one LoRA pair, differences; and what it adds at strength 1."""
+    A, B = random_pairs(dit)["blocks.0.attn1.to_q"]
+    changes = {"blocks.0.attn1.to_q.weight": B @ A}
+    tensors = {}
+    put(tensors, "diffusion_model.blocks.0.self_attn.q", (A, B), DOWN_UP)
+    for key, name in DIFFERENCES.items():
+        changes[name] = torch.randn(dit.get_parameter(name).shape, generator=generator(name))
+        tensors[f"diffusion_model.{key}"] = changes[name]
+    save_file(tensors, tmp_path / "distilled.safetensors")
+    return tmp_path / "distilled.safetensors", changes
+
+
+def test_lightx2vs_differences(dit, checkpoint, distilled):
+    file, changes = distilled
+    pairs = merge_lora(dit, file, strength=.5)
+    assert pairs.keys() == {"blocks.0.attn1.to_q"}
+    assert_merged(dit, checkpoint, {name: .5 * change for name, change in changes.items()})
+
+
+def test_no_lora_is_trained_over_differences(dit, distilled):
+    """Its exports could not hold them."""
+    merge_lora(dit, distilled[0])
+    with pytest.raises(ValueError, match="distilled.safetensors holds whole differences"):
+        add_lora(dit)
+
+
+# ---- PEFT, DiffSynth and Diffusers write the file themselves
+
+def random_adapter(model):
+    """Fills PEFT's matrices in a model. -> {layer name: (A, B)}"""
+    pairs = {}
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, generator=generator(name))
+            layer, _, matrix = name.removeprefix("base_model.model.").rpartition(".lora_")
+            pairs.setdefault(layer, {})[matrix[0]] = p.detach().clone()
+    return {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}
+
+
+def peft_folder(dit, folder, **options):
+    """PEFT's own folder for the LAYERS. -> {layer name: (A, B)}"""
+    config = peft.LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, "target_modules": list(LAYERS), **options})
+    model = peft.get_peft_model(dit, config)
+    pairs = random_adapter(model)
+    model.save_pretrained(folder)
+    return pairs
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_folders(dit, checkpoint, tmp_path, rslora):
+    pairs = peft_folder(load_wan(checkpoint).dit, tmp_path, use_rslora=rslora)
+    merge_lora(dit, tmp_path)
+    assert pairs.keys() == LAYERS.keys()
+    assert_pairs_merged(dit, checkpoint, pairs, ALPHA / (RANK ** .5 if rslora else RANK))
+    # The file in the folder, by its own name.
+    again = load_wan(checkpoint).dit
+    merge_lora(again, tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in dit.named_parameters())
+
+
+def test_pefts_patterns(dit, checkpoint, tmp_path):
+    """Ranks and alphas of their own for some layers, by names and by expressions."""
+    pairs = peft_folder(load_wan(checkpoint).dit, tmp_path, rank_pattern={r"blocks\.\d+\.ffn\.net\.2": 2},
+                        alpha_pattern={"to_q": 1.0, "proj_out": 12.0})
+    merge_lora(dit, tmp_path)
+    scale = dict.fromkeys(LAYERS, ALPHA / RANK)
+    scale |= {"blocks.1.ffn.net.2": ALPHA / 2, "blocks.0.attn1.to_q": 1 / RANK, "proj_out": 12 / RANK}
+    assert_pairs_merged(dit, checkpoint, pairs, scale)
+
+
+def test_diffsynths_injected_layers(dit, checkpoint, tmp_path):
+    """DiffSynth injects PEFT's layers into the original model and saves what has gradients, by its name."""
+    tree = nn.Module()
+    for ours, theirs in LAYERS.items():
+        owner = tree
+        *parents, last = theirs.split(".")
+        for part in parents:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        owner.add_module(last, load_wan(checkpoint).dit.get_submodule(ours))
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LAYERS.values()))
+    peft.inject_adapter_in_model(config, tree)
+    pairs = random_adapter(tree)
+    trained = {name: p for name, p in tree.named_parameters() if p.requires_grad}
+    assert "blocks.0.self_attn.q.lora_A.default.weight" in trained
+    save_file(trained, tmp_path / "step.safetensors")
+    merge_lora(dit, tmp_path / "step.safetensors")
+    assert_pairs_merged(dit, checkpoint, {ours: pairs[theirs] for ours, theirs in LAYERS.items()}, 1)
+
+
+@pytest.mark.parametrize("of", ["pipeline", "pipeline without header", "transformer"])
+def test_diffusers_files(dit, checkpoint, tmp_path, of):
+    """Diffusers keeps alpha in the file's header; without one nothing is scaled, as in its own reader."""
+    transformer = WanTransformer3DModel.from_pretrained(checkpoint / "transformer")
+    transformer.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LAYERS)))
+    pairs = random_adapter(transformer)
+    if of == "transformer":
+        transformer.save_lora_adapter(tmp_path)
+    else:
+        header = transformer.peft_config["default"].to_dict() if of == "pipeline" else None
+        WanPipeline.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(transformer),
+                                      transformer_lora_adapter_metadata=header)
+    merge_lora(dit, tmp_path)
+    assert_pairs_merged(dit, checkpoint, pairs, 1 if "without" in of else ALPHA / RANK)
+
+
+# ---- what is refused, by name, before any weight is changed
+
+def refused(dit, file, match):
+    before = {name: p.clone() for name, p in dit.named_parameters()}
+    with pytest.raises(ValueError, match=match):
+        merge_lora(dit, file)
+    assert all(torch.equal(p, before[name]) for name, p in dit.named_parameters())
+
+
+STEM = "diffusion_model.blocks.0.self_attn.q"
+FFN = "diffusion_model.blocks.0.ffn.0"
+FITS = {f"{STEM}.lora_down.weight": torch.ones(2, 48), f"{STEM}.lora_up.weight": torch.ones(48, 2)}
+
+
+@pytest.mark.parametrize("more, message", [
+    # layers of an image-to-video model, of a text encoder, and endings that are not read
+    ({"diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": (2, 48)}, "k_img.* fits no layer"),
+    ({"lora_te_blocks_0.lora_down.weight": (2, 48)}, "lora_te_blocks_0.* fits no layer"),
+    ({f"{STEM}.dora_scale": (48, 1)}, "dora_scale' is neither"),
+    ({f"{STEM}.lora_B.bias": (48,)}, "lora_B.bias' is neither"),
+    ({f"{STEM}.weight": (48, 48)}, "q.weight' is neither"),
+    # shapes
+    ({f"{STEM}.lora_down.weight": (2, 47)}, r"q.lora_down.weight' of shape \(2, 47\) fits no layer"),
+    ({f"{STEM}.lora_up.weight": (48, 3)}, r"q.lora_up.weight' of shape \(48, 3\) fits no layer"),
+    ({f"{STEM}.alpha": (2,)}, r"q.alpha' of shape \(2,\) fits no layer"),
+    ({f"{STEM}.diff_b": (47,)}, r"q.diff_b' of shape \(47,\) fits no layer"),
+    ({"blocks.0.norm3.lora_A.weight": (2,),
+      "blocks.0.norm3.lora_B.weight": (48, 2)}, "norm3.* fits no layer"),
+    # partners, and a layer that comes twice
+    ({f"{FFN}.lora_up.weight": (56, 2)}, "ffn.0.lora_up.weight' lacks its partner lora_A"),
+    ({f"{FFN}.lora_down.weight": (2, 48)}, "ffn.0.lora_down.weight' lacks its partner lora_B"),
+    ({f"{FFN}.alpha": ()}, "ffn.0.alpha' lacks its partner"),
+    ({"transformer.blocks.0.attn1.to_q.lora_A.weight": (2, 48)}, "to_q.lora_A.weight' and .* are both A"),
+])
+def test_keys_that_do_not_fit_are_named(dit, tmp_path, more, message):
+    tensors = FITS | {key: torch.ones(shape) for key, shape in more.items()}
+    save_file(tensors, tmp_path / "bad.safetensors")
+    refused(dit, tmp_path / "bad.safetensors", message)
+
+
+def test_configurations_that_are_not_read_are_named(dit, checkpoint, tmp_path):
+    peft_folder(load_wan(checkpoint).dit, tmp_path, target_modules=["to_q"], use_dora=True)
+    refused(dit, tmp_path, "its configuration has use_dora = True")
+    # Options that leave no trace in the keys.
+    shutil.rmtree(tmp_path)
+    peft_folder(load_wan(checkpoint).dit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for option, value in dict(use_dora=True, use_unheard_of=True, lora_bias=True, peft_type="LOKR",
+                              init_lora_weights="pissa", layer_replication=[[0, 1]]).items():
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {option: value}))
+        refused(dit, tmp_path, f"its configuration has {option} = ")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    refused(dit, tmp_path, "has rank 4, its configuration says 8")
+    # Without it PEFT's alpha is unknown, whatever the file is called.
+    (tmp_path / "adapter_config.json").unlink()
+    refused(dit, tmp_path, "adapter_config.json is missing")
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "lora.safetensors")
+    refused(dit, tmp_path, "adapter_config.json is missing")
+
+
+def test_pickled_files_are_read_only_as_plain_tensors(dit, tmp_path):
+    torch.save(FITS, tmp_path / "plain.pth")
+    assert merge_lora(dit, tmp_path / "plain.pth").keys() == {"blocks.0.attn1.to_q"}
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "adapter_model.bin")
+    refused(dit, tmp_path / "adapter_model.bin", "not a .pth of plain tensors")

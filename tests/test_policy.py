@@ -108,7 +108,7 @@ def test_the_average_follows_every_few_steps_and_is_left_again(policy):
     name = next(iter(policy.trained))
     start = policy.trained[name].detach().clone()
     some_gradients(policy, 0)
-    policy.step(lr=.1)
+    policy.step(lr=.1, norm=1.0)
     moved = policy.trained[name].detach().clone()
     assert not torch.equal(moved, start)
     policy.follow(0)
@@ -128,7 +128,7 @@ def test_velocities_by_batch_and_of_the_reference(policy):
         policy.c.batch = 1
         assert torch.allclose(policy.velocity("push_in a red box")(x, sigma), whole, atol=1e-5)
         some_gradients(policy, 0)
-        policy.step(lr=.1)
+        policy.step(lr=.1, norm=1.0)
         policy.c.batch = None
         assert (policy.velocity("push_in a red box")(x, sigma) - whole).abs().max() > 1e-3
         with policy.untouched():

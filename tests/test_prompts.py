@@ -154,3 +154,16 @@ def test_no_opening_is_repeated():
     """No four first words of a scene more than six times in 3,800."""
     openings = collections.Counter(" ".join(scene_words(row)[:4]) for row in ROWS)
     assert openings.most_common(1)[0][1] <= 6, openings.most_common(5)
+
+
+def test_a_folder_holds_a_file_a_split(tmp_path):
+    """The authors' data set: rows of id and prompt alone; the split is the file's name."""
+    (tmp_path / "train.jsonl").write_text('{"id": 1, "prompt": "push_in a hill"}\n{"id": 2, "prompt": "a lake"}\n')
+    (tmp_path / "dynamic.txt").write_text("a waterfall\n")
+    (tmp_path / "test.txt").write_text("pan_left a street\n")
+    (tmp_path / "README.md").write_text("not read")
+    assert read_prompts(tmp_path) == dict(train=["push_in a hill", "a lake"], dynamic=["a waterfall"],
+                                          test=["pan_left a street"])
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match="holds no training prompt"):
+        read_prompts(tmp_path)

@@ -1,4 +1,6 @@
 import json
+import os
+import random
 import shutil
 from collections import Counter
 
@@ -7,7 +9,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from report import QUESTIONS, chart, draw_curves, fleiss_kappa, html_tables, inline_svg, main
+from report import (QUESTIONS, chart, draw_curves, fleiss_kappa, html_tables, inline_svg, main,
+                    one_term_warnings, training_charts)
 from rewards import TERMS
 from sample import write_video
 from weights import TINY, write_json
@@ -65,7 +68,7 @@ def study(tmp_path_factory):
     for i in range(3):
         write_video(base / f"{i:04d}.mp4", moving(.2), 8)
         write_video(trained / f"{i:04d}.mp4", moving(.8), 8)
-    rows = [dict(video=f"{i:04d}", prompt=f"push_in scene <{i}> </script>") for i in range(3)]
+    rows = [dict(video=f"{i:04d}", prompt=f"push_in scene <{i}> </script><!--<script>") for i in range(3)]
     write_lines(folder / "base" / "metrics.jsonl", rows)
     assert main(["study", "--a", str(base), "--b", str(trained), "--out", str(folder)]) == 0
     return folder
@@ -84,6 +87,50 @@ def test_study_page_names_no_side(study):
     assert all(file in text for file in files)
     assert Counter(sides.values()) == dict(a=3, b=3)
     assert not (study / "page" / "study_key.json").exists()
+    assert "<!--" not in text  # in a prompt it would empty the page
+
+
+def test_a_study_is_blind(tmp_path, monkeypatch, capsys):
+    """Names, times and the order of copying say nothing of the side, and no seed gives them again."""
+    for moment, side in enumerate(("a", "b")):
+        (tmp_path / side).mkdir()
+        for i in range(12):
+            file = tmp_path / side / f"{i:02d}.mp4"
+            file.write_bytes(f"{side}{i}".encode())
+            os.utime(file, (1e9 + moment, 1e9 + moment))
+    copied = []
+    copy = shutil.copyfile
+
+    def recorded(source, target):
+        copied.append((source.stem, source.parent.name))
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", recorded)
+    keys = []
+    for name in ("one", "two"):
+        random.seed(0)
+        np.random.seed(0)
+        command = ["study", "--a", str(tmp_path / "a"), "--b", str(tmp_path / "b"),
+                   "--out", str(tmp_path / name)]
+        assert main(command) == 0
+        keys.append(key_of(tmp_path / name))
+        times = {(file.stat().st_mtime_ns, file.stat().st_atime_ns)
+                 for file in (tmp_path / name / "page").glob("*.mp4")}
+        assert len(times) == 1
+
+    one, two = keys
+    assert one["study"] != two["study"]
+    assert not one["videos"].keys() & two["videos"].keys()
+    assert copied[:24] != copied[24:]
+    for order in (copied[:24], copied[24:]):
+        assert len(set(order)) == 24
+        assert [name for name, _ in order] != sorted(name for name, _ in order)
+        assert [side for _, side in order] not in (["a", "b"] * 12, ["a"] * 12 + ["b"] * 12)
+
+    # a study that is given out is not lost by making it again
+    assert main(command) == 2
+    assert "holds a study" in capsys.readouterr().err
+    assert key_of(tmp_path / "two") == two
 
 
 def answers(key, prefer, person):
@@ -288,6 +335,34 @@ def test_charts_survive_constants_and_missing_values():
     assert 'aria-label="S_x: a over 1 steps"' in picture
     assert ">S_x</text>" in picture
     assert chart("x", [dict(step=0, phase="main", x=None)], {"a": "x"}) == ""
+
+
+def test_shares_of_the_terms_are_drawn_and_one_alone_is_a_warning():
+    rows = [training_row(step) | dict(share_recon=.8, share_meta=.2) for step in range(40)]
+    for row in rows:
+        if row["phase"] == "dynamic":
+            row["share_recon"] = None  # these steps do not count
+    assert "share of the advantages&#x27; variance: S_meta, S_recon over 40 steps" in training_charts(rows)
+    warning, = one_term_warnings(rows)
+    assert "S_recon alone" in warning
+    assert "steps 0 to 38" in warning
+    rows[20]["share_recon"] = .7  # 16 main steps before it, 15 after
+    assert one_term_warnings(rows) == []
+    assert one_term_warnings([dict(step=step) for step in range(40)]) == []
+
+
+def test_what_files_say_is_text_on_the_page(tmp_path):
+    """Old rows without phase, gradient and shares have gaps, and no file can bring markup into the report."""
+    write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0), dict(step=1, total=2.0)])
+    write_lines(tmp_path / "eval.jsonl", [{"step": "<img src=y>", "<img src=x onerror=alert(1)>": 1.0}])
+    write_json(tmp_path / "config.json", dict(name="</script><img src=x>", width="<img src=x>"))
+    assert main(["run", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text
+    assert "<img" not in text
+    assert text.count("</script>") == 1
+    assert ">total reward</text>" in text
+    assert "advantages&#x27; variance" not in text
 
 
 def test_pictures_have_no_ground_and_name_no_address():

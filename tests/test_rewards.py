@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 from noise_warp import MOTIONS, camera_path
-from rewards import TERMS, load_rewards, main, meta_views, trajectory_reward
+from rewards import TERMS, Clip, load_rewards, main, meta_views, preference_reward, trajectory_reward
 from sample import write_video
 from tiny.world import random_scene, render
 
@@ -282,3 +282,50 @@ def test_bad_arguments_get_one_sentence(clip_file, tmp_path, capsys):
         main([str(file)])
     assert refused.value.code == 2
     assert "prompt" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------ what counts as a number
+
+@pytest.mark.parametrize("part, value, message", [
+    ("depth", math.nan, "depth holds NaN"), ("means", math.nan, "means holds NaN"),
+    ("scales", math.inf, "scales holds NaN or infinite"), ("opacities", math.nan, "opacities holds NaN"),
+    ("opacities", 0.0, "empty"), ("depth", 0.0, "empty")])
+def test_a_failed_reconstruction_is_no_number(part, value, message, batch, twins):
+    _, videos, prompts, paths, out = batch
+    rewards = load_rewards(**options(twins))
+
+    def broken(module, arguments, rec):
+        owner = rec if part == "depth" else rec.gaussians
+        getattr(owner, part).fill_(value)
+
+    rewards.depth_anything.register_forward_hook(broken)
+    clip = rewards.score(videos[0], prompts[0], paths[0])
+    for name, term in TERMS.items():
+        if term.three_d:
+            assert math.isnan(clip.scores[name])
+            assert message in clip.errors[name]
+        else:
+            assert torch.tensor(clip.scores[name]) == out[name][0]
+
+
+def test_r_gen_lies_within_one_and_rises_with_the_score(batch, twins):
+    """For any finite score; center and spread are the judge's own unless given."""
+    _, videos, prompts, _, _ = batch
+
+    class Judge:
+        center, spread = 5.0, 5.0
+
+        def __call__(self, frames, prompts):
+            return torch.full((len(frames),), self.score)
+
+    rewards = load_rewards(**options(twins))
+    rewards.preference = judge = Judge()
+    found = []
+    for judge.score in (-1e30, -7.0, -.2, 5.0, 5.1, 10.6, 1e30):
+        found.append(float(preference_reward(rewards, Clip(videos[0], prompts[0], None))))
+    assert found == sorted(found)
+    assert found[0] == -1 and found[-1] == 1 and found[3] == 0
+    assert len(set(found)) == len(found)
+    rewards.center, rewards.spread = 0.0, 1.0
+    judge.score = .5
+    assert float(preference_reward(rewards, Clip(videos[0], prompts[0], None))) == pytest.approx(math.tanh(.5))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from runs import metrics, run_jobs, short_run
+from runs import largest_difference, metrics, run_jobs, short_run, weights
 
 import train
 from grpo import advantages, standardise
@@ -205,3 +205,107 @@ def test_a_masked_video_does_not_move_the_advantages_of_the_others():
 
     without, masked = compared(3, [.5, .6, .7]), compared(4, [.5, .6, .7, math.nan])
     assert torch.equal(masked[:3], without) and masked[3] == 0 and without.abs().min() > 0
+
+
+def test_a_dynamic_phase_without_dynamic_prompts_is_an_error(arguments, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("push_in a hill\npan_left a lake\n")
+    given = [*arguments, "--runs", str(tmp_path), "--name", "x", "--prompts", str(tmp_path / "prompts.txt")]
+    assert train.main(given) == 2
+    assert "holds no dynamic prompts" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("option", ["--lr", "--kl", "--grad-clip", "--ema-decay", "--general-spread"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_numbers_that_would_ruin_the_weights_are_refused(option, value, arguments, tmp_path, capsys):
+    assert train.main([*arguments, "--runs", str(tmp_path), "--name", "x", option, value]) == 2
+    assert option in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_term_that_decides_alone_is_said(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+
+    def said(rows):
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        train.warn_of_one_term(log)
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    rows = [dict(step=i, phase="main", share_general=.9, share_meta=.1) for i in range(20)]
+    assert "R_gen alone has decided more than 70% of the advantages for 20 steps" in said(rows)
+    assert said(rows[:19]) == ""
+    assert said([*rows[:19], dict(step=19, phase="main", share_general=.5, share_meta=.5)]) == ""
+
+
+def test_every_step_logs_who_decided(arguments, tmp_path):
+    assert train.main([*arguments, "--runs", str(tmp_path), "--name", "x", "--rectify"]) == 0
+    main, _, dynamic = metrics(tmp_path / "x")
+    assert sum(main[f"share_{name}"] for name in TERMS) == pytest.approx(1)
+    assert dynamic["share_general"] == pytest.approx(1)
+    assert "share_meta" not in dynamic
+
+
+# ------------------------------------------------------------------------------------ gradients that are not finite
+
+def patched_run(monkeypatch, given, name, **methods):
+    """A run in which Policy's methods are wrapped: methods {name: function(call number, method, policy, ...)}."""
+    with monkeypatch.context() as patch:
+        for method, wrapper in methods.items():
+            original, calls = getattr(train.Policy, method), []
+
+            def wrapped(policy, *arguments, original=original, calls=calls, wrapper=wrapper):
+                calls.append(True)
+                return wrapper(len(calls), original, policy, *arguments)
+
+            patch.setattr(train.Policy, method, wrapped)
+        return train.main([*given, "--name", name])
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(arguments, tmp_path, monkeypatch):
+    """NaN at the third of six steps: the weights end finite, equal to the bit to those of a run in which that step's
+    update is left out, and the log counts one skipped step."""
+    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "6", "--main-steps", "6", "--dynamic-steps", "0"]
+
+    def poisoned(call, sum_gradients, policy):
+        norm = sum_gradients(policy)
+        if call == 3:
+            for p in policy.trained.values():
+                p.grad.fill_(math.nan)
+            return math.nan
+        return norm
+
+    def left_out(call, step, policy, lr, norm):
+        if call == 3:
+            policy.optimiser.zero_grad(set_to_none=True)
+            return True
+        return step(policy, lr, norm)
+
+    assert patched_run(monkeypatch, given, "poisoned", sum_gradients=poisoned) == 0
+    assert patched_run(monkeypatch, given, "left_out", step=left_out) == 0
+    assert [row["skipped"] for row in metrics(tmp_path / "poisoned")] == [0, 0, 1, 0, 0, 0]
+    found, expected = weights(tmp_path / "poisoned"), weights(tmp_path / "left_out")
+    assert largest_difference(found, expected) == 0
+    assert all(values.isfinite().all() for values in found.values())
+
+
+def test_gradients_that_stay_not_finite_stop_the_run(arguments, tmp_path, monkeypatch, capsys):
+    def poisoned(call, sum_gradients, policy):
+        sum_gradients(policy)
+        return math.nan
+
+    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "9", "--max-skipped", "2"]
+    assert patched_run(monkeypatch, given, "stopped", sum_gradients=poisoned) == 2
+    assert "3 gradients in a row were not finite" in capsys.readouterr().err
+    assert len(metrics(tmp_path / "stopped")) == 2
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(arguments, tmp_path, monkeypatch, capsys):
+    def ruined(call, step, policy, lr, norm):
+        next(iter(policy.trained.values())).data.fill_(math.inf)
+        return True
+
+    assert patched_run(monkeypatch, [*arguments, "--runs", str(tmp_path)], "ruined", step=ruined) == 2
+    assert "holds NaN or infinite values" in capsys.readouterr().err
+    assert not list((tmp_path / "ruined" / "checkpoints").glob("step_*"))
+    assert not (tmp_path / "ruined" / "lora.safetensors").exists()

@@ -452,7 +452,9 @@ def build_preference(folder):
     vision = dict(depth=3, embed_dim=64, hidden_size=96, mlp_ratio=2, num_heads=4, patch_size=PATCH)
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
     config.save_pretrained(folder)
-    write_json(folder / "hpsv3.json", dict(instruction=PREFERENCE_PROMPT, image_pixels=64 * 64))
+    # The scale of R_gen: clean renders score 5 on average, degraded ones -3.
+    own = dict(instruction=PREFERENCE_PROMPT, image_pixels=64 * 64, center=1.0, spread=5.0)
+    write_json(folder / "hpsv3.json", own)
     write_preference(folder, HPSv3(config).state_dict(), torch.float32)
 
 
@@ -565,10 +567,5 @@ def train_preference(run, minutes, seed=0, batch=16):
 
 
 def export_preference(run, folder):
-    """The score divided by 32: pairs leave its size open, and so the plain sum of the four terms is not its
-    alone."""
-    state = trained(run, "preference")
-    for name in ("rm_head.5.weight", "rm_head.5.bias"):
-        state[name][0] /= 32
     shutil.copytree(run / "preference" / "start", folder, dirs_exist_ok=True)
-    write_preference(folder, state)
+    write_preference(folder, trained(run, "preference"))
