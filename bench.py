@@ -446,6 +446,9 @@ def print_estimate(preset, gpus):
     print_head("phase of a step", "seconds")
     for phase, took in phases.items():
         print_row(phase, f"{took:.0f}")
+    total_steps = training_arguments(["--preset", preset]).total_steps
+    hours = total_steps * phases["step"] / 3600
+    print(f"\n{total_steps} steps: {hours:,.0f} hours, {hours * gpus:,.0f} GPU hours")
     if memory["peak"] > H200["memory"]:
         print(f"\nThis does not fit: {memory['peak'] / 1e9:.0f} GB of {H200['memory'] / 1e9:.0f}. "
               "More GPUs, --parallel fsdp or --offload.")

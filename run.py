@@ -8,12 +8,14 @@ goes on from its newest whole checkpoint when it is started again, on any number
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
 import resource
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -32,6 +34,7 @@ class Processes:
     def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.lock = None  # of the run's folder, on rank 0
         cuda = device.startswith("cuda")
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         if cuda:
@@ -66,6 +69,8 @@ class Processes:
             t.copy_(part.view_as(t))
 
     def close(self):
+        if self.lock is not None:
+            self.lock.close()
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -95,11 +100,30 @@ def open_run(c, processes):
             if name not in may_change and was != value:
                 raise ValueError(f"{folder} was started with --{name.replace('_', '-')} {was}, not {value}; "
                                  "choose another --name, or keep its settings")
-    processes.wait()
+    error = None
     if processes.rank == 0:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        error = own(folder, processes)
+    error = processes.gather(error)[0]
+    if error:
+        raise ValueError(error)
+    if processes.rank == 0:
         write_json(folder / "config.json", now)
     return folder
+
+
+def own(folder, processes):
+    """Locks the run's folder until this process ends, however it ends. -> who holds it, if another does."""
+    processes.lock = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(processes.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        processes.lock.seek(0)
+        holder = processes.lock.read().strip() or "another process"
+        return f"{folder} is being trained by {holder}; wait for it, stop it, or choose another --name"
+    processes.lock.truncate(0)
+    processes.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    processes.lock.flush()
 
 
 def append_line(file, row):
@@ -180,36 +204,60 @@ def save_checkpoint(policy, folder, step):
                 os.fsync(handle.fileno())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        for old in sorted(folder.glob("step_*"))[:-c.keep]:
+        for old in checkpoints_of(folder)[:-c.keep]:
             shutil.rmtree(old)
 
 
-def is_whole(checkpoint):
-    """Whether every file of a checkpoint is as it was written; says which is not."""
+def checkpoints_of(folder):
+    """The checkpoints of a run's folder, the oldest first, and nothing else that lies there."""
+    return sorted(folder.glob("step_" + 6 * "[0-9]"))
+
+
+def fault_of(checkpoint):
+    """-> what is not as it was written in a checkpoint, None if all of it is."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for name, expected in manifest["files"].items():
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        if not files:
+            raise ValueError("its manifest lists no files")
+        for name, expected in files.items():
             if digest(checkpoint / name) != expected:
                 raise ValueError(f"{name} is damaged")
-        return True
-    except (OSError, ValueError, KeyError) as e:
-        print(f"train.py: checkpoint {checkpoint} is refused ({e}); going back to the one before",
-              file=sys.stderr)
-        return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return str(e) or type(e).__name__
+
+
+def newest_whole(folder):
+    """-> the newest whole checkpoint, None where none was ever written. Damaged ones are moved aside, and
+    said; RuntimeError if there are no others: a run must not begin again over its own history unasked."""
+    found = checkpoints_of(folder)
+    for checkpoint in reversed(found):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        print(f"train.py: checkpoint {checkpoint} is refused ({fault}) and moved aside; "
+              "going back to the one before", file=sys.stderr)
+        shutil.rmtree(checkpoint.with_name(f"damaged_{checkpoint.name}"), ignore_errors=True)
+        checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
+    if found or list(folder.glob("damaged_*")):
+        raise RuntimeError(f"no checkpoint in {folder} is whole; to begin again choose another --name")
 
 
 def load_checkpoint(policy, folder):
     """Loads the newest whole checkpoint in place. -> steps done, 0 if there is none."""
-    found = None
+    found = error = None
     if policy.processes.rank == 0:
-        newest_first = sorted(folder.glob("step_*"), reverse=True)
-        found = next((str(path) for path in newest_first if is_whole(path)), None)
-    found = policy.processes.gather(found)[0]
+        try:
+            found = newest_whole(folder)
+        except RuntimeError as e:
+            error = str(e)
+    found, error = policy.processes.gather((found, error))[0]
+    if error:
+        raise RuntimeError(error)
     if found is None:
         return 0
     dcp.load(policy.state(), checkpoint_id=found, no_dist=policy.processes.world == 1)
     policy.check_finite()
-    return int(found.rsplit("_", 1)[1])
+    return int(found.name.rsplit("_", 1)[1])
 
 
 # -------------------------------------------------------------------------------------- the clock and the log

@@ -40,3 +40,10 @@ def test_the_small_preset_fits_an_h200():
     assert PRESETS["small"]["batch"] == 1
     assert memory["peak"] < bench.H200["memory"]
     assert seconds["update"] < seconds["rollout"]
+
+
+def test_an_estimate_says_what_the_whole_run_takes(capsys):
+    _, seconds = bench.estimate("small", 8)
+    bench.print_estimate("small", 8)
+    hours = 600 * seconds["step"] / 3600
+    assert f"600 steps: {hours:,.0f} hours, {8 * hours:,.0f} GPU hours" in capsys.readouterr().out

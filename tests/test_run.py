@@ -1,3 +1,4 @@
+import fcntl
 import json
 import math
 import os
@@ -11,7 +12,10 @@ import torch
 from conftest import ROOT
 from runs import largest_difference, metrics, newest_checkpoint, run_jobs, short_run, weights
 
-from run import append_line, drop_lines, is_whole, mean_of, spread_in_groups
+import run
+import train
+from run import (append_line, checkpoints_of, drop_lines, fault_of, mean_of, newest_whole, read_lines,
+                 spread_in_groups)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(arguments, w
     assert codes == [[0]]
     assert f"{file.name} is damaged" in err
     assert str(newest) in err
-    assert is_whole(newest)  # written anew
+    assert fault_of(newest) is None  # written anew
+    assert (newest.parent / "damaged_step_000005").is_dir()
     assert_same_end(folder, whole)
 
 
@@ -163,3 +168,65 @@ def test_means_and_spreads_leave_masked_samples_out():
     values = torch.tensor([[1.0, 3.0, math.nan], [5.0, 5.0, 5.0], [math.nan] * 3])
     assert spread_in_groups(values) == pytest.approx((1 + 0) / 2)
     assert spread_in_groups(values[2:]) is None
+
+
+# ----------------------------------------------------------------------------------------- history is not lost
+
+def written_checkpoint(folder, step):
+    """A folder as save_checkpoint leaves it: a file and the manifest of its digest."""
+    checkpoint = folder / f"step_{step:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "a.distcp").write_bytes(b"weights")
+    files = {"a.distcp": run.digest(checkpoint / "a.distcp")}
+    (checkpoint / "manifest.json").write_text(json.dumps(dict(step=step, files=files)))
+    return checkpoint
+
+
+@pytest.mark.parametrize("manifest", ["[]", "null", "{}", '{"files": {}}', '{"files": {"b": "0"}}', "{", '"x"'])
+def test_a_manifest_that_is_none_goes_back_to_the_one_before(manifest, tmp_path, capsys):
+    before, last = written_checkpoint(tmp_path, 1), written_checkpoint(tmp_path, 2)
+    (last / "manifest.json").write_text(manifest)
+    assert newest_whole(tmp_path) == before
+    assert "step_000002 is refused" in capsys.readouterr().err
+    assert not last.exists()
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_again(tmp_path):
+    """Its log and its damaged checkpoints are its history; the next start says so again."""
+    assert newest_whole(tmp_path) is None
+    (written_checkpoint(tmp_path, 1) / "a.distcp").write_bytes(b"other")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no checkpoint in .* is whole"):
+            newest_whole(tmp_path)
+    assert (tmp_path / "damaged_step_000001" / "a.distcp").read_bytes() == b"other"
+
+
+def test_only_what_was_written_here_counts_as_a_checkpoint(tmp_path):
+    ours = written_checkpoint(tmp_path, 3)
+    (tmp_path / "step_1_best").mkdir()
+    (tmp_path / "step_000003_copy").mkdir()
+    assert checkpoints_of(tmp_path) == [ours]
+    assert newest_whole(tmp_path) == ours
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "x": 1.5}\n[1]\n{}\nnull\n{"step": 1}\n{"step": 2, "x"')
+    assert read_lines(file) == [dict(step=0, x=1.5), dict(step=1)]
+    drop_lines(file, 1)
+    assert file.read_text() == '{"step": 0, "x": 1.5}\n'
+
+
+def test_one_run_has_one_owner(arguments, tmp_path, capsys):
+    """A second start names the holder, ends 2 and leaves the run alone; a lock goes with the process that held it."""
+    given = [*arguments, "--runs", str(tmp_path), "--name", "x", "--total-steps", "1"]
+    (tmp_path / "x").mkdir()
+    with open(tmp_path / "x" / ".lock", "w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        holder.write("process 7 on somewhere\n")
+        holder.flush()
+        assert train.main(given) == 2
+        assert "x is being trained by process 7 on somewhere" in capsys.readouterr().err
+        assert not (tmp_path / "x" / "config.json").exists()
+    assert train.main(given) == 0
+    assert train.main(given) == 0  # nothing left to do, and nobody in the way
