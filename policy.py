@@ -130,7 +130,7 @@ class Policy:
                 p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.c.grad_clip)
         norm = float(norm.full_tensor() if self.sharded else norm)
-        if len(set(self.processes.gather(norm))) > 1:
+        if len({repr(n) for n in self.processes.gather(norm)}) > 1:  # repr: NaN is not equal to itself
             raise RuntimeError("gradients differ between processes; a collective was skipped or reordered")
         return norm
 

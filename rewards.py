@@ -243,8 +243,8 @@ class Rewards:
     the latest error of each.
 
     views: frames that are reconstructed, evenly spread. frames_seen: how many the preference model sees, from
-    the first on (K of Eq. 10). alpha, beta: of S_traj. weights: {term: weight}, 1 where none is given; 0
-    leaves a term out.
+    the first on (K of Eq. 10). alpha, beta: of S_traj. center, spread: of R_gen; None takes the judge's own.
+    weights: {term: weight}, 1 where none is given; 0 leaves a term out.
     """
 
     MODELS = ("depth_anything", "critic", "preference", "lpips")

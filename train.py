@@ -358,8 +358,7 @@ def train(c, processes):
                 policy.collect_gradients()
             if update == 0:
                 stop_if_drifted(c, notes)
-            # a gradient that is not finite is an event: its step is left out, counted, and too many stop the
-            # run
+            # a step whose gradient is not finite is left out and counted; too many in a row stop the run
             norms.append(policy.sum_gradients())
             taken = policy.step(learning_rate(c, step), norms[-1])
             skipped = 0 if taken else skipped + 1
@@ -499,14 +498,18 @@ def policy_loss(policy, group, sde_step, members):
 
 
 def warn_of_one_term(file, share=.7, steps=20):
-    """Says so when one term has decided more than `share` of the advantages for the last `steps` main steps:
-    the others are then trained on hardly at all (HPSv3 raw, say, spans ten times what R_3D does)."""
-    rows = [row for row in read_lines(file) if row["phase"] == "main"]
+    """Says so each time one term has decided more than `share` of the advantages for `steps` further main
+    steps in a row: the others are then hardly trained on (HPSv3 raw, say, spans ten times what R_3D does)."""
+    rows = read_lines(file)
+    if not rows or rows[-1]["phase"] != "main":
+        return
+    newest_first = [row for row in reversed(rows) if row["phase"] == "main"]
     for name, term in TERMS.items():
-        over = [row.get(f"share_{name}", 0.0) > share for row in rows]
-        if len(over) >= steps and len(over) % steps == 0 and all(over[-steps:]):
+        alone = itertools.takewhile(lambda row: row.get(f"share_{name}", 0.0) > share, newest_first)
+        count = len(list(alone))
+        if count and count % steps == 0:
             tqdm.write(f"{term.label} alone has decided more than {share:.0%} of the advantages "
-                       f"for {steps} steps; lower --{name}, or use --standardise")
+                       f"for {count} steps; lower --{name}, or use --standardise")
 
 
 def stop_if_drifted(c, notes):

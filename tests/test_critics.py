@@ -184,7 +184,8 @@ def test_no_model_folder_runs_its_code(twins, tmp_path, monkeypatch):
     """An auto_map asks to run a file of the folder; nobody is asked on stdin, and the file is not run."""
     folder = shutil.copytree(twins / "qwen3_vl", tmp_path / "critic")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
-    for name, kind in (("processor_config.json", "AutoProcessor"), ("tokenizer_config.json", "AutoTokenizer")):
+    for name, kind in (("processor_config.json", "AutoProcessor"),
+                       ("tokenizer_config.json", "AutoTokenizer")):
         config = json.loads((folder / name).read_text())
         config["auto_map"] = {kind: ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil"}
         (folder / name).write_text(json.dumps(config))

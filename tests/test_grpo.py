@@ -221,12 +221,12 @@ def test_windows_are_random_high_noise_and_never_the_last_step():
         draw_window(generator(0), 10, 5, 4)
 
 
-# ------------------------------------------------------------------------------------- rectification and shares
+# ----------------------------------------------------------------------------------- rectification and shares
 
 @pytest.mark.parametrize("kind", ["flow", "dance", "cps"])
 def test_rectified_gradients_are_of_one_size_at_every_step(kind):
-    """The gradient of log p(x') with respect to v, over many draws of the step: its norm differs from step to step,
-    and is the same to 5 % once it is rectified."""
+    """The gradient of log p(x') with respect to v, over many draws of the step: its norm differs from step to
+    step, and is the same to 5 % once it is rectified."""
     levels, drawn = sigmas(20, 5.0), 12
     plain = []
     for i in range(drawn):

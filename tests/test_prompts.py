@@ -158,7 +158,8 @@ def test_no_opening_is_repeated():
 
 def test_a_folder_holds_a_file_a_split(tmp_path):
     """The authors' data set: rows of id and prompt alone; the split is the file's name."""
-    (tmp_path / "train.jsonl").write_text('{"id": 1, "prompt": "push_in a hill"}\n{"id": 2, "prompt": "a lake"}\n')
+    rows = '{"id": 1, "prompt": "push_in a hill"}\n{"id": 2, "prompt": "a lake"}\n'
+    (tmp_path / "train.jsonl").write_text(rows)
     (tmp_path / "dynamic.txt").write_text("a waterfall\n")
     (tmp_path / "test.txt").write_text("pan_left a street\n")
     (tmp_path / "README.md").write_text("not read")

@@ -284,7 +284,7 @@ def test_bad_arguments_get_one_sentence(clip_file, tmp_path, capsys):
     assert "prompt" in capsys.readouterr().err.splitlines()[-1]
 
 
-# ------------------------------------------------------------------------------------------ what counts as a number
+# ------------------------------------------------------------------------------------ what counts as a number
 
 @pytest.mark.parametrize("part, value, message", [
     ("depth", math.nan, "depth holds NaN"), ("means", math.nan, "means holds NaN"),
@@ -328,4 +328,5 @@ def test_r_gen_lies_within_one_and_rises_with_the_score(batch, twins):
     assert len(set(found)) == len(found)
     rewards.center, rewards.spread = 0.0, 1.0
     judge.score = .5
-    assert float(preference_reward(rewards, Clip(videos[0], prompts[0], None))) == pytest.approx(math.tanh(.5))
+    given = float(preference_reward(rewards, Clip(videos[0], prompts[0], None)))
+    assert given == pytest.approx(math.tanh(.5))

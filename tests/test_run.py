@@ -170,7 +170,7 @@ def test_means_and_spreads_leave_masked_samples_out():
     assert spread_in_groups(values[2:]) is None
 
 
-# ----------------------------------------------------------------------------------------- history is not lost
+# ---------------------------------------------------------------------------------------- history is not lost
 
 def written_checkpoint(folder, step):
     """A folder as save_checkpoint leaves it: a file and the manifest of its digest."""
@@ -182,7 +182,8 @@ def written_checkpoint(folder, step):
     return checkpoint
 
 
-@pytest.mark.parametrize("manifest", ["[]", "null", "{}", '{"files": {}}', '{"files": {"b": "0"}}', "{", '"x"'])
+@pytest.mark.parametrize("manifest", [
+    "[]", "null", "{}", '{"files": {}}', '{"files": {"b": "0"}}', "{", '"x"'])
 def test_a_manifest_that_is_none_goes_back_to_the_one_before(manifest, tmp_path, capsys):
     before, last = written_checkpoint(tmp_path, 1), written_checkpoint(tmp_path, 2)
     (last / "manifest.json").write_text(manifest)
@@ -218,7 +219,8 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path):
 
 
 def test_one_run_has_one_owner(arguments, tmp_path, capsys):
-    """A second start names the holder, ends 2 and leaves the run alone; a lock goes with the process that held it."""
+    """A second start names the holder, ends 2 and leaves the run alone; a lock goes with the process that
+    held it."""
     given = [*arguments, "--runs", str(tmp_path), "--name", "x", "--total-steps", "1"]
     (tmp_path / "x").mkdir()
     with open(tmp_path / "x" / ".lock", "w") as holder:
@@ -230,3 +232,33 @@ def test_one_run_has_one_owner(arguments, tmp_path, capsys):
         assert not (tmp_path / "x" / "config.json").exists()
     assert train.main(given) == 0
     assert train.main(given) == 0  # nothing left to do, and nobody in the way
+
+
+POISONED = """
+import math, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import train
+collect, calls = train.Policy.collect_gradients, []
+def poisoned(policy):
+    collect(policy)
+    calls.append(True)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        next(iter(policy.sums.values())).fill_(math.nan)
+train.Policy.collect_gradients = poisoned
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_is_left_out_on_all(arguments, tmp_path):
+    """Two processes of two groups each: the third group of the second one falls into its second step."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(script), str(ROOT), *arguments, "--runs", str(tmp_path), "--name", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["skipped"] for row in metrics(tmp_path / "x")] == [0, 1, 0]
+    assert all(values.isfinite().all() for values in weights(tmp_path / "x").values())

@@ -190,7 +190,8 @@ def test_a_step_of_failed_rewards_stops_the_run(arguments, tmp_path, capsys):
 
 
 def test_a_masked_video_does_not_move_the_advantages_of_the_others():
-    """Its critic failed; its other terms would shift the group's spread, and the rest's advantages with it."""
+    """Its critic failed; its other terms would shift the group's spread, and the rest's advantages with
+    it."""
     group = torch.zeros(4, dtype=torch.long)
     weights = dict.fromkeys(TERMS, 1.0)
 
@@ -235,6 +236,10 @@ def test_one_term_that_decides_alone_is_said(tmp_path, capsys):
     rows = [dict(step=i, phase="main", share_general=.9, share_meta=.1) for i in range(20)]
     assert "R_gen alone has decided more than 70% of the advantages for 20 steps" in said(rows)
     assert said(rows[:19]) == ""
+    before = [dict(row, share_general=.5, step=row["step"] - 5) for row in rows[:5]]
+    assert "for 20 steps" in said([*before, *rows])  # wherever the stretch begins
+    # said once, not in every step that follows
+    assert said([*rows, dict(step=20, phase="dynamic", share_general=1.0)]) == ""
     assert said([*rows[:19], dict(step=19, phase="main", share_general=.5, share_meta=.5)]) == ""
 
 
@@ -246,10 +251,11 @@ def test_every_step_logs_who_decided(arguments, tmp_path):
     assert "share_meta" not in dynamic
 
 
-# ------------------------------------------------------------------------------------ gradients that are not finite
+# ------------------------------------------------------------------------------ gradients that are not finite
 
 def patched_run(monkeypatch, given, name, **methods):
-    """A run in which Policy's methods are wrapped: methods {name: function(call number, method, policy, ...)}."""
+    """A run in which Policy's methods are wrapped: methods {name: function(call number, method, policy,
+    ...)}."""
     with monkeypatch.context() as patch:
         for method, wrapper in methods.items():
             original, calls = getattr(train.Policy, method), []
@@ -263,9 +269,10 @@ def patched_run(monkeypatch, given, name, **methods):
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_and_counted(arguments, tmp_path, monkeypatch):
-    """NaN at the third of six steps: the weights end finite, equal to the bit to those of a run in which that step's
-    update is left out, and the log counts one skipped step."""
-    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "6", "--main-steps", "6", "--dynamic-steps", "0"]
+    """NaN at the third of six steps: the weights end finite, equal to the bit to those of a run in which that
+    step's update is left out, and the log counts one skipped step."""
+    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "6", "--main-steps", "6",
+             "--dynamic-steps", "0"]
 
     def poisoned(call, sum_gradients, policy):
         norm = sum_gradients(policy)
