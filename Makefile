@@ -18,12 +18,14 @@ bench: .venv/test
 SEED ?= 0
 RUN = runs/tiny-$(SEED)
 METRICS = $(BIN)/python eval.py metrics
+# what has been scored stays: a results folder is never replaced
+SCORED = test -f $(RUN)/$(1)/summary.json || $(METRICS) --out $(RUN)/$(1)
 train-tiny: .venv/train
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 train.py --preset tiny --name tiny-$(SEED) --seed $(SEED)
-	$(METRICS) --num 100 --lora tiny/web --out $(RUN)/base
-	$(METRICS) --num 100 --lora $(RUN) --out $(RUN)/trained
-	$(METRICS) --num 50 --split dynamic --lora tiny/web --out $(RUN)/base_dynamic
-	$(METRICS) --num 50 --split dynamic --lora $(RUN) --out $(RUN)/trained_dynamic
+	$(call SCORED,base) --num 100 --lora tiny/web
+	$(call SCORED,trained) --num 100 --lora $(RUN)
+	$(call SCORED,base_dynamic) --num 50 --split dynamic --lora tiny/web
+	$(call SCORED,trained_dynamic) --num 50 --split dynamic --lora $(RUN)
 	$(BIN)/python eval.py table --runs base=$(RUN)/base trained=$(RUN)/trained
 	$(BIN)/python eval.py table --runs base=$(RUN)/base_dynamic trained=$(RUN)/trained_dynamic
 	$(BIN)/python -m tiny probe --run $(RUN) --prompts tiny/prompts.jsonl --num 100 --lora tiny/web $(RUN)

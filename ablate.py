@@ -23,6 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eval import markdown, table
+from sample import check_writable
+from train import check
 from train import parse_arguments as training_arguments
 from weights import write_text
 
@@ -55,7 +57,16 @@ PAPER_COLUMNS = ("left out", "psnr", "ssim", "lpips", "vbench average")
 
 def run(a, rest):
     """Trains every cell (rest: arguments for train.py), scores it and the base, and writes the tables."""
-    config = training_arguments(rest)  # a wrong argument is an error now, before any long work
+    # a wrong argument is an error now, before any long work
+    config = training_arguments(rest)
+    for name in a.cells:
+        check(training_arguments([*rest, *CELLS[name].training.split()]), a.processes)
+    for option, least in (("num", 2), ("processes", 1), ("also", 5)):
+        if getattr(a, option) < least:
+            raise ValueError(f"--{option} must be at least {least}, got {getattr(a, option)}")
+    if a.also % 4 != 1:
+        raise ValueError(f"--also must be 4k+1, got {a.also}; try {a.also // 4 * 4 + 1}")
+    check_writable(a.out / "table.md")
     ways = {  # folder -> options of `eval.py metrics`
         "results": f"--split test --num {a.num} --frames {config.frames}",
         "dynamic": f"--split dynamic --num {a.num // 2} --frames {config.frames}",

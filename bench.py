@@ -1,7 +1,8 @@
-"""Speed and memory against the peers, in one run on this machine; and what the large presets would need.
+"""Speed and memory against the peers, in one run on this machine; and what the real presets would need.
 
     python bench.py [wan] [transport] [splat] [tiny]  all four parts by default; medians, ratios ours / theirs
-    python bench.py --estimate small --gpus 8         memory per GPU, seconds by phase: arithmetic, no run
+    python bench.py --estimate node --gpus 8          memory per GPU, seconds by phase: arithmetic, no run
+    python bench.py --estimate node --with --kl .004  the same with other options of train.py
     python bench.py --check-memory                    the estimate's activations against allocated ones
 
 Both sides get the same weights, inputs, threads and dtype, and take turns. Needs the "test" extra
@@ -10,6 +11,8 @@ resident set during the call, the median of three (Linux). Left out: timings on 
 """
 
 import argparse
+import functools
+import math
 import re
 import statistics
 import subprocess
@@ -19,15 +22,19 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import splat
-from depth_anything import SIZES, memory_estimate
+from depth_anything import SIZES, memory_estimate, processed_size
+from grpo import draw_window
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
 from noise_warp import MOTIONS, camera_path, latent_noise, path_flow
 from rewards import TERMS, load_rewards
 from sample import generator, sample_videos, sampling_of
 from tiny.world import random_scene, random_scenes, render, render_all
+from train import check as check_training
+from train import deal, own_sampling, rollout_passes
 from train import parse_arguments as training_arguments
 from weights import TINY
 
@@ -281,15 +288,17 @@ PARTS = {"wan": wan_part, "transport": transport_part, "splat": splat_part, "tin
 
 # ------------------------------------------------------------------ the DiT's work and memory, by arithmetic
 
-def dit_flops(config, tokens, text=128):
+def dit_flops(config, tokens, text=128, attention=1.0):
     """Multiply-adds x 2 of one video's forward pass: projections, feed-forward, attention.
 
-    text: tokens of a prompt, and of the repeated padding.
+    text: tokens of a prompt, and of the repeated padding. attention: how often its products are made. The
+    backward pass through frozen weights costs what a forward does, but attention twice, and 2.5 times where
+    it makes its scores again (flash kernels).
     """
     D = config.num_attention_heads * config.attention_head_dim
     per_token = 2 * tokens * (6 * D * D + 2 * D * config.ffn_dim)
-    attention = 4 * tokens * tokens * D + 4 * tokens * text * D
-    return config.num_layers * (per_token + 4 * text * D * D + attention)
+    products = 4 * tokens * tokens * D + 4 * tokens * text * D
+    return config.num_layers * (per_token + 4 * text * D * D + attention * products)
 
 
 def activations(config, tokens, rank, bytes_a_number, layers):
@@ -367,91 +376,182 @@ def check_memory(sizes=MEMORY_SIZES, rank=32):
     return rows
 
 
-# ------------------------------------------------------------------------- what the large presets would need
+# -------------------------------------------------------------------------- what the real presets would need
 
-# Bytes; dense bfloat16 FLOP/s; bytes/s of a GPU's link inside a node and between nodes.
-H200 = dict(memory=141e9, flops=989e12, link=450e9, network=50e9)
+# Bytes; dense bfloat16 FLOP/s; bytes/s of a GPU's link inside a node, between nodes, and to the CPU: NVIDIA's
+# figures, of the RTX 4090 those of the Ada whitepaper with float32 sums.
+H200 = dict(name="H200", memory=141e9, flops=989e12, link=450e9, network=50e9, host=50e9)
+RTX_4090 = dict(name="RTX 4090", memory=24e9, flops=165e12, host=25e9)
+MACHINES = {"small": (H200, 48), "large": (H200, 96), "release": (H200, 48), "node": (H200, 8),
+            "gpu": (RTX_4090, 1)}
 UTILISATION = .4  # of the FLOP/s; a plain assumption
 
 
-def estimate(preset, gpus):
-    """A preset's step at 81 frames of 480x832. -> ({part: bytes per GPU}, {phase: seconds})
-
-    Memory: weights by count, activations by `activations`, the VAE's by a small decode scaled by pixels.
-    Time: FLOPs over UTILISATION of the peak, then FSDP's gathers of all weights (in truth they overlap).
+@functools.cache
+def decoding():
+    """What the VAE's decoding takes a pixel of height x width, by 64x64 of them: FLOPs of the first latent
+    frame and of each further one, bytes of its working set. It goes frame by frame, as for large videos.
     """
-    c = training_arguments(["--preset", preset])
+    with torch.device("meta"):
+        vae = VAE(VAEConfig()).eval()
+
+    @torch.no_grad()
+    def pieces(device):
+        memory, flops = {}, []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                vae.decode_raw(torch.zeros(1, 16, 1, 8, 8, device=device), memory)
+            flops.append(counter.get_total_flops() / 64 ** 2)
+        return flops
+
+    flops = pieces("meta")
+    vae.to_empty(device="cpu")
+    return *flops, allocated_peak(lambda: pieces("cpu")) / 64 ** 2
+
+
+def rollout_counts(c, windows, share):
+    """-> forward passes of a process's rollout, and the videos they run, as a pass may run a batch."""
+    singles = [(group, [member]) for group, members in share for member in members]
+    return rollout_passes(c, windows, share), rollout_passes(c, windows, singles)
+
+
+def busiest_rollout(c, gpus, steps=300):
+    """`rollout_counts` of the process that all others wait for, the mean over `steps` draws of windows: the
+    sooner a group's window begins, the less its members share."""
+    work, draw = deal(c, gpus), generator(0)
+    most = []
+    for _ in range(steps):
+        windows = [draw_window(draw, c.steps, c.window, c.noisy_steps) for _ in range(c.groups)]
+        if c.common_window:
+            windows = windows[:1] * c.groups
+        most.append(max(rollout_counts(c, windows, share) for share in work))
+    return [statistics.mean(counts) for counts in zip(*most)]
+
+
+def estimate(preset, gpus=None, options=()):
+    """What a preset with further options of train.py takes. -> ({part: bytes per GPU}, {phase: seconds}), the
+    whole step, an evaluation and the run among the phases.
+
+    Memory: weights by count, activations by `activations`, decoding by `decoding`.
+    Time: FLOPs over UTILISATION of the peak, then FSDP's gathers of all weights (in truth they overlap).
+    Left out: noise transport and motion on the CPU, Gaussians' rendering, checkpoints, loading; CUDA's own
+    memory and gaps in it.
+    """
+    card, usual = MACHINES[preset]
+    gpus = usual if gpus is None else gpus
+    if gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {gpus}")
+    c = training_arguments(["--preset", preset, *options])
+    check_training(c, gpus)
+    if c.full:
+        raise ValueError("the estimate counts LoRA training alone; leave out --full")
     config = DIT_SIZES["14B" if "14B" in c.model else "1.3B"]
     with torch.device("meta"):
         dit = DiT(config)
+        vae_size = sum(p.numel() for p in VAE(VAEConfig()).parameters())
     frozen = sum(p.numel() for p in dit.parameters())
     trained = sum(p.numel() for p in add_lora(dit, c.lora_rank, c.lora_alpha).values())
-    shards = gpus if c.parallel == "fsdp" else 1
-    tokens = (c.frames // 4 + 1) * (c.height // 16) * (c.width // 16)  # of a video
+    shards = 1
+    if c.parallel == "fsdp":
+        shards = c.shard_size or gpus
+    pixels = c.height * c.width
+    tokens = (c.frames // 4 + 1) * pixels // 16 ** 2  # of a video
     batch = c.batch or c.members
-    passes = 2 if c.guidance != 1 else 1  # a velocity
+    guided = 2 if c.guidance != 1 else 1  # velocities a video
+    at_once = tokens * batch * guided
+    kept = (1, config.num_layers) if c.checkpointing else (config.num_layers, 0)
+    first, further, working_set = decoding()
 
-    # Memory that is always taken, and the largest of three jobs that are done one after the other.
-    vae = VAE(VAEConfig()).eval()
-    with torch.no_grad():
-        decode = allocated_peak(lambda: vae.decode(torch.randn(1, 16, 3, 8, 8)))
-    resident = {
+    # Memory that is always taken, and the largest of jobs that are done one after the other.
+    memory = {
         "DiT, bfloat16": frozen * 2 / shards,
         "gathered blocks": 2 * 2 * frozen / config.num_layers if shards > 1 else 0,  # in use, and the next
         "LoRA, its gradient, Adam, average, float64 sums": trained * 28,
-        "text encoder, bfloat16": 5.68e9 * 2,
-        "VAE, float32": sum(p.numel() for p in vae.parameters()) * 4,
+        "VAE, float32": vae_size * 4,
     }
-    at_once = tokens * batch * passes
-    working = {
-        "update: activations": activations(config, at_once, c.lora_rank, 2, (1, config.num_layers)),
-        "rollout: working set": forward_bytes(config, at_once, 2),
-        "decoding: working set": decode * (c.height * c.width / 64 ** 2),
+    work = {
+        "text encoder, before training": 5.68e9 * 2,
+        "update": activations(config, at_once, c.lora_rank, 2, kept),
+        "rollout": forward_bytes(config, at_once, 2),
+        "decoding": (working_set + c.frames * 3 * 4) * pixels,  # and the video
     }
-    busiest = max(working.values())
 
-    # The reward models: Depth Anything and its views (504 wide, in patches of 14), critic, preference model.
-    views = memory_estimate(SIZES["da3-giant"], c.views, 504 * c.height // c.width // 14 * 14, 504)
-    judges = 5.4e9 + views + 9e9 + 17e9
-    where = " (offloaded while the policy works)" if c.offload else ""
-    peak = sum(resident.values()) + (max(busiest, judges) if c.offload else busiest + judges)
-    memory = resident | working | {"reward models and their work" + where: judges, "peak": peak}
+    # The reward models, weights and work: Depth Anything's views, and .1 GB a picture of the critic and the
+    # preference model. Offloaded ones are there for their work alone.
+    height, width = processed_size(c.height, c.width, SIZES["da3-giant"])
+    views = memory_estimate(SIZES["da3-giant"], c.views, height, width)
+    judges = {"Depth Anything 3, float32": (1.23e9 * 4, views),
+              "critic, bfloat16": (4.44e9 * 2, 2 * .1e9),
+              "preference model, bfloat16": (7.75e9 * 2, c.frames_seen * .1e9)}
+    for name, (weights, working) in judges.items():
+        if c.offload:
+            work[name] = weights + working
+        else:
+            memory[name] = weights
+            work[name] = working
+    peak = sum(memory.values()) + max(work.values())
+    memory |= {f"work: {name}": size for name, size in work.items()} | {"peak": peak}
 
-    # Seconds of one denoising step of all this GPU's videos.
-    rate = H200["flops"] * UTILISATION
-    link = H200["link"] if gpus <= 8 else H200["network"]
-    videos = max(1.0, c.groups / gpus) * c.members
-    gather = 2 * frozen * (shards - 1) / shards / link
-    denoising = videos * passes * dit_flops(config, tokens) / rate + videos / batch * gather
+    # Seconds of one video: a velocity, its backward pass through frozen weights, pixels (convolutions in
+    # TF32, at half the rate), rewards at 2 FLOPs a parameter and token of the critic's two pictures and the
+    # preference model's frames, and 4 of Depth Anything's views: they all attend to each other, and its heads
+    # are float32. Seconds of one pass: the gathers; of one batch: the judges' moves.
+    rate = card["flops"] * UTILISATION
+    velocity = guided * dit_flops(config, tokens) / rate
+    backward = guided * dit_flops(config, tokens, attention=2.5) / rate
+    decode = (first + c.frames // 4 * further) * pixels / (rate / 2)
+    seen = 4 * 1.23e9 * c.views * height * width / 14 ** 2
+    judging = (seen + 2 * 600 * (4.44e9 * 2 + 7.75e9 * c.frames_seen)) / rate
+    gather = 0
+    if shards > 1:
+        gather = 2 * frozen * (shards - 1) / shards / card["link" if shards <= 8 else "network"]
+    moving = 0
+    if c.offload:
+        moving = 2 * sum(weights for weights, _ in judges.values()) / card["host"]  # there and back
 
-    # A trained step: a forward, its recomputation, the backward through frozen weights; for KL the reference.
-    passes_a_trained_step = 3 + bool(c.kl)
-    # 2 FLOPs a parameter and token: Depth Anything's views, the critic's two, the preference model's frames.
-    judging = 2 * (1.36e9 * c.views * 756 + 4e9 * 2 * 600 + 7.6e9 * c.frames_seen * 600)
+    # A step, every one as a main one: all wait for the busiest process. A trained step is a forward pass, its
+    # recomputation (checkpointing) and the backward pass; for KL the reference's forward too.
+    batches = max(len(share) for share in deal(c, gpus))
+    passes, velocities = busiest_rollout(c, gpus)
+    forwards = 1 + c.checkpointing + bool(c.kl)
     phases = {
-        "rollout": c.steps * denoising,
-        "reward": videos * judging / rate,
-        "update": c.window * passes_a_trained_step * denoising,
+        "rollout": velocities * velocity + passes * gather,
+        "decoding": batches * batch * decode,
+        "reward": batches * (batch * judging + moving),
+        "update": c.window * batches * (batch * (forwards * velocity + backward) + (forwards + 1) * gather),
     }
-    return memory, phases | {"step": sum(phases.values())}
+    phases["step"] = sum(phases.values())
+
+    # Evaluations, one before the first step: the model's own guided steps, by rounds of batches.
+    own = own_sampling(c)
+    rounds = math.ceil(c.eval_prompts / (batch * gpus))
+    videos = min(rounds * batch, c.eval_prompts)
+    own_velocity = velocity / guided * (2 if own.guidance != 1 else 1)
+    phases["evaluation"] = (videos * (own.steps * own_velocity + decode + judging)
+                            + rounds * (own.steps * gather + moving))
+    evaluations = 1 + c.total_steps // c.eval_every if c.eval_every else 0
+    phases["run"] = c.total_steps * phases["step"] + evaluations * phases["evaluation"]
+    return memory, phases
 
 
-def print_estimate(preset, gpus):
-    memory, phases = estimate(preset, gpus)
-    print(f"ESTIMATE, not a measurement: preset {preset} on {gpus} H200 of {H200['memory'] / 1e9:.0f} GB, "
-          f"at {UTILISATION:.0%} of {H200['flops'] / 1e12:.0f} TFLOP/s")
-    print_head("memory per GPU", "GB")
+def print_estimate(preset, gpus=None, options=()):
+    memory, phases = estimate(preset, gpus, options)
+    card, usual = MACHINES[preset]
+    gpus = gpus or usual
+    c = training_arguments(["--preset", preset, *options])
+    print(f"ESTIMATE, not a measurement: preset {' '.join([preset, *options])}, {c.frames} frames of "
+          f"{c.height}x{c.width}, on {gpus} {card['name']} of {card['memory'] / 1e9:.0f} GB, "
+          f"at {UTILISATION:.0%} of {card['flops'] / 1e12:.0f} TFLOP/s")
+    print_head("memory per GPU (peak: all parts and the largest work)", "GB")
     for part, size in memory.items():
         print_row(part, f"{size / 1e9:.1f}")
-    print_head("phase of a step", "seconds")
+    print_head("phase of a step; an evaluation; the run", "seconds")
     for phase, took in phases.items():
-        print_row(phase, f"{took:.0f}")
-    total_steps = training_arguments(["--preset", preset]).total_steps
-    hours = total_steps * phases["step"] / 3600
-    print(f"\n{total_steps} steps: {hours:,.0f} hours, {hours * gpus:,.0f} GPU hours")
-    if memory["peak"] > H200["memory"]:
-        print(f"\nThis does not fit: {memory['peak'] / 1e9:.0f} GB of {H200['memory'] / 1e9:.0f}. "
-              "More GPUs, --parallel fsdp or --offload.")
+        print_row(phase, f"{took:,.1f}")
+    hours = phases["run"] / 3600
+    print(f"\n{c.total_steps} steps and their evaluations: {hours:,.0f} hours, {hours * gpus:,.0f} GPU hours")
+    fits = "fits" if memory["peak"] <= card["memory"] else "does NOT fit"
+    print(f"{memory['peak'] / 1e9:.1f} GB of {card['memory'] / 1e9:.0f}: it {fits}")
 
 
 def main(argv=None):
@@ -459,8 +559,11 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, "all"), default="all", help="what to time")
     parser.add_argument("--repeat", type=int, default=7, help="timed turns; the median is shown")
-    parser.add_argument("--estimate", choices=("small", "large"), help="a preset")
-    parser.add_argument("--gpus", type=int, default=8, help="--estimate: how many H200")
+    parser.add_argument("--estimate", choices=MACHINES, help="a preset")
+    parser.add_argument("--gpus", type=int, help="--estimate: how many (default: "
+                        + ", ".join(f"{name} {gpus}" for name, (_, gpus) in MACHINES.items()) + ")")
+    parser.add_argument("--with", dest="options", nargs=argparse.REMAINDER, default=[],
+                        help="--estimate: further options of train.py; the last of all")
     parser.add_argument("--check-memory", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "FRAMES"), help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
@@ -469,7 +572,7 @@ def main(argv=None):
         if a.peak:
             print(peak_growth(a.peak[0], int(a.peak[1])))
         elif a.estimate:
-            print_estimate(a.estimate, a.gpus)
+            print_estimate(a.estimate, a.gpus, a.options)
         elif a.check_memory:
             check_memory()
         else:

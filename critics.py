@@ -11,14 +11,17 @@ models.
 """
 
 import ast
+import contextlib
 import warnings
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from weights import fill, match_tensors, model_folder, read_json
+from weights import Positive, Size, described, fill, match_tensors, model_folder, read_json, weight_files
 
 CRITIC_PROMPT = (
     "This picture is a 3D reconstruction, seen from a place where the camera that filmed the scene "
@@ -27,6 +30,8 @@ CRITIC_PROMPT = (
     "holes, walls that bend or come apart. Answer with one digit from 0 (the scene has collapsed) to 9 "
     "(solid, as if it had been filmed from here).")
 REWARD_TOKEN = "<|Reward|>"  # HPSv3 reads its score at this token
+CRITIC, PREFERENCE = "Qwen/Qwen3-VL-4B-Instruct", "MizzenAI/HPSv3"  # what is expected, for the errors
+PREFERENCE_BASE = "Qwen/Qwen2-VL-7B-Instruct"
 
 
 # -------------------------------------------------------------------------------- pictures and chat templates
@@ -46,6 +51,35 @@ def chat_batch(processor, pictures, texts):
                                          return_tensors="pt", processor_kwargs=dict(padding=True))
 
 
+def as_text(prompt, tokenizer):
+    """A prompt without the tokenizer's own marks (<|Reward|>, <|im_end|> ...): a space makes them text."""
+    for mark in tokenizer.get_added_vocab():
+        prompt = prompt.replace(mark, f"{mark[0]} {mark[1:]}")
+    return prompt
+
+
+@contextlib.contextmanager
+def reading(folder, hub_id):
+    """Makes one sentence of whatever transformers raises at a folder that lacks what `hub_id` holds."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as e:
+        reason = str(e).strip().partition("\n")[0][:200]
+        raise ValueError(f"'{folder}' does not hold a model such as {hub_id} ({reason}); "
+                         f"download it: hf download {hub_id}") from None
+
+
+def load_processor(folder, model_type):
+    """The tokenizer and picture processor beside a model of this type; no code of the folder is run."""
+    import transformers
+    found = read_json(folder / "config.json").get("model_type")
+    if found != model_type:
+        raise ValueError(f"its config's model_type is {found}, not {model_type}")
+    return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
 # --------------------------------------------------------------------------------- the vision-language critic
 
 class Critic:
@@ -53,17 +87,22 @@ class Critic:
 
     def __init__(self, path, device="cpu", dtype=torch.float32):
         import transformers
-        folder = model_folder(path, ["*.json", "*.safetensors", "merges.txt", "*.jinja"])
-        self.processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        folder = model_folder(path, ["*.json", "*.safetensors", "merges.txt", "*.jinja"],
+                              f"a folder with Qwen3-VL, or its hub id: {CRITIC}")
+        kind = transformers.Qwen3VLForConditionalGeneration
+        with reading(folder, CRITIC):
+            self.processor = load_processor(folder, "qwen3_vl")
+            config = transformers.Qwen3VLConfig.from_pretrained(folder)
+            described(partial(kind._from_config, config), weight_files(folder, "model"),
+                      folder / "config.json")
+            self.model, found = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                     output_loading_info=True)
+            for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+                if found[what]:  # transformers would go on with random weights
+                    name = sorted(map(str, found[what]))[0]
+                    raise ValueError(f"it has {what.replace('_', ' ')} such as {name}")
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that the last position is every prompt's end
-        self.model, found = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if found[what]:  # transformers would go on with random weights
-                name = sorted(map(str, found[what]))[0]
-                raise ValueError(f"the critic '{path}' has {what.replace('_', ' ')} such as {name}; "
-                                 "it is not the checkpoint its config describes")
         self.model.to(device).eval()
         self.digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
         if any(len(ids) != 1 for ids in self.digits) or len({ids[0] for ids in self.digits}) < 10:
@@ -111,8 +150,10 @@ class HPSv3(nn.Module):
 
     def score(self, hidden, input_ids, reward_id):
         """-> (B, 2) float32: mean and log-deviation of the score."""
-        at = (input_ids == reward_id).int().argmax(1)
-        return self.rm_head(hidden[torch.arange(len(hidden)), at].float())
+        found = input_ids == reward_id
+        if (found.sum(1) != 1).any():
+            raise ValueError(f"a prompt must hold {REWARD_TOKEN} once: HPSv3 reads its score there")
+        return self.rm_head(hidden[found].float())
 
     def forward(self, reward_id, **inputs):
         return self.score(self.hidden(**inputs), inputs["input_ids"], reward_id)
@@ -138,45 +179,60 @@ def published_instruction():
     return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
 
 
+@dataclass
+class Hpsv3Json:
+    """What hpsv3.json may hold, beside the weights: what they were trained with, and the scale of R_gen."""
+    instruction: str = ""  # empty: the published one
+    image_pixels: Size = 256 * 28 * 28
+    center: float = 5.0
+    spread: Positive = 5.0
+
+    def __post_init__(self):
+        counts = [self.instruction.count(part) for part in ("{text_prompt}", REWARD_TOKEN)]
+        if self.instruction and counts != [1, 1]:
+            raise ValueError(f"the instruction must hold {{text_prompt}} and {REWARD_TOKEN}, each once")
+
+
 class Preference:
     """HPSv3: images and prompts -> scores, unbounded, about 0 to 10 for the published weights.
 
-    .center and .spread bring a score to about [-1, 1], the scale of R_gen: (score - center) / spread.
+    .center and .spread bring a score to R_gen's scale, [-1, 1]: tanh((score - center) / spread).
     path: a folder or hub id with HPSv3.safetensors. Config and processor come from the same folder when it
-    has a config.json, else from `base`. hpsv3.json in the folder may hold the prompt and the picture size it
-    was trained with.
+    has a config.json, else from `base`. hpsv3.json in the folder may hold the entries of Hpsv3Json.
     """
 
-    def __init__(self, path, device="cpu", dtype=torch.float32, base="Qwen/Qwen2-VL-7B-Instruct"):
+    def __init__(self, path, device="cpu", dtype=torch.float32, base=PREFERENCE_BASE):
         import transformers
-        folder = model_folder(path, ["HPSv3.safetensors", "*.json", "*.jinja"])
+        folder = model_folder(path, ["HPSv3.safetensors", "*.json", "*.jinja"],
+                              f"a folder with HPSv3, or its hub id: {PREFERENCE}")
         file = folder / "HPSv3.safetensors"
         if not file.exists():
-            raise ValueError(f"{folder} lacks HPSv3.safetensors; download MizzenAI/HPSv3")
-        own = {}
+            raise ValueError(f"'{folder}' lacks HPSv3.safetensors; download it: hf download {PREFERENCE}")
+        own = Hpsv3Json()
         if (folder / "hpsv3.json").exists():
-            own = read_json(folder / "hpsv3.json")
-        self.instruction = own.get("instruction") or published_instruction()
-        pixels = own.get("image_pixels", 256 * 28 * 28)
-        self.center, self.spread = own.get("center", 5.0), own.get("spread", 5.0)
+            own = read_json(folder / "hpsv3.json", Hpsv3Json)
+        self.instruction = own.instruction or published_instruction()
+        self.center, self.spread = own.center, own.spread
 
         # the processor, with the token at which the score is read
         if (folder / "config.json").exists():
             base = folder
         else:
-            base = model_folder(base, ["*.json", "merges.txt", "*.jinja"])
-        self.processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False)
+            base = model_folder(base, ["*.json", "merges.txt", "*.jinja"],
+                                f"a folder with Qwen2-VL, or its hub id: {PREFERENCE_BASE}")
+        with reading(base, PREFERENCE_BASE):
+            self.processor = load_processor(base, "qwen2_vl")
+            config = transformers.Qwen2VLConfig.from_pretrained(base)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "right"
         tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
+        pixels = own.image_pixels
         self.processor.image_processor.size = {"shortest_edge": pixels, "longest_edge": pixels}
         self.reward_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
         # the model, filled from the published file
-        config = transformers.Qwen2VLConfig.from_pretrained(base)
         config.text_config.vocab_size = len(tokenizer)
-        with torch.device("meta"):
-            model = HPSv3(config)
+        model = described(partial(HPSv3, config), [file], base / "config.json")
         tensors = match_tensors(model, [file], published_key, device, unused={"lm_head.weight"})
         fill(model, tensors, device, dtype)
         # rotary frequencies are no part of the file: made anew, then rounded to dtype as the official
@@ -188,6 +244,7 @@ class Preference:
         self.model.rm_head.float()
 
     def inputs(self, pictures, prompts):
+        prompts = [as_text(prompt, self.processor.tokenizer) for prompt in prompts]
         texts = [self.instruction.replace("{text_prompt}", prompt) for prompt in prompts]
         batch = chat_batch(self.processor, pictures, texts)
         batch.pop("mm_token_type_ids", None)

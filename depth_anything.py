@@ -32,10 +32,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from noise_warp import draw_paths
-from sample import psnr, read_video, write_video
+from sample import check_device, psnr, read_video, spread, write_video
 from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh
-from weights import TINY, config_from, fill, match_tensors, model_folder, open_tensors, read_json
-from weights import weight_files, written_whole
+from weights import (TINY, Size, config_from, described, fill, match_tensors, model_folder, open_tensors,
+                     read_json, weight_files, written_whole)
 
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet
 UNUSED = re.compile(r"model\.(cam_enc\.|head\.scratch\.(output_conv|refinenet)\d_aux\.)")  # branches left out
@@ -44,18 +44,18 @@ CHUNK = 8  # views that go through a head at once
 
 @dataclass
 class DA3Config:
-    dim: int = 384
-    depth: int = 12
-    heads: int = 6
+    dim: Size = 384
+    depth: Size = 12
+    heads: Size = 6
     swiglu: bool = False  # the feed-forward of ViT-g
-    out_layers: tuple = (5, 7, 9, 11)
-    alt_start: int = 4  # first block with qk-norm and RoPE; from here odd blocks attend over all views
-    features: int = 64  # width of the DPT heads
-    out_channels: tuple = (48, 96, 192, 384)
+    out_layers: tuple[int, int, int, int] = (5, 7, 9, 11)
+    alt_start: Size = 4  # first block with qk-norm and RoPE; from here odd blocks attend over all views
+    features: Size = 64  # width of the DPT heads
+    out_channels: tuple[Size, Size, Size, Size] = (48, 96, 192, 384)
     gaussians: bool = False  # whether the checkpoint has the Gaussian head
-    patch_size: int = 14
-    grid: int = 37  # side of the learned position embedding
-    process_res: int = 504  # the longest side that frames are resized to
+    patch_size: Size = 14
+    grid: Size = 37  # side of the learned position embedding
+    process_res: Size = 504  # the longest side that frames are resized to
 
 
 SIZES = {
@@ -473,7 +473,7 @@ class DepthAnything3(nn.Module):
             raise ValueError("frames have NaN or infinite pixels")
 
         # Evenly spread frames, as the transformer's training saw them.
-        index = torch.linspace(0, len(frames) - 1, count).round().long()
+        index = spread(len(frames), count)
         images = preprocess(frames[index], self.config)
         normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         return Reconstruction(*self.network(normalised.to(device)), images=images.to(device), frames=index)
@@ -492,8 +492,9 @@ def memory_estimate(config, views, height, width):
 
 
 def free_memory(device):
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # and what torch keeps for itself without using it
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "cpu":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return math.inf
@@ -550,18 +551,24 @@ def load_depth_anything(path, device="cpu"):
     folder = model_folder(path, ["config.json", "model.safetensors"])
     file = folder / "config.json"
     values = read_json(file)
-    if values.get("model_name") in SIZES:
-        config = SIZES[values["model_name"]]
+    name = str(values.get("model_name"))
+    if name in SIZES:
+        config = SIZES[name]
     elif "dim" in values and "alt_start" in values:
         config = config_from(DA3Config, values, file)
     else:
         raise ValueError(f"{file} names none of {', '.join(SIZES)}; "
                          "this file covers no other model")
+    layers = list(config.out_layers)
+    if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= config.depth:
+        raise ValueError(f"{file}: out_layers must rise within the {config.depth} blocks, got {layers}; "
+                         "download it again")
+    if config.process_res > 4096:
+        raise ValueError(f"{file}: process_res must be at most 4096 pixels, got {config.process_res}")
     files = weight_files(folder, "model")
     # What a file may hold of the branches left out is known only once the file is open.
     unused = {name for name in open_tensors(files) if UNUSED.match(name)}
-    with torch.device("meta"):
-        model = DepthAnything3(config)
+    model = described(functools.partial(DepthAnything3, config), files, file)
     return fill(model, match_tensors(model, files, checkpoint_key, device, unused), device, torch.float32)
 
 
@@ -622,6 +629,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     try:
+        check_device(options.device)
         video, fps = read_video(options.video)
         rec = load_depth_anything(options.model, options.device)(video, options.views)
     except (ValueError, OSError) as error:

@@ -6,18 +6,27 @@
     python eval.py table --runs base=results/base rl=results/rl               the paper's tables
 
 A results folder holds metrics.jsonl (a row a video), summary.json (means with intervals) and, of a sampled
-model, videos/. One reconstruction a video serves every metric. It takes `views` frames, evenly
-spread; *held-out* frames lie midway between them and are rendered from cameras halfway between their
-neighbours': a stricter test that no paper reports. Distances are in units of the video's median depth.
+model, videos/. It is whole or not there: a call works in .NAME.part beside it, which it renames at its end,
+and what is there already is never replaced. What failed is null, counted, and exit status 1.
+
+One reconstruction a video serves every metric. It takes `views` frames, evenly spread; *held-out* frames lie
+midway between them and are rendered from cameras halfway between their neighbours': a stricter test that no
+paper reports. Distances are in units of the video's median depth.
 Definitions and sources stand in each function. Left out: FVD and metrics that need reference videos.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import json
 import math
+import shutil
 import sys
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import scipy.stats
@@ -31,9 +40,10 @@ from lora import merge_lora
 from model import load_wan
 from noise_warp import camera_path, parse_motion, relative_to_first, rotation_angle
 from prompts import SPLITS, read_prompts, read_rows
-from rewards import TERMS, add_reward_options, lpips_distance, motion_magnitude, native_intrinsics, rewards_of
-from sample import check_size, psnr, read_video, sample_videos, sampling_of, write_video
-from weights import TINY, read_json, write_json
+from rewards import (MASKED, TERMS, add_reward_options, is_fault, lpips_distance, motion_magnitude,
+                     native_intrinsics, rewards_of)
+from sample import check_size, check_writable, psnr, read_video, sample_videos, sampling_of, write_video
+from weights import TINY, from_json, read_bytes, read_json, write_json
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -156,13 +166,12 @@ def rerender(rec, video, shown=None):
 
 
 @torch.no_grad()
-def measure(video, prompt, path, rewards):
-    """Every metric of a video (F, 3, H, W) with its prompt and requested path (F, 4, 4) -> {name: float}."""
-    clip = rewards.score(video, prompt, path)
-    rec = clip.reconstruction
-    if rec is None:
-        raise ValueError(next(iter(clip.errors.values())))
-    row = {f"reward_{name}": score for name, score in clip.scores.items()}
+def measure(clip, rewards):
+    """Every metric of a scored Clip beside its rewards -> {name: float}, NaN where it needs a failed term."""
+    video, rec = clip.video, clip.reconstruction
+    if clip.rerender is None:  # no reconstruction, or none that can be rendered
+        raise ValueError(clip.errors["recon"])
+    row = {}
 
     # 3D consistency: what the reconstruction gives back of the frames it has seen, and of those it has not
     shown, held_out = rerender(rec, video, clip.rerender)
@@ -179,7 +188,7 @@ def measure(video, prompt, path, rewards):
     # camera control, in units of the median depth
     found = rec.camera_to_world.cpu().clone()
     found[:, :3, 3] /= float(rec.depth.median())
-    row |= camera_errors(path[rec.frames], found)
+    row |= camera_errors(clip.path[rec.frames], found)
 
     # the plain sum of the 3D terms, and how much moves by itself: a frozen scene is easy to reconstruct
     row["three_d"] = sum(clip.scores[name] for name, term in TERMS.items() if term.three_d)
@@ -227,24 +236,22 @@ def folder_videos(folder, prompt_file):
 BATCH = 10  # videos that are sampled at once
 
 
-def sampled_videos(a):
+def sampled_videos(a, folder):
     """A model's samples for the prompts of a split -> {name: prompt}, load(name).
 
-    A batch is sampled when its first video is asked for, and written to OUT/videos. Prompt k takes the seed's
+    A batch is sampled when its first video is asked for, and written to the folder. Prompt k takes the seed's
     k-th noise: the same in every batch, and before and after training.
     """
     # which prompts
     file = a.prompts
     if not file:
         is_tiny = Path(a.model).resolve() == (TINY / "wan").resolve()
-        folder = TINY if is_tiny else TINY.parent
-        file = folder / "prompts.jsonl"
+        file = (TINY if is_tiny else TINY.parent) / "prompts.jsonl"
     prompts = read_prompts(file)[a.split][:a.num]
     if not prompts:
         raise ValueError(f"{file} holds no {a.split} prompt; choose another --split")
 
     # which model, at what size
-    check_size(a.frames, None, None)
     sampling = sampling_of(a.model, frames=a.frames)
     wan = load_wan(a.model, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
     if a.lora:
@@ -256,7 +263,7 @@ def sampled_videos(a):
         videos, _ = sample_videos(wan, prompts[start:start + BATCH], sampling, a.seed, members=members,
                                   transport=a.transport)
         for k, video in zip(members, videos):
-            write_video(a.out / "videos" / f"{k:04d}.mp4", video, sampling.fps)
+            write_video(folder / f"{k:04d}.mp4", video, sampling.fps)
         return videos
 
     def load(name):
@@ -275,60 +282,114 @@ def measured_row(name, prompt, load, rewards):
         video = load(name)  # (F, 3, H, W)
         frames, _, height, width = video.shape
         row["size"] = f"{frames}x{height}x{width}"
-        row |= measure(video, prompt, camera_path(parse_motion(prompt), frames), rewards)
-    except Exception as e:
+        clip = rewards.score(video, prompt, camera_path(parse_motion(prompt), frames))
+        row |= {f"reward_{term}": score for term, score in clip.scores.items()}
+        if clip.errors:
+            row["failed_terms"] = clip.errors
+        row |= measure(clip, rewards)
+    except (*MASKED, OSError) as e:
+        if is_fault(e):
+            raise
         row["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
         tqdm.write(f"{name}: {row['error']}")
-    return row
+    # JSON has no NaN
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()}
+
+
+def check(a):
+    """Raises ValueError with one sentence for the first argument that cannot work."""
+    if a.num < 1:
+        raise ValueError(f"--num must be at least 1, got {a.num}")
+    check_size(a.frames, None, None)
+    if a.frames == 1:
+        raise ValueError("--frames must be at least 5: one frame shows no camera path")
+    if a.videos and not a.prompts:
+        raise ValueError("--videos needs --prompts FILE: one prompt a line in the order of the videos, "
+                         "or jsonl with ids")
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """with new_folder("results/x") as part: the folder `part` that the block makes is at `out` when it ends.
+
+    What is at `out` before is never replaced: ValueError, as where nothing can be written. A stopped block
+    leaves `part`, .NAME.part beside `out`, and the next one begins it anew.
+    """
+    whole = out.resolve()
+    if whole.is_file() or whole.is_dir() and any(whole.iterdir()):
+        raise ValueError(f"{out} is there already and is never replaced; choose another --out, or remove it")
+    part = whole.with_name(f".{whole.name}.part")
+    check_writable(part / "summary.json")
+    shutil.rmtree(part, ignore_errors=True)
+    yield part
+    part.rename(whole)
 
 
 def metrics(a):
-    """Scores every video and writes the results folder -> exit status, 1 if a video could not be scored."""
-    # videos and models: what is wrong with the arguments is found here
-    if a.videos:
-        if not a.prompts:
-            raise ValueError("--videos needs --prompts FILE: one prompt a line in the order of the videos, "
-                             "or jsonl with ids")
-        prompts, load = folder_videos(a.videos, a.prompts)
-    else:
-        prompts, load = sampled_videos(a)
-    rewards = rewards_of(a).load()
+    """Scores every video and writes the results folder -> exit status, 1 if a video or a term failed."""
+    check(a)
+    rewards = rewards_of(a)
+    with new_folder(a.out) as part:
+        # videos and models: what is wrong with their files is found here
+        if a.videos:
+            prompts, load = folder_videos(a.videos, a.prompts)
+        else:
+            prompts, load = sampled_videos(a, part / "videos")
+        rewards.load()
 
-    # one row a video; written at once, so that a stopped run keeps what it has
-    a.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with open(a.out / "metrics.jsonl", "w") as log:
-        for name, prompt in tqdm(prompts.items(), desc="metrics", unit="video"):
-            rows.append(measured_row(name, prompt, load, rewards))
-            print(json.dumps(rows[-1]), file=log, flush=True)
+        # one row a video; written at once, so that what a stopped call has done can be looked at
+        part.mkdir(parents=True)
+        rows = []
+        with open(part / "metrics.jsonl", "w") as log:
+            for name, prompt in tqdm(prompts.items(), desc="metrics", unit="video"):
+                rows.append(measured_row(name, prompt, load, rewards))
+                print(json.dumps(rows[-1]), file=log, flush=True)
+        about = summarise(a, rows, part)
+        write_json(part / "summary.json", dataclasses.asdict(about))
 
-    return write_results(a, rows)
+    # what is known of every metric, and what failed
+    print(f"{about.videos} videos ({', '.join(about.sizes)}), {failures(about)}; LPIPS: {about.lpips}; "
+          "mean [bootstrap 95 % interval]")
+    for name, value in about.summary.items():
+        if name == "vbench":
+            print(f"{name:20} {value}")
+        else:
+            print(f"{name:20} {value[0]:10.4f}  [{value[1]:.4f}, {value[2]:.4f}]")
+    return 1 if about.failed or about.failed_terms else 0
 
 
-def write_results(a, rows):
-    """summary.json of all rows, which is also printed -> exit status."""
-    # every metric that any video has
+@dataclass
+class Summary:
+    """summary.json of a results folder."""
+    videos: int  # that could be scored
+    failed: int  # that could not
+    sizes: list[str]
+    seed: int
+    lpips: str
+    summary: dict[str, tuple[float, float, float] | dict[str, float] | str]  # mean, low, high; and vbench
+    failed_terms: dict[str, int] = field(default_factory=dict)  # on how many videos a term failed
+    model: str = ""
+    lora: str | None = None
+
+
+def summarise(a, rows, folder):
+    """Means over the videos of rows that could be scored; a metric that none of them has is left out."""
     good = [row for row in rows if "error" not in row]
     known = dict.fromkeys(name for row in good for name in row)
-    names = [name for name in known if name not in ("video", "prompt", "size")]
-
-    # means over the videos that could be scored
-    summary = {name: interval([row.get(name) for row in good]) for name in names}
-    summary["vbench"] = vbench(a.videos or a.out / "videos", a.out)
-    sizes = sorted({row["size"] for row in good})
-    failed = len(rows) - len(good)
+    names = [name for name in known if any(isinstance(row.get(name), int | float) for row in good)]
+    means = {name: interval([row.get(name) for row in good]) for name in names}
+    means["vbench"] = vbench(a.videos or folder / "videos", folder)
+    failed_terms = Counter(term for row in rows for term in row.get("failed_terms", ()))
     lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
-    write_json(a.out / "summary.json", dict(
-        videos=len(good), failed=failed, sizes=sizes, seed=a.seed, model=str(a.videos or a.model),
-        lora=a.lora, lpips=lpips, summary=summary))
+    return Summary(len(good), len(rows) - len(good), sorted({row["size"] for row in good}), a.seed, lpips,
+                   means, dict(failed_terms), str(a.videos or a.model), a.lora)
 
-    print(f"{len(good)} videos ({', '.join(sizes)}), {failed} failed; LPIPS: {lpips}; "
-          "mean [bootstrap 95 % interval]")
-    for name in names:
-        mean, low, high = summary[name]
-        print(f"{name:20} {mean:10.4f}  [{low:.4f}, {high:.4f}]")
-    print(f"{'vbench':20} {summary['vbench']}")
-    return 1 if failed else 0
+
+def failures(about):
+    """What a Summary says of failures, in words."""
+    terms = [f"{term} failed on {n}" for term, n in about.failed_terms.items()]
+    return ", ".join([f"{about.failed} failed", *terms])
 
 
 VBENCH = ("aesthetic_quality", "imaging_quality", "motion_smoothness", "subject_consistency",
@@ -381,14 +442,21 @@ MEAN = "{0[0]:.3f} [{0[1]:.3f}, {0[2]:.3f}]"  # mean, low, high
 CHANGE = "{0[0]:+.3f} [{0[1]:+.3f}, {0[2]:+.3f}] ({0[3]:.0%})"  # and the share that rose
 
 
-def read_lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def read_lines(file, kind):
+    """The rows of a .jsonl file, each checked to be of that kind; ValueError names the line."""
+    lines = read_bytes(file).splitlines()
+    return [from_json(line, kind, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+# A line of a results folder's metrics.jsonl, as far as it is read again.
+VideoRow = TypedDict("VideoRow", dict(video=str, prompt=str | None, size=str, error=str)
+                     | dict.fromkeys(CHANGES, float | None), total=False)
 
 
 def good_rows(folder):
     """The scored videos of a results folder -> {(name, prompt, size): row}."""
-    rows = read_lines(Path(folder) / "metrics.jsonl")
-    return {(row["video"], row["prompt"], row["size"]): row for row in rows if "error" not in row}
+    rows = read_lines(Path(folder) / "metrics.jsonl", VideoRow)
+    return {(row.get("video"), row.get("prompt"), row.get("size")): row for row in rows if "error" not in row}
 
 
 def changes(before, after):
@@ -398,8 +466,8 @@ def changes(before, after):
     shared = [key for key in rows_before if key in rows_after]
     found = {}
     for name in CHANGES:
-        rises = np.array([rows_after[key].get(name, math.nan) - rows_before[key].get(name, math.nan)
-                          for key in shared])
+        values = [[rows[key].get(name) for key in shared] for rows in (rows_before, rows_after)]
+        rises = np.diff(np.array(values, dtype=float), axis=0)[0]  # None is NaN
         rises = rises[np.isfinite(rises)]
         if len(rises):
             found[name] = *interval(rises), float((rises > 0).mean())
@@ -424,22 +492,27 @@ def paper_rows(columns):
     return [row for row in rows if any(row[1:])]
 
 
+def read_summary(file):
+    if not file.exists():
+        raise ValueError(f"{file.parent} holds no summary.json; make it: python eval.py metrics --out ...")
+    about = read_json(file, Summary)
+    for name, value in about.summary.items():
+        if isinstance(value, tuple) == (name == "vbench"):
+            raise ValueError(f"{file}: {name} is not what eval.py writes; score the videos again")
+    return about
+
+
 def table(runs):
     """Markdown in the paper's layout, the paper's own rows marked as such. runs: {label: results folder}.
 
     Runs on the first one's prompts and seed are also compared with it video by video.
     """
-    found = {}
-    for label, folder in runs.items():
-        file = Path(folder) / "summary.json"
-        if not file.exists():
-            raise ValueError(f"{folder} holds no summary.json; make it: python eval.py metrics --out ...")
-        found[label] = read_json(file)
+    found = {label: read_summary(Path(folder) / "summary.json") for label, folder in runs.items()}
     parts = []
 
     # means of every run
     for title, columns in TABLES.items():
-        rows = [table_row(label, about["summary"], columns, MEAN) for label, about in found.items()]
+        rows = [table_row(label, about.summary, columns, MEAN) for label, about in found.items()]
         parts.append(markdown(title, columns, rows + paper_rows(columns)))
 
     # differences from the first, over the videos that both have
@@ -447,7 +520,7 @@ def table(runs):
     rows = []
     for label in others:
         change = changes(runs[base], runs[label])
-        if change and found[label]["seed"] == found[base]["seed"]:
+        if change and found[label].seed == found[base].seed:
             rows.append(table_row(label, change, CHANGES, CHANGE))
     if rows:
         title = f"Change from {base}, same prompts and seeds (share of videos that rose)"
@@ -456,7 +529,7 @@ def table(runs):
     # VBench, or why it was not measured
     rows = []
     for label, about in found.items():
-        scores = about["summary"]["vbench"]
+        scores = about.summary.get("vbench", "not measured")
         if isinstance(scores, str):
             rows.append([label, scores])
         else:
@@ -464,8 +537,8 @@ def table(runs):
     parts.append(markdown("VBench (%)", VBENCH_COLUMNS, rows + paper_rows(VBENCH_COLUMNS)))
 
     # what was measured
-    sources = [f"{label}: {about['videos']} videos of {', '.join(about['sizes'])}, seed {about['seed']}, "
-               f"LPIPS {about['lpips']}" for label, about in found.items()]
+    sources = [f"{label}: {about.videos} videos of {', '.join(about.sizes)}, {failures(about)}, "
+               f"seed {about.seed}, LPIPS {about.lpips}" for label, about in found.items()]
     parts.append(f"Mean and bootstrap 95 % interval over videos. {'; '.join(sources)}. The paper's rows are "
                  "its own numbers, on its own models and videos: not comparable in value.")
     return "\n\n".join(parts)
@@ -488,7 +561,7 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     add("--frames", type=int, help="4k+1; default: the model's")
     add("--no-transport", dest="transport", action="store_false", help="noise that follows no camera path")
-    add("--out", type=Path, default=Path("results"), help="the results folder")
+    add("--out", type=Path, default=Path("results"), help="the results folder, which must be new")
     add_reward_options(metrics_parser, views=9)
 
     table_parser = commands.add_parser("table", help="the paper's tables from results folders")

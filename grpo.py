@@ -1,7 +1,8 @@
 """Flow-GRPO-Fast: groups of videos, advantages inside each group, a clipped surrogate on a short stochastic
 window.
 
-    group      G members of one prompt; each gets a reward r, a weighted sum of terms    `Group`
+    group      G members of one prompt; each gets a reward r, a weighted sum of terms;
+               processes share the work by batches of members                            `Batch`
     rollout    ODE steps, but for a window of a few consecutive high-noise steps
                that are SDE steps x' ~ N(mean_theta(x), std^2)                           `rollout`
     advantage  A = (r - mean of the group) / (std of the group + 1e-4), within +-5       `advantages`
@@ -29,31 +30,31 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sample import log_prob, transition
+from sample import log_prob, transition, unchanged
 
 
 @dataclass
 class Transition:
-    """One stochastic step of a group's rollout, as the update needs it. All float32."""
+    """One stochastic step of a batch's rollout, as the update needs it. All float32."""
     index: int  # which of the denoising steps
-    x: torch.Tensor  # (G, C, T, h, w), the state before
-    x_next: torch.Tensor  # (G, C, T, h, w), the state drawn
-    mean: torch.Tensor  # (G, C, T, h, w), of the distribution it was drawn from
-    logp: torch.Tensor  # (G,), its log-probability then
+    x: torch.Tensor  # (B, C, T, h, w), the state before
+    x_next: torch.Tensor  # (B, C, T, h, w), the state drawn
+    mean: torch.Tensor  # (B, C, T, h, w), of the distribution it was drawn from
+    logp: torch.Tensor  # (B,), its log-probability then
 
 
 @dataclass
-class Group:
-    """G videos of one prompt."""
-    index: int  # of the prompt in its list
+class Batch:
+    """Members of one group that are rolled out, scored and trained on together: the work that processes
+    share."""
+    group: int  # which of the step's groups
+    members: range  # which of the group's members, B of its G
     prompt: str
-    path: torch.Tensor  # the requested camera-to-world (F, 4, 4)
     levels: torch.Tensor  # noise levels sigma (steps + 1,)
     transitions: list  # of Transition, one a step of the window
-    videos: list  # G x (F, 3, H, W)
-    terms: dict = field(default_factory=dict)  # reward term -> (G,); NaN = masked
-    motion: list = field(default_factory=list)  # G x motion magnitude, watched beside the rewards
-    advantages: torch.Tensor | None = None  # (G,)
+    terms: dict = field(default_factory=dict)  # reward term -> (B,); NaN = masked
+    motion: list = field(default_factory=list)  # B x motion magnitude, watched beside the rewards
+    advantages: torch.Tensor | None = None  # (B,)
 
 
 # --------------------------------------------------------------------------------------------------- rollouts
@@ -70,27 +71,30 @@ def draw_window(generator, steps, size, noisy_steps):
 
 
 @torch.no_grad()
-def rollout(velocity, noise, levels, window, eta=.7, kind="flow", generators=None, shared=False, members=1):
+def rollout(velocity, x, levels, window, eta=.7, kind="flow", generators=None, first=0, after_step=unchanged):
     """Samples with SDE steps on `window` (consecutive step indices) and Euler ODE steps elsewhere.
 
-    velocity(x, sigma) -> v; noise (B, ...); levels (steps + 1,). generators: one torch.Generator per final
-    sample, for its step noise. shared: the noise of a prompt is one sample until the window, where it
-    branches into `members`. -> latents (B or B*members, ...), and the window's transitions.
+    velocity(x, sigma) -> v; x (B, ...) at levels[first], levels (steps + 1,); generators: one torch.Generator
+    a sample, for its step noise. after_step(x, i) may change x after step i, which is no part of the policy.
+    -> latents (B, ...), and the window's transitions.
+
+    Members may share what comes before the window, which is an ODE: x is then `euler` of one noise, repeated,
+    and first the window's first step.
     """
-    x, transitions = noise.float(), []
-    for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:])):
-        if shared and i == window[0]:
-            x = x.repeat_interleave(members, 0)
+    x, transitions = x.float(), []
+    for i in range(first, len(levels) - 1):
+        sigma, sigma_next = levels[i], levels[i + 1]
         stochastic = i in window
         mean, std = transition(x, velocity(x, sigma), sigma, sigma_next, eta if stochastic else 0.0, kind)
-        if not stochastic:
-            x = mean
-            continue
-        # the step noise: here the group's members part, and this is what the policy's probability is about
-        draws = [torch.randn(mean.shape[1:], generator=g) for g in generators]
-        x_next = mean + std * torch.stack(draws).to(mean.device)
-        transitions.append(Transition(i, x, x_next, mean, log_prob(x_next, mean, std)))
-        x = x_next
+        if stochastic:
+            # the step noise: here the group's members part, and this is what the policy's probability is
+            # about
+            draws = [torch.randn(mean.shape[1:], generator=g) for g in generators]
+            x_next = mean + std * torch.stack(draws).to(mean.device)
+            transitions.append(Transition(i, x, x_next, mean, log_prob(x_next, mean, std)))
+        else:
+            x_next = mean
+        x = after_step(x_next, i)
     return x, transitions
 
 

@@ -10,8 +10,8 @@ PREFIXES and ENDINGS list the forms. Left out: dropout, training adapters on oth
 """
 
 import contextlib
-import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from model import original_dit_key
-from weights import open_tensors, read_json
+from weights import Size, config_from, from_json, open_tensors, read_json
 
 
 class LoRALinear(nn.Module):
@@ -129,7 +129,7 @@ def lora_file(path):
     if path.is_dir():
         files = [path / name for name in ADAPTER_FILES]
     for file in files:
-        if file.exists():
+        if file.is_file():
             return file
     raise ValueError(f"no LoRA file '{path}'; "
                      f"give a .safetensors file, or a folder that holds {' or '.join(ADAPTER_FILES)}")
@@ -183,6 +183,8 @@ def match_adapter(dit, path, shapes):
 
     shapes: {key: shape}. ValueError for a key that fits nowhere, comes twice or lacks its partner.
     """
+    if not shapes:
+        raise ValueError(f"{path} holds no tensor; give the file of a trained LoRA")
     names = parameter_names(dit)
     matched = {}
     for key in sorted(shapes):
@@ -208,6 +210,8 @@ def match_adapter(dit, path, shapes):
         # A convolution's A has its kernel, its B a kernel of one.
         shape = tuple(dit.get_parameter(name).shape)  # (out, in, ...)
         rank = shapes[keys["A"]][:1] if pair else ()
+        if rank == (0,):
+            raise ValueError(f"{path}: '{keys['A']}' has rank 0; give a LoRA of at least rank 1")
         expected = {"A": rank + shape[1:], "B": shape[:1] + rank + (1,) * len(shape[2:]), "difference": shape}
         for kind, key in keys.items():
             if kind == "alpha" and shapes[key] in ((), (1,)):
@@ -225,15 +229,25 @@ OTHER_MATHS = ("lora_bias", "fan_in_fan_out", "layer_replication", "target_param
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def peft_config(path, keys):
-    """PEFT's configuration of an adapter: the file beside it, or Diffusers' header; {} if it has none."""
+@dataclass
+class PEFTScale:
+    """What PEFT's configuration says of the scale alpha / r; the patterns (of layers' names) come first."""
+    r: Size | None = None
+    lora_alpha: float | None = None
+    rank_pattern: dict[str, Size] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+
+
+def peft_scale(path, keys):
+    """PEFT's configuration of an adapter, of the file beside it or Diffusers' header; empty without one."""
     config = {}
     if path.stem == "adapter_model" or any(key.startswith("base_model.model.") for key in keys):
         config = read_json(path.parent / "adapter_config.json")
     elif path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+        config = from_json(header.get("lora_adapter_metadata", "{}"), dict, path)
     # A pipeline of Diffusers writes the part's name before each option.
     config = {option.removeprefix("transformer."): value for option, value in config.items()}
 
@@ -249,29 +263,35 @@ def peft_config(path, keys):
         refuse("peft_type")
     if config.get("init_lora_weights") not in HARMLESS_STARTS:
         refuse("init_lora_weights")
-    return config
+    return config_from(PEFTScale, config, f"the configuration of {path}")
 
 
-def configured_alpha(config, path, key, rank):
+def by_pattern(patterns, layer, default):
+    """The value of the first pattern that the end of the layer's name matches, as PEFT does it."""
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                return value
+        except re.error as e:
+            raise ValueError(f"the LoRA's configuration holds the pattern '{pattern}', which is no regular "
+                             f"expression ({e}); correct it") from None
+    return default
+
+
+def configured_alpha(scale, path, key, rank):
     """The alpha that PEFT's configuration gives the layer of an A of this rank, for a scale of alpha / rank.
 
     With an empty configuration it is the rank: nothing is scaled.
     """
-    layer = split_key(key)[0]
-    values = {}
-    for option, default, patterns in (("r", rank, "rank_pattern"), ("lora_alpha", rank, "alpha_pattern")):
-        values[option] = config.get(option, default)
-        # The first pattern that the end of the layer's name matches, as PEFT does it.
-        for pattern, value in (config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                values[option] = value
-                break
-    if values["r"] != rank:
-        raise ValueError(f"{path}: '{key}' has rank {rank}, its configuration says {values['r']}; "
+    layer, *_ = split_key(key)
+    own_rank = by_pattern(scale.rank_pattern, layer, rank if scale.r is None else scale.r)
+    alpha = by_pattern(scale.alpha_pattern, layer, rank if scale.lora_alpha is None else scale.lora_alpha)
+    if own_rank != rank:
+        raise ValueError(f"{path}: '{key}' has rank {rank}, its configuration says {own_rank}; "
                          "they are not of one adapter")
-    if config.get("use_rslora"):
-        return values["lora_alpha"] * rank ** .5  # the scale is alpha / sqrt(rank)
-    return values["lora_alpha"]
+    if scale.use_rslora:
+        return alpha * rank ** .5  # the scale is alpha / sqrt(rank)
+    return alpha
 
 
 @torch.no_grad()
@@ -287,27 +307,26 @@ def merge_lora(dit, path, strength=1.0):
     path = lora_file(path)
     found = open_tensors([path])
     # Whatever can be wrong is found before the first weight changes.
-    config = peft_config(path, found)
+    scale = peft_scale(path, found)
     matched = match_adapter(dit, path, {key: shape for key, (shape, _) in found.items()})
+    tensors = {key: read() for key, (_, read) in found.items()}
     alphas = {}
     for name, keys in matched.items():
         if "alpha" in keys:
-            alphas[name] = found[keys["alpha"]][1]()
+            alphas[name] = tensors[keys["alpha"]]
         elif "A" in keys:
-            (rank, *_), _ = found[keys["A"]]
-            alphas[name] = configured_alpha(config, path, keys["A"], rank)
+            alphas[name] = configured_alpha(scale, path, keys["A"], len(tensors[keys["A"]]))
 
     pairs = {}
     for name, keys in matched.items():
-        tensors = {kind: found[key][1]() for kind, key in keys.items()}
         weight = dit.get_parameter(name)
-        if "A" in tensors:
-            A = tensors["A"].float()  # (r, in, ...)
-            B = strength * float(alphas[name]) / len(A) * tensors["B"].float()  # (out, r, ...)
+        if "A" in keys:
+            A = tensors[keys["A"]].float()  # (r, in, ...)
+            B = strength * float(alphas[name]) / len(A) * tensors[keys["B"]].float()  # (out, r, ...)
             product = B.flatten(1) @ A.flatten(1)
             weight.add_(product.view(weight.shape).to(weight))
             pairs[name.removesuffix(".weight")] = A, B
-        if "difference" in tensors:
-            weight.add_((strength * tensors["difference"].float()).to(weight))
+        if "difference" in keys:
+            weight.add_((strength * tensors[keys["difference"]].float()).to(weight))
             dit.merged_differences = path
     return pairs

@@ -19,6 +19,7 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Callable
 
 import ftfy
 import torch
@@ -27,7 +28,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from fast import conv3d, padding_bias, rms_norm, upsampled_conv
-from weights import config_from, fill, match_tensors, model_folder, open_tensors, read_json, weight_files
+from weights import (Positive, Size, config_from, described, fill, match_tensors, model_folder, open_tensors,
+                     read_json, weight_files)
 
 # ============================================================================================================
 # Causal 3D VAE.  Stride 4x8x8 in (time, height, width), 16 channels.
@@ -52,13 +54,13 @@ WAN_LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.074
 
 @dataclass
 class VAEConfig:
-    base_dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temperal_downsample: tuple = (False, True, True)  # the released spelling
-    latents_mean: tuple = WAN_LATENTS_MEAN
-    latents_std: tuple = WAN_LATENTS_STD
+    base_dim: Size = 96
+    z_dim: Size = 16
+    dim_mult: tuple[Size, Size, Size, Size] = (1, 2, 4, 4)
+    num_res_blocks: Size = 2
+    temperal_downsample: tuple[bool, bool, bool] = (False, True, True)  # the released spelling
+    latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
+    latents_std: tuple[Positive, ...] = WAN_LATENTS_STD
 
 
 class CausalConv3d(nn.Conv3d):
@@ -359,16 +361,16 @@ def frames_of(start, stop):
 
 @dataclass
 class DiTConfig:
-    num_attention_heads: int = 12
-    attention_head_dim: int = 128
-    ffn_dim: int = 8960
-    num_layers: int = 30
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    patch_size: tuple = (1, 2, 2)
-    eps: float = 1e-6
+    num_attention_heads: Size = 12
+    attention_head_dim: Size = 128
+    ffn_dim: Size = 8960
+    num_layers: Size = 30
+    in_channels: Size = 16
+    out_channels: Size = 16
+    text_dim: Size = 4096
+    freq_dim: Size = 256
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
+    eps: Positive = 1e-6
 
 
 DIT_SIZES = {"1.3B": DiTConfig(),
@@ -607,6 +609,7 @@ class DiT(nn.Module):
 # Models are built on the meta device and filled tensor by tensor, each read into its device and dtype.
 # ============================================================================================================
 
+WAN = "a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B"
 ORIGINAL_VAE = "Wan2.1_VAE.pth"
 ORIGINAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
 TEXT_LENGTH = 512  # tokens the text is padded to; it matters, as cross-attention sees the padding
@@ -689,51 +692,67 @@ def _inside(folder, name):
     return folder
 
 
+@dataclass
+class OriginalDiT:
+    """What config.json of the original release names in its own way."""
+    dim: Size
+    num_heads: Size
+    in_dim: Size
+    out_dim: Size
+
+
 def _dit_part(folder):
     """-> (meta DiT, weight files, rename) for a model folder of either layout, or a transformer folder."""
     folder = _inside(folder, "transformer")
-    config = read_json(folder / "config.json")
+    file = folder / "config.json"
+    values = read_json(file)
     rename = str
-    if "dim" in config and "num_heads" in config:  # the original's config
+    if "dim" in values and "num_heads" in values:  # the original's config
         rename = original_dit_key
-        config = {"text_dim": 4096, **config,
-                  "num_attention_heads": config["num_heads"],
-                  "attention_head_dim": config["dim"] // config["num_heads"],
-                  "in_channels": config["in_dim"],
-                  "out_channels": config["out_dim"]}
-    if "num_attention_heads" not in config:
-        raise ValueError(f"{folder / 'config.json'} does not describe a Wan2.1 transformer")
-    with torch.device("meta"):
-        dit = DiT(config_from(DiTConfig, config, folder))
-    return dit, weight_files(folder, "diffusion_pytorch_model"), rename
+        own = config_from(OriginalDiT, values, file)
+        values = {"text_dim": 4096, **values,
+                  "num_attention_heads": own.num_heads,
+                  "attention_head_dim": own.dim // own.num_heads,
+                  "in_channels": own.in_dim,
+                  "out_channels": own.out_dim}
+    if "num_attention_heads" not in values:
+        raise ValueError(f"{file} does not describe a Wan2.1 transformer; give the folder of a Wan2.1 model")
+    config = config_from(DiTConfig, values, file)
+    if config.attention_head_dim % 2 or config.freq_dim % 2:
+        raise ValueError(f"{file}: attention_head_dim and freq_dim must be even; download it again")
+    files = weight_files(folder, "diffusion_pytorch_model")
+    return described(functools.partial(DiT, config), files, file), files, rename
 
 
 def _vae_part(folder):
     """-> (meta VAE, weight files, rename) for a model folder of either layout, a vae folder, a .pth file."""
     original = folder if folder.suffix == ".pth" else folder / ORIGINAL_VAE
-    with torch.device("meta"):
-        if original.exists():
-            return VAE(VAEConfig()), [original], original_vae_key
+    if original.exists():
+        file, config, files, rename = original, VAEConfig(), [original], original_vae_key
+    else:
         folder = _inside(folder, "vae")
-        vae = VAE(config_from(VAEConfig, read_json(folder / "config.json"), folder))
-        return vae, weight_files(folder, "diffusion_pytorch_model"), str
+        file, rename = folder / "config.json", str
+        config = config_from(VAEConfig, read_json(file), file)
+        files = weight_files(folder, "diffusion_pytorch_model")
+    # Everything after it counts on a stride of 4x8x8, and on statistics of each channel.
+    channels = {len(config.latents_mean), len(config.latents_std)}
+    if sum(config.temperal_downsample) != 2 or channels != {config.z_dim}:
+        raise ValueError(f"{file}: a Wan2.1 VAE halves time twice, and has a latents_mean and a latents_std "
+                         "for each of its z_dim channels; download it again")
+    return described(functools.partial(VAE, config), files, file), files, rename
 
 
 def _text_part(folder):
-    """-> (meta UMT5EncoderModel, weight files, rename) for a model folder of either layout."""
+    """-> (config, its file, weight files, rename) of the text encoder in a model folder of either layout."""
     diffusers = folder / "text_encoder"
     if diffusers.is_dir():
-        config = read_json(diffusers / "config.json")
-        files, rename = weight_files(diffusers, "model"), str
+        file, rename = diffusers / "config.json", str
+        config, files = read_json(file), weight_files(diffusers, "model")
     else:
-        config, files, rename = UMT5_XXL, [folder / ORIGINAL_TEXT], original_text_key
-        if not files[0].exists():
-            raise ValueError(f"{folder} lacks {ORIGINAL_TEXT}; download the checkpoint again")
+        config, file, rename = UMT5_XXL, folder / ORIGINAL_TEXT, original_text_key
+        files = [file]
     open_tensors(files)  # broken files are named before the slow import
-    import transformers
-    with torch.device("meta"):
-        text_encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
-    return text_encoder, files, rename
+    return config, file, files, rename
 
 
 def _tokenizer_folder(folder):
@@ -743,6 +762,23 @@ def _tokenizer_folder(folder):
     return folder / name
 
 
+def _tokenizer(folder, words):
+    """The tokenizer in a folder, for an encoder of so many words. No code in the folder is run."""
+    import transformers
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
+                                                               local_files_only=True)
+    except Exception as e:
+        reason = str(e).strip().split("\n")[0][:160]
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); "
+                         "download the checkpoint again") from None
+    if len(tokenizer) > words or tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer in {folder} has {len(tokenizer)} words, padding "
+                         f"{tokenizer.pad_token}, the text encoder {words}; they are not of one checkpoint: "
+                         "download it again")
+    return tokenizer
+
+
 def _checked(model, files, rename, device, dtype):
     """The arguments for `fill`, once every tensor is known to be there."""
     return model, match_tensors(model, files, rename, device), device, dtype
@@ -750,13 +786,13 @@ def _checked(model, files, rename, device, dtype):
 
 def load_dit(path, device="cpu", dtype=torch.float32):
     """DiT from a model folder (either layout), its transformer folder, or a hub id."""
-    part = _dit_part(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"]))
+    part = _dit_part(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"], WAN))
     return fill(*_checked(*part, device, dtype))
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """VAE from a model folder (either layout), its vae folder, a .pth file, or a hub id."""
-    part = _vae_part(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE]))
+    part = _vae_part(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE], WAN))
     return fill(*_checked(*part, device, dtype))
 
 
@@ -766,41 +802,92 @@ def clean_prompt(text):
     return re.sub(r"\s+", " ", text).strip()
 
 
+def spelled_out(tokenizer, text):
+    """-> the text with a space in what is a special token: "</s>" in a prompt is not the prompt's end.
+
+    The tokenizers' own split_special_tokens would not do: UMT5's vocabulary holds these words as well.
+    """
+    marks = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values())
+    return re.sub(f"(?i)(?=(?:{marks})).", r"\g<0> ", text)
+
+
+@torch.no_grad()
+def encode_text(text_encoder, tokenizer, prompts):
+    """Prompts (a list of B strings) -> embeddings (B, 512, D), padding zeroed.
+
+    The encoder runs at the longest prompt's length: masked padding cannot change the tokens before it.
+    """
+    texts = [spelled_out(tokenizer, clean_prompt(prompt)) for prompt in prompts]
+    tokens = tokenizer(texts, padding="longest", truncation=True, max_length=TEXT_LENGTH,
+                       return_attention_mask=True, return_tensors="pt")
+    device = text_encoder.device
+    mask = tokens.attention_mask.to(device)  # (B, L)
+    text = text_encoder(tokens.input_ids.to(device), mask).last_hidden_state * mask.unsqueeze(-1)
+    return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
+
+
 @dataclass
 class Wan:
     """A text-to-video model."""
     dit: DiT
     vae: VAE
-    text_encoder: nn.Module  # transformers' UMT5EncoderModel
-    tokenizer: object
+    text_encoder: nn.Module | None = None  # transformers' UMT5EncoderModel
+    tokenizer: object = None
     shift: float | None = None  # of its scheduler
+    texts: Callable | None = None  # prompt -> its embedding (1, 512, D), instead of the encoder (texts.py)
 
     @property
     def device(self):
         return self.dit.proj_out.weight.device
 
-    @torch.no_grad()
     def encode_text(self, prompts):
-        """Prompts (a list of B strings) -> embeddings (B, 512, D), padding zeroed.
-
-        The encoder runs at the longest prompt's length: masked padding cannot change the tokens before it.
-        """
-        tokens = self.tokenizer([clean_prompt(p) for p in prompts], padding="longest", truncation=True,
-                                max_length=TEXT_LENGTH, return_attention_mask=True, return_tensors="pt")
-        device = self.text_encoder.device
-        mask = tokens.attention_mask.to(device)  # (B, L)
-        text = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state * mask.unsqueeze(-1)
-        return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])).to(self.device)
+        """Prompts (a list of B strings) -> embeddings (B, 512, D), padding zeroed."""
+        if self.texts is None:
+            text = encode_text(self.text_encoder, self.tokenizer, prompts)
+        else:
+            text = torch.cat([self.texts(prompt) for prompt in prompts])
+        return text.to(self.device)
 
 
-def load_wan(path, device="cpu", dtype=torch.float32):
-    """Wan2.1 from a folder in either published layout, or a hub id.
+WAN_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"]
+
+
+def text_files(path):
+    """-> the files that decide what a prompt's embedding is: the text encoder's and the tokenizer's."""
+    folder = model_folder(path, WAN_FILES, WAN)
+    _, _, files, _ = _text_part(folder)
+    return [*files, *(file for file in _tokenizer_folder(folder).iterdir() if file.is_file())]
+
+
+def load_text(path, device="cpu", dtype=torch.float32):
+    """-> text encoder and tokenizer of a model folder (either layout), or a hub id."""
+    folder = model_folder(path, WAN_FILES, WAN)
+    config, file, files, rename = _text_part(folder)
+    import transformers
+
+    def encoder():
+        return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
+
+    part = _checked(described(encoder, files, file), files, rename, device, dtype)
+    tokenizer = _tokenizer(_tokenizer_folder(folder), part[0].config.vocab_size)
+    return fill(*part), tokenizer
+
+
+@dataclass
+class Scheduler:
+    """scheduler_config.json: the noise schedule's shift, by the name that UniPC or flow matching gives it."""
+    flow_shift: Positive | None = None
+    shift: Positive | None = None
+
+
+def load_wan(path, device="cpu", dtype=torch.float32, text=True):
+    """Wan2.1 from a folder in either published layout, or a hub id; text=False leaves the text encoder out.
 
     dtype is the DiT's and text encoder's; the VAE is float32 always, its official precision. Raises
     ValueError with one sentence when a file is missing, cut short, mislabelled or not what the config
     describes; every part is checked before any is loaded.
     """
-    folder = model_folder(path, ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"])
+    folder = model_folder(path, WAN_FILES, WAN)
     if not folder.is_dir():
         raise ValueError(f"'{path}' is not a folder; give the folder that holds the checkpoint")
     if not (folder / "transformer").is_dir() and not (folder / ORIGINAL_VAE).exists():
@@ -809,15 +896,20 @@ def load_wan(path, device="cpu", dtype=torch.float32):
 
     # Check every part by its files' headers.
     checked = [_checked(*_dit_part(folder), device, dtype),
-               _checked(*_vae_part(folder), device, torch.float32),
-               _checked(*_text_part(folder), device, dtype)]
-    tokenizer_folder = _tokenizer_folder(folder)
-    scheduler = {}
+               _checked(*_vae_part(folder), device, torch.float32)]
+    text_config, *_ = _text_part(folder)
+    _tokenizer_folder(folder)
+    (dit, *_), (vae, *_) = checked
+    for entry, takes, given in (("in_channels", dit.config.in_channels, vae.config.z_dim),
+                                ("text_dim", dit.config.text_dim, text_config.get("d_model"))):
+        if takes != given:
+            raise ValueError(f"{folder}: the transformer's {entry} is {takes}, its VAE or text encoder gives "
+                             f"{given}; they are not of one checkpoint: download it again")
+    scheduler = Scheduler()
     if (folder / "scheduler" / "scheduler_config.json").exists():
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json", Scheduler)
 
     # Read the weights.
-    import transformers
-    dit, vae, text_encoder = [fill(*part) for part in checked]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-    return Wan(dit, vae, text_encoder, tokenizer, scheduler.get("flow_shift", scheduler.get("shift")))
+    parts = load_text(folder, device, dtype) if text else (None, None)
+    dit, vae = [fill(*part) for part in checked]
+    return Wan(dit, vae, *parts, scheduler.flow_shift or scheduler.shift)

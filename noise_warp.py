@@ -23,6 +23,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+from prompts import usable_prompt
 from weights import written_whole
 
 PUSH = 0.35  # push_in / pull_out travel along z, in scene depths
@@ -436,15 +437,17 @@ def main(argv=None):
     parser.add_argument("--show", nargs="?", const="out/noise_warp.png", metavar="PNG",
                         help="write the picture")
     options = parser.parse_args(argv)
-    motions = parse_motion(options.prompt)
     try:
+        if not 1 <= options.frames <= 1000:
+            raise ValueError(f"--frames must be between 1 and 1000, got {options.frames}")
+        motions = parse_motion(usable_prompt(options.prompt))
         path = camera_path(motions, options.frames)
         print("motions:", ", ".join(motions))
         print("last pose:", *path[-1].tolist(), sep="\n")
         if options.show:
             show(motions, options.show, options.frames)
             print(options.show)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"noise_warp.py: {error}", file=sys.stderr)
         return 2
     return 0

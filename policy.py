@@ -3,30 +3,33 @@
     policy = Policy(c, processes)                  # c: train.Config
     policy.velocity(prompt)(x, sigma)              # v of the model in training
     policy.velocity(prompt, reference=True)        # of the model before training, for the KL
-    loss.backward(); policy.collect_gradients()    # after each group
+    loss.backward(); policy.collect_gradients()    # after each batch
     norm = policy.sum_gradients()                  # over processes, clipped
     policy.step(lr)
 
 Processes: gradients of replicated weights are summed in float64, in one all-reduce per optimiser step: what
-DDP does, without hooks that need a backward pass from a process without a group in the update, and without
-the order of the sum showing in the weights. With --parallel fsdp, FSDP2 shards the frozen weights block by
-block and LoRA stays replicated; with --full the trained weights are sharded as well. Left out: pipeline and
-sequence parallelism.
+DDP does, without hooks that need a backward pass from a process without work in the update, and without the
+order of the sum showing in the weights. With --parallel fsdp, FSDP2 shards the frozen weights block by block
+and LoRA stays replicated; with --full the trained weights are sharded as well. --shard-size 8 shards among 8
+processes, a node's, and replicates over nodes. Left out: pipeline and sequence parallelism.
 """
 
 import contextlib
 import copy
 import functools
 import math
+from pathlib import Path
 
 import torch
 import torch.distributed.tensor
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lora import add_lora, lora_off, lora_weights, merge_lora
 from model import load_wan
 from sample import generator, guided_velocity
+from texts import TextCache
 from weights import written_whole
 
 
@@ -36,7 +39,9 @@ class Policy:
 
     def __init__(self, c, processes):
         self.c, self.processes = c, processes
-        self.wan = load_wan(c.model, processes.device, getattr(torch, c.dtype))
+        dtype = getattr(torch, c.dtype)
+        self.wan = load_wan(c.model, processes.device, dtype, text=False)
+        self.wan.texts = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
         dit = self.wan.dit
         self.base = merge_lora(dit, c.lora) if c.lora else {}  # the adapter that training starts from
 
@@ -53,10 +58,11 @@ class Policy:
 
         # what makes it fit and fast
         dit.checkpointing = c.checkpointing
-        if c.parallel == "fsdp" and processes.world > 1:
-            shard(dit)
+        self.in_lockstep = c.parallel == "fsdp" and processes.world > 1
+        if self.in_lockstep:
+            shard(dit, processes, c.shard_size)
             if self.reference_dit is not None:
-                shard(self.reference_dit)
+                shard(self.reference_dit, processes, c.shard_size)
         if c.compile:
             for block in dit.blocks:
                 block.compile()
@@ -77,9 +83,14 @@ class Policy:
 
     # ---------------------------------------------------------------------------------------------- the model
 
+    def encode_prompts(self, prompts):
+        """Their embeddings on disk, each encoded by one of the processes; the text encoder is gone after."""
+        rank, world = self.processes.rank, self.processes.world
+        self.wan.texts.encode(list(dict.fromkeys(prompts))[rank::world], progress=rank == 0)
+        self.processes.wait()
+
     def velocity(self, prompt, reference=False):
-        """-> velocity(x, sigma) for videos of one prompt, c.batch at a time. reference: of the untouched
-        model."""
+        """-> velocity(x, sigma) for videos of one prompt. reference: of the untouched model."""
         c, wan = self.c, self.wan
         if reference and self.reference_dit is not None:
             wan = copy.copy(wan)
@@ -94,10 +105,21 @@ class Policy:
             return guided_velocity(wan, text.expand(count, -1, -1), repeated, c.guidance)
 
         def velocity(x, sigma):
-            parts = x.split(min(len(x), c.batch or len(x)))
-            return torch.cat([velocity_of(len(part))(part, sigma) for part in parts])
+            return velocity_of(len(x))(x, sigma)
 
         return velocity
+
+    @torch.no_grad()
+    def keep_pace(self, passes):
+        """Makes forward passes of a single patch. FSDP gathers each block's weights in the same pass of all
+        processes, so one that has fewer videos than the others must make up for it."""
+        if not self.in_lockstep:
+            return
+        dit, device = self.wan.dit, self.processes.device
+        x = torch.zeros(1, dit.config.in_channels, 1, 2, 2, device=device)
+        text = torch.zeros(1, 1, dit.config.text_dim, device=device, dtype=getattr(torch, self.c.dtype))
+        for _ in range(passes):
+            dit(x, torch.zeros(1, device=device), text)
 
     def untouched(self):
         """with policy.untouched(): the model as it was before training (a frozen copy is used with
@@ -107,9 +129,9 @@ class Policy:
     # ------------------------------------------------------------------------------------------------ updates
 
     def collect_gradients(self):
-        """Moves a group's gradients into float64 sums: then neither the order of the groups nor the processes
-        they ran on shows in the float32 gradient, which Adam would magnify. (Sharded gradients are summed by
-        FSDP, in float32.)"""
+        """Moves a batch's gradients into float64 sums: then neither the order of the batches nor the
+        processes they ran on shows in the float32 gradient, which Adam would magnify. (Sharded gradients are
+        summed by FSDP, in float32.)"""
         if self.sharded:
             return
         for name, p in self.trained.items():
@@ -202,10 +224,14 @@ class Policy:
                 save_file(tensors, part, metadata={"format": "pt"})
 
 
-def shard(dit):
+def shard(dit, processes, size=None):
     """FSDP2, one unit a block: frozen or fully trained weights are sharded, LoRA matrices stay whole on every
-    process."""
+    process. size: of the processes that share one copy (default: all); each such set holds the model once."""
+    mesh = None
+    if size and size < processes.world:
+        mesh = init_device_mesh(processes.device.type, (processes.world // size, size),
+                                mesh_dim_names=("copies", "shards"))
     lora = {p for name, p in dit.named_parameters() if "lora_" in name}
     for block in dit.blocks:
-        fully_shard(block, ignored_params=lora)
-    fully_shard(dit, ignored_params=lora)
+        fully_shard(block, mesh=mesh, ignored_params=lora)
+    fully_shard(dit, mesh=mesh, ignored_params=lora)

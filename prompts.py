@@ -9,10 +9,38 @@ A .jsonl file holds one object a line: {"prompt": ..., "split": "train" | "dynam
 where split and id may be absent. Any other file is text, one prompt a line.
 """
 
-import json
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
+from weights import from_json, read_bytes
+
 SPLITS = ("train", "dynamic", "test")
+LONGEST = 2000  # characters, about the 512 tokens that UMT5 reads
+
+
+def usable_prompt(text):
+    """-> the prompt with single spaces for white space. ValueError if it is empty, too long or no text."""
+    if len(text) > LONGEST:
+        raise ValueError(f"the prompt has {len(text)} characters; shorten it to at most {LONGEST}")
+    prompt = " ".join(text.split())
+    if not prompt:
+        raise ValueError("the prompt is empty; say what to show, "
+                         'e.g. "push_in a red sphere on a checkered green floor, yellow walls"')
+    # Cc: control characters, Cs: bytes that are no UTF-8.
+    strange = [c for c in prompt if unicodedata.category(c) in ("Cc", "Cs")]
+    if strange:
+        raise ValueError(f"the prompt holds the control character {ascii(strange[0])}; leave it out")
+    return prompt
+
+
+@dataclass
+class Line:
+    """A line of a .jsonl file; where eval.py wrote it, `video` is its id."""
+    prompt: str
+    split: str = "train"
+    id: str | int | None = None
+    video: str | None = None
 
 
 def read_rows(file):
@@ -22,36 +50,33 @@ def read_rows(file):
     ValueError names the file, and the line that cannot be used.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
+        lines = read_bytes(file).decode("utf-8-sig").split("\n")
+    except (OSError, ValueError) as e:
         raise ValueError(f"the prompt file '{file}' cannot be read ({e})") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
             continue
-        if not str(file).endswith(".jsonl"):
-            rows.append(dict(prompt=line.strip(), split="train", id=None))
-            continue
+        where = f"{file}, line {number}"
+        if str(file).endswith(".jsonl"):
+            line = from_json(text, Line, where)
+        else:
+            line = Line(text)
+        if line.split not in SPLITS:
+            raise ValueError(f"{where}: unknown split '{line.split}'; a split is {', '.join(SPLITS)}")
         try:
-            row = json.loads(line)
-            prompt = row["prompt"]
-            split = row.get("split", "train")
-        except KeyError as e:
-            raise ValueError(f"{file}, line {number}: no {e}") from None
-        except (ValueError, TypeError, AttributeError) as e:
-            raise ValueError(f"{file}, line {number}: not a JSON object with a prompt ({e})") from None
-        if not isinstance(prompt, str) or not prompt.strip() or split not in SPLITS:
-            raise ValueError(f"{file}, line {number}: it needs a non-empty prompt, "
-                             f"and a split of {', '.join(SPLITS)}")
-        rows.append(dict(prompt=prompt, split=split, id=row.get("id", row.get("video"))))
+            prompt = usable_prompt(line.prompt)
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+        rows.append(dict(prompt=prompt, split=line.split, id=line.video if line.id is None else line.id))
     return rows
 
 
 def read_prompts(file):
     """-> {"train": [...], "dynamic": [...], "test": [...]} of prompt strings.
 
-    A file without test prompts gives its last tenth, at least one, as test. ValueError if it holds no
-    training prompt.
+    A folder holds SPLIT.jsonl or SPLIT.txt. A file without test prompts gives its last tenth, at least one, as
+    test. ValueError if it holds no training prompt.
     """
     prompts = {split: [] for split in SPLITS}
     if Path(file).is_dir():
@@ -59,12 +84,14 @@ def read_prompts(file):
             for part in (Path(file) / f"{split}.jsonl", Path(file) / f"{split}.txt"):
                 if part.exists():
                     prompts[split] += [row["prompt"] for row in read_rows(part)]
+        needed = "; it needs a train.jsonl or train.txt"
     else:
         for row in read_rows(file):
             prompts[row["split"]].append(row["prompt"])
+        needed = '; it needs a line whose split is "train"'
     train = prompts["train"]
     if not train:
-        raise ValueError(f"{file} holds no training prompt")
+        raise ValueError(f"{file} holds no training prompt{needed}")
     if not prompts["test"]:
         held_out = max(1, len(train) // 10)
         prompts["test"] = train[-held_out:]

@@ -24,20 +24,24 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal, Required, TypedDict
 
 import imageio.v3 as iio
 import matplotlib
+import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from eval import interval, read_lines, table
+from eval import VideoRow, interval, new_folder, read_lines, table
 from noise_warp import camera_path, draw_paths, parse_motion
 from prompts import read_prompts
-from rewards import TERMS, Rewards, paths_in_depths
+from rewards import TERMS, paths_in_depths
+from run import in_words, missing_steps
 from sample import as_bytes, read_video, write_video
-from train import Config
+from train import Config, own_rewards
 from weights import config_from, read_json, write_json, write_text
 
 STYLE = """
@@ -127,8 +131,12 @@ def draw_curves(axes, title, rows, curves, spread=None):
     """Curves over the training steps of metrics.jsonl on a matplotlib Axes; a missing value (None) is a gap.
 
     curves: {label: name in rows}. spread: name of the half-widths of a band around the first. Dynamic phases
-    are shaded.
+    are shaded, missing steps hatched.
     """
+    for first, last in missing_steps(rows):
+        axes.axvspan(first - .5, last + .5, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0)
+        rows = sorted([*rows, dict(step=first)], key=lambda row: row["step"])  # breaks the curves
+
     def column(name):
         return np.array([row.get(name) for row in rows], dtype=float)
 
@@ -214,11 +222,18 @@ if (button) {
 """
 
 
+LABELS = {"total": "total reward"} | {name: term.label for name, term in TERMS.items()}
+CURVES = (*LABELS, *(f"{name}_std" for name in LABELS), *(f"share_{name}" for name in TERMS),
+          "motion", "ratio", "ratio_max", "clipped", "kl")
+# A line of the training's metrics.jsonl, as far as the report shows it; older versions' lines hold less.
+LogRow = TypedDict("LogRow", dict(step=Required[int], phase=str, grad=list[float | None])
+                   | dict.fromkeys(CURVES, float | None), total=False)
+
+
 def training_charts(rows):
     """Charts of metrics.jsonl: the reward and its terms with their spread in a group, and the updates."""
     # the rewards; where the band has no width, a group's videos are alike and nothing is learnt from them
-    labels = {"total": "total reward"} | {name: term.label for name, term in TERMS.items()}
-    charts = [chart(label, rows, {name: name}, f"{name}_std") for name, label in labels.items()]
+    charts = [chart(label, rows, {name: name}, f"{name}_std") for name, label in LABELS.items()]
     # what is watched beside them
     rows = [row | dict(grad=(row.get("grad") or [None])[0]) for row in rows]  # a step's first update
     shares = {term.label: f"share_{name}" for name, term in TERMS.items()
@@ -255,13 +270,19 @@ def one_term_warnings(rows, share=.7, steps=20):
     return paragraphs
 
 
+def missing_warning(rows):
+    """A paragraph that names the steps that are missing, if any are."""
+    gaps = in_words(missing_steps(rows))
+    return [f'<p class="warning">Steps {gaps} are missing from metrics.jsonl.</p>'] if gaps else []
+
+
 def evaluation_table(rows):
     """eval.jsonl: mean scores of the fixed test prompts during training."""
-    names = [name for name in rows[0] if name != "step"]
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
     cells = []
     for row in rows:
         values = ["" if row.get(name) is None else f"{row[name]:.4f}" for name in names]
-        cells.append([str(row["step"]), *values])
+        cells.append([str(row.get("step", "")), *values])
     return html_table(["step", *names], cells)
 
 
@@ -274,8 +295,7 @@ def examples(run, config, count=6):
     before, after = folders[0], folders[-1]
     # scored again, with the training's judges: they show what they see
     prompts = read_prompts(config.prompts)["test"]
-    rewards = Rewards(config.depth_anything, config.critic, config.preference, config.lpips, config.views,
-                      config.frames_seen, config.traj_alpha, config.traj_beta)
+    rewards = own_rewards(config)
 
     sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
     files = sorted(before.glob("*.mp4"))[:count]
@@ -334,23 +354,24 @@ def about_run(config, steps):
     lpips = "a random trunk, a stand-in" if config.lpips == "random" else "AlexNet"
     return (f"{steps} steps of {config.groups} groups of {config.members} videos, {config.frames} frames of "
             f"{config.height}x{config.width}, model {models}, seed {config.seed}. LPIPS: {lpips}. "
-            "Bands: mean standard deviation inside a group. Shaded: dynamic phases.")
+            "Bands: mean standard deviation inside a group. Shaded: dynamic phases. Hatched: missing steps.")
 
 
 def report(run):
     """A training run's folder -> its report.html."""
     # what train.py has written; what an older version did not write has its default
     log = run / "metrics.jsonl"
-    rows = read_lines(log) if log.exists() else []
+    rows = read_lines(log, LogRow) if log.exists() else []
     if not rows:
         raise ValueError(f"{run} holds no metrics.jsonl with a step; give a training run's folder")
-    config = config_from(Config, read_json(run / "config.json"), run)
+    config = config_from(Config, read_json(run / "config.json"), run / "config.json")
 
     # from the run as a whole to single videos
-    body = [f"<h1>{html.escape(config.name)}</h1>", *one_term_warnings(rows),
+    body = [f"<h1>{html.escape(config.name)}</h1>", *missing_warning(rows), *one_term_warnings(rows),
             f'<p class="note">{html.escape(about_run(config, len(rows)))}</p>']
     if (run / "eval.jsonl").exists():
-        body += ["<h2>Fixed test prompts</h2>", evaluation_table(read_lines(run / "eval.jsonl"))]
+        evaluations = read_lines(run / "eval.jsonl", dict[str, int | float | None])
+        body += ["<h2>Fixed test prompts</h2>", evaluation_table(evaluations)]
     body += ["<h2>Training</h2>", training_charts(rows)]
     body += ["<h2>Before and after</h2>", examples(run, config)]
     # results folders inside the run
@@ -487,8 +508,17 @@ def prompts_of(folder):
     prompts = {}
     for file in (folder.parent / "metrics.jsonl", folder / "metrics.jsonl"):
         if file.exists():
-            prompts |= {row["video"]: row["prompt"] for row in read_lines(file)}
+            prompts |= {row.get("video"): row.get("prompt") for row in read_lines(file, VideoRow)}
     return prompts
+
+
+@dataclass
+class Key:
+    """study_key.json: which video is from which side, {file: side} for each pair in the page's order."""
+    study: str
+    a: str
+    b: str
+    pairs: list[dict[str, Literal["a", "b"]]]
 
 
 def make_study(a, b, out):
@@ -501,60 +531,80 @@ def make_study(a, b, out):
     names = sorted({file.name for file in a.glob("*.mp4")} & {file.name for file in b.glob("*.mp4")})
     if not names:
         raise ValueError(f"{a} and {b} share no mp4 of the same name")
-    if (out / "study_key.json").exists():
-        raise ValueError(f"{out} holds a study, whose answers need its key; choose another --out")
-    page = out / "page"
-    page.mkdir(parents=True, exist_ok=True)
     prompts = prompts_of(a)
 
-    # every video under a random name; the times of the copies must not tell the sides apart
-    chance = secrets.SystemRandom()
-    now = time.time()
-    copies = [(name, side) for name in names for side in folders]
-    chance.shuffle(copies)
-    hidden = {}
-    for name, side in copies:
-        file = page / f"{secrets.token_hex(8)}.mp4"
-        shutil.copyfile(folders[side] / name, file)
-        os.utime(file, (now, now))
-        hidden[name, side] = file.name
+    with new_folder(out) as part:
+        page = part / "page"
+        page.mkdir(parents=True)
 
-    # pairs and sides in random order
-    pairs = []
-    for name in names:
-        videos = [hidden[name, side] for side in folders]
-        chance.shuffle(videos)
-        pairs.append(dict(prompt=prompts.get(Path(name).stem) or "(no text given)", videos=videos))
-    chance.shuffle(pairs)
+        # every video under a random name; the times of the copies must not tell the sides apart
+        chance = secrets.SystemRandom()
+        now = time.time()
+        copies = [(name, side) for name in names for side in folders]
+        chance.shuffle(copies)
+        pairs = defaultdict(dict)
+        for name, side in copies:
+            file = page / f"{secrets.token_hex(8)}.mp4"
+            shutil.copyfile(folders[side] / name, file)
+            os.utime(file, (now, now))
+            pairs[name][file.name] = side
 
-    # a participant's answers name this very study
-    identity = secrets.token_hex(6)
-    questions = [QUESTION.format(name=name, text=html.escape(text)) for name, text in QUESTIONS.items()]
-    data = json.dumps(dict(study=identity, pairs=pairs, questions=list(QUESTIONS)))
-    data = data.replace("<", "\\u003c")  # no prompt can end the script, or open a comment in it
-    write_page(page / "index.html", "Which video?", STUDY.format(questions="\n".join(questions)),
-               STUDY_SCRIPT.replace("{data}", data))
-    sides = {file: side for (_, side), file in hidden.items()}
-    write_json(out / "study_key.json", dict(study=identity, a=str(a), b=str(b), videos=sides))
-    print(f"{len(pairs)} pairs: give out the folder {page} (open index.html); keep {out / 'study_key.json'}")
+        # pairs and sides in random order; a participant's answers name this very study
+        chance.shuffle(names)
+        key = Key(secrets.token_hex(6), str(a), str(b), [pairs[name] for name in names])
+        write_json(part / "study_key.json", asdict(key))
+        shown = [dict(prompt=prompts.get(Path(name).stem) or "(no text given)", videos=sorted(pairs[name]))
+                 for name in names]
+        questions = [QUESTION.format(name=name, text=html.escape(text)) for name, text in QUESTIONS.items()]
+        data = json.dumps(dict(study=key.study, pairs=shown, questions=list(QUESTIONS)))
+        data = data.replace("<", "\\u003c")  # no prompt can end the script, or open a comment in it
+        write_page(page / "index.html", "Which video?", STUDY.format(questions="\n".join(questions)),
+                   STUDY_SCRIPT.replace("{data}", data))
+    print(f"{len(names)} pairs: give out the folder {out / 'page'} (open index.html); "
+          f"keep {out / 'study_key.json'}")
 
 
-def read_answers(file, key):
-    """A participant's downloaded answers -> [{"pair": i, question: "a" | "b" | "tie"}]."""
+@dataclass
+class Answers:
+    """A participant's downloaded file."""
+    study: str
+    participant: str
+    answers: list[Any]  # each an Answer, or it is impossible
+
+
+Answer = TypedDict("Answer", dict(pair=int, left=str, right=str)
+                   | dict.fromkeys(QUESTIONS, Literal["left", "right", "same"]))
+
+
+def is_possible(answer, key):
+    """Whether the study's page can have given an answer: a choice to every question, of a pair as it is."""
     try:
-        participant = json.loads(file.read_text())
-        if participant["study"] != key["study"]:
-            raise ValueError("it belongs to another study")
-        rows = []
-        for answer in participant["answers"]:
-            row = dict(pair=answer["pair"])
-            for question in QUESTIONS:
-                choice = answer[question]  # left | right | same
-                row[question] = "tie" if choice == "same" else key["videos"][answer[choice]]
-            rows.append(row)
-        return rows
-    except (KeyError, ValueError, TypeError) as e:
-        raise ValueError(f"{file} cannot be scored ({e})") from None
+        answer = msgspec.convert(answer, Answer)
+    except msgspec.ValidationError:
+        return False
+    pair = answer["pair"]
+    return 0 <= pair < len(key.pairs) and {answer["left"], answer["right"]} == set(key.pairs[pair])
+
+
+def read_answers(files, key):
+    """Downloaded answers -> {participant: {pair: {question: "a" | "b" | "tie"}}}, and a Counter of what is
+    left out: only a participant's first answer to a pair of this study counts."""
+    people, left_out = defaultdict(dict), Counter()
+    for file in files:
+        given = read_json(file, Answers)
+        for answer in given.answers:
+            if given.study != key.study:
+                left_out["of another study"] += 1
+            elif not is_possible(answer, key):
+                left_out["impossible"] += 1
+            elif answer["pair"] in people[given.participant]:
+                left_out["repeated"] += 1
+            else:
+                sides = key.pairs[answer["pair"]]
+                meaning = dict(left=sides[answer["left"]], right=sides[answer["right"]], same="tie")
+                people[given.participant][answer["pair"]] = {
+                    question: meaning[answer[question]] for question in QUESTIONS}
+    return {participant: rows for participant, rows in people.items() if rows}, left_out
 
 
 def score_study(files, out):
@@ -562,19 +612,21 @@ def score_study(files, out):
     if not (out / "study_key.json").exists():
         raise ValueError(f"{out} holds no study_key.json; give the --out that the study was made with")
     # who has answered
-    key = read_json(out / "study_key.json")
-    people = [rows for rows in (read_answers(file, key) for file in files) if rows]
+    key = read_json(out / "study_key.json", Key)
+    people, left_out = read_answers(files, key)
+    dropped = ", ".join(f"{n} {what}" for what, n in left_out.items()) or "none"
     if not people:
-        raise ValueError("there is no answer in these files; participants download theirs when they finish")
-    print(f"{len(people)} participants, {sum(map(len, people))} answers; "
-          f"share that prefers b = {key['b']} over a = {key['a']}, ties half")
+        raise ValueError(f"there is no answer in these files (left out: {dropped}); "
+                         "participants download theirs when they finish")
+    print(f"{len(people)} participants, {sum(map(len, people.values()))} answers, left out: {dropped}; "
+          f"share that prefers b = {key.b} over a = {key.a}, ties half")
     # how often b wins, and whether people agree on where it does
     for question in QUESTIONS:
         rate, low, high = win_rate(people, question)
         by_pair = defaultdict(Counter)  # answers of all participants
-        for rows in people:
-            for row in rows:
-                by_pair[row["pair"]][row[question]] += 1
+        for rows in people.values():
+            for pair, row in rows.items():
+                by_pair[pair][row[question]] += 1
         kappa = fleiss_kappa(by_pair.values())
         agreement = "needs two answers a pair" if kappa is None else f"{kappa:.2f}"
         print(f"{question:9} {rate:.3f} [{low:.3f}, {high:.3f}]  Fleiss' kappa {agreement}")
@@ -583,7 +635,7 @@ def score_study(files, out):
 def win_rate(people, question):
     """Share of answers that prefer b, ties half, each participant counting the same -> (rate, low, high)."""
     worth = {"a": 0.0, "tie": .5, "b": 1.0}
-    return interval([np.mean([worth[row[question]] for row in rows]) for rows in people])
+    return interval([np.mean([worth[row[question]] for row in rows.values()]) for rows in people.values()])
 
 
 def fleiss_kappa(items):

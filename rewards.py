@@ -19,6 +19,7 @@ of single latents.
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import sys
@@ -30,13 +31,13 @@ from typing import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import splat
 from critics import Critic, Preference, digit_score, load_lpips, lpips_distance
 from depth_anything import Reconstruction, load_depth_anything
 from noise_warp import camera_path, draw_paths, parse_motion, relative_to_first, rotation_angle
-from sample import as_bytes, read_video
+from prompts import usable_prompt
+from sample import as_bytes, check_device, check_writable, read_video, spread
 from weights import TINY, written_whole
 
 
@@ -52,7 +53,8 @@ class Clip:
     rerender: torch.Tensor | None = None  # (V, 3, H, W), the Gaussians at the recovered cameras
     meta_views: torch.Tensor | None = None  # (2, 3, H, W), the Gaussians from beside the path
     digits: torch.Tensor | None = None  # (2, 10), the critic's probabilities
-    scores: dict = field(default_factory=dict)  # term -> float; NaN where it failed or was not asked for
+    # term -> float; NaN where it failed or was not asked for
+    scores: dict = field(default_factory=lambda: dict.fromkeys(TERMS, math.nan))
     errors: dict = field(default_factory=dict)  # term -> why it failed
 
     def render(self, cameras):
@@ -61,6 +63,14 @@ class Clip:
         K = native_intrinsics(rec, H, W)[:len(cameras)]
         return splat.render(rec.gaussians, cameras, K, H, W)[0]
 
+    def to(self, device):
+        """Moves the reconstruction; its `frames` stay: they index the video."""
+        rec = self.reconstruction
+        for part in [rec, rec.gaussians] if rec else []:
+            for name, value in vars(part).items() if part else ():
+                if isinstance(value, torch.Tensor) and name != "frames":
+                    setattr(part, name, value.to(device))
+
 
 def native_intrinsics(rec, height, width):
     """The reconstruction's intrinsics (V, 3, 3) in pixels of height x width."""
@@ -68,8 +78,12 @@ def native_intrinsics(rec, height, width):
     return rec.intrinsics * torch.tensor([width / w, height / h, 1.0], device=rec.intrinsics.device)[:, None]
 
 
-def check_reconstruction(rec):
-    """ValueError if a reconstruction is not finite or shows nothing: no term may make a number of it."""
+def reconstruct(judges, clip):
+    """Depth Anything 3's Reconstruction of a clip. ValueError if it is not finite or shows nothing: no term
+    may make a number of it."""
+    if len(clip.video) < 2:
+        raise ValueError("one frame shows no camera path")
+    rec = judges.depth_anything(clip.video, judges.views)
     parts = {name: getattr(rec, name) for name in ("depth", "camera_to_world", "intrinsics")}
     if rec.gaussians is not None:
         parts |= {f"Gaussians' {name}": values for name, values in vars(rec.gaussians).items()}
@@ -78,6 +92,7 @@ def check_reconstruction(rec):
             raise ValueError(f"the reconstruction's {name} holds NaN or infinite values")
     if (rec.depth <= 0).all() or rec.gaussians is not None and not (rec.gaussians.opacities > 0).any():
         raise ValueError("the reconstruction is empty")
+    return rec
 
 
 def paths_in_depths(path, rec):
@@ -97,7 +112,7 @@ def meta_reward(judges, clip):
     A video can look right along its own path and be a set of flat cards; a view from beside the path shows
     it.
     """
-    clip.meta_views = clip.render(meta_views(clip.reconstruction))
+    clip.meta_views = clip.render(meta_views(clip.reconstruction)).cpu()
     clip.digits = judges.critic(clip.meta_views)  # (2, 10)
     return digit_score(clip.digits).mean()
 
@@ -132,8 +147,9 @@ def recon_reward(judges, clip):
     frames agree on; rendered at the recovered cameras they give back a consistent video, and blur one that is
     not."""
     rec = clip.reconstruction
-    clip.rerender = clip.render(rec.camera_to_world).clamp(0, 1)
-    return 1 - lpips_distance(judges.lpips, clip.rerender, clip.video[rec.frames].to(judges.device))
+    rerender = clip.render(rec.camera_to_world).clamp(0, 1)
+    clip.rerender = rerender.cpu()
+    return 1 - lpips_distance(judges.lpips, rerender, clip.video[rec.frames].to(judges.device))
 
 
 # ----------------------------------------------------------------------------------------------------- S_traj
@@ -177,6 +193,8 @@ def trajectory_reward(path, recovered, alpha=5.0, beta=5.0, depth=1.0):
 def trajectory_term(judges, clip):
     """S_traj of a clip, at the frames that were reconstructed."""
     rec = clip.reconstruction
+    if len(clip.path) != len(clip.video):
+        raise ValueError(f"the path has {len(clip.path)} cameras, the video {len(clip.video)} frames")
     return trajectory_reward(clip.path[rec.frames], rec.camera_to_world, judges.alpha, judges.beta,
                              float(rec.depth.median()))
 
@@ -238,47 +256,83 @@ def combine(terms, weights, dynamic=False):
 
 # --------------------------------------------------------------------------------------- all terms of a video
 
+# What a video, or a judge that looks at it, can do wrong: a value it cannot have, arithmetic that breaks
+# down, an operation that torch refuses. Everything else is a fault of the program or the machine, which would
+# mask sample after sample, and stops it; so do full memory and a lost card, RuntimeErrors by name.
+MASKED = (ValueError, ArithmeticError, RuntimeError)
+
+
+def is_fault(error):
+    """Of one of MASKED: is it the machine's or the program's after all?"""
+    by_name = (torch.OutOfMemoryError, torch.AcceleratorError, NotImplementedError, RecursionError)
+    return isinstance(error, by_name) or "DefaultCPUAllocator" in str(error)  # which has no error of its own
+
+
 class Rewards:
-    """The terms with their models, each loaded on first use. `failures` counts masked terms, `reasons` keeps
-    the latest error of each.
+    """The terms with their models, each loaded on first use.
 
-    views: frames that are reconstructed, evenly spread. frames_seen: how many the preference model sees, from
-    the first on (K of Eq. 10). alpha, beta: of S_traj. center, spread: of R_gen; None takes the judge's own.
-    weights: {term: weight}, 1 where none is given; 0 leaves a term out.
+    views: frames that are reconstructed, evenly spread, at least 2. frames_seen: how many the preference
+    model sees, from the first on (K of Eq. 10). alpha, beta: of S_traj. center, spread: of R_gen; None takes
+    the judge's own. weights: {term: weight}, 1 where none is given; 0 leaves a term out. offload: the models
+    wait on the CPU, and one at a time is on the device, while it looks at all clips of a call.
+
+    failures: how many times each term was masked in the latest call of `terms`. reasons: the last error of
+    each, for the messages of `__call__` and of training.
     """
-
-    MODELS = ("depth_anything", "critic", "preference", "lpips")
 
     def __init__(self, depth_anything=TINY / "depth_anything", critic=TINY / "qwen3_vl",
                  preference=TINY / "hpsv3", lpips="random", views=9, frames_seen=4, alpha=5.0, beta=5.0,
-                 weights=None, device="cpu", dtype=None, center=None, spread=None):
+                 weights=None, device="cpu", dtype=None, center=None, spread=None, offload=False):
         self.sources = dict(depth_anything=depth_anything, critic=critic, preference=preference, lpips=lpips)
         self.views, self.frames_seen = views, frames_seen
         self.alpha, self.beta = alpha, beta
         self.center, self.spread = center, spread
         self.weights = {name: 1.0 for name in TERMS} | (weights or {})
-        unknown = sorted(set(self.weights) - set(TERMS))
-        if unknown:
-            raise ValueError(f"unknown reward term '{unknown[0]}'; the terms are {', '.join(TERMS)}")
-        self.device = torch.device(device)
+        self.check()
+        self.device, self.offload = torch.device(device), offload
+        self.home = torch.device("cpu") if offload else self.device
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.failures, self.reasons = Counter(), {}
 
+    def check(self):
+        """ValueError for an option out of its range."""
+        unknown = sorted(set(self.weights) - set(TERMS))
+        if unknown:
+            raise ValueError(f"unknown reward term '{unknown[0]}'; the terms are {', '.join(TERMS)}")
+        limits = {"views": (self.views, 2),  # one view shows no path: S_traj would be 1
+                  "frames-seen": (self.frames_seen, 1),
+                  "traj-alpha": (self.alpha, 0),
+                  "traj-beta": (self.beta, 0)}
+        limits |= {name: (weight, 0) for name, weight in self.weights.items()}
+        for option, (value, least) in limits.items():
+            if not least <= value < math.inf:
+                raise ValueError(f"--{option} must be a number of at least {least}, got {value}")
+        if not any(self.weights.values()):
+            raise ValueError(f"every reward has weight 0; give one a weight: --{', --'.join(TERMS)}")
+        if self.center is not None and not math.isfinite(self.center):
+            raise ValueError(f"--general-center must be a finite number, got {self.center}")
+        if self.spread is not None and not 0 < self.spread < math.inf:
+            raise ValueError(f"--general-spread must be a positive number, got {self.spread}")
+
     @functools.cached_property
     def depth_anything(self):
-        return load_depth_anything(self.sources["depth_anything"], self.device)
+        model = load_depth_anything(self.sources["depth_anything"], self.home)
+        if not model.config.gaussians and (self.weights["meta"] or self.weights["recon"]):
+            raise ValueError(f"'{self.sources['depth_anything']}' makes no Gaussians for S_meta and S_recon; "
+                             "give a model that does, such as depth-anything/DA3-GIANT")
+        return model
 
     @functools.cached_property
     def critic(self):
-        return Critic(self.sources["critic"], self.device, self.dtype)
+        return Critic(self.sources["critic"], self.home, self.dtype)
 
     @functools.cached_property
     def preference(self):
-        return Preference(self.sources["preference"], self.device, self.dtype)
+        return Preference(self.sources["preference"], self.home, self.dtype)
 
     @functools.cached_property
     def lpips(self):
-        return load_lpips(self.sources["lpips"], self.device)
+        return load_lpips(self.sources["lpips"], self.home)
 
     def asked(self, dynamic=False):
         """The terms with a weight; in a dynamic phase without those of R_3D."""
@@ -291,71 +345,90 @@ class Rewards:
             getattr(self, name)
         return self
 
-    def to(self, device):
-        """Moves the loaded models, e.g. to the CPU while the policy trains (--offload)."""
-        self.device = torch.device(device)
-        for name in self.MODELS:
-            if name in self.__dict__:  # loaded: cached_property keeps its value there
-                model = self.__dict__[name]
-                module = model if isinstance(model, nn.Module) else model.model
-                module.to(device)
-        return self
+    @contextlib.contextmanager
+    def on_device(self, names):
+        """With offload, these models are on the device inside the block, and the others on the CPU."""
+        models = [getattr(self, name) for name in names] if self.offload else []
+        modules = [model if isinstance(model, nn.Module) else model.model for model in models]
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to(self.home)
 
-    def mask(self, clip, term, error):
-        """A failure becomes NaN with its reason, never a number, and does not stop the other terms."""
-        self.failures[term.name] += 1
-        self.reasons[term.name] = clip.errors[term.name] = f"{type(error).__name__}: {error}"
+    @contextlib.contextmanager
+    def masking(self, clip, terms):
+        """A failure inside the block becomes the terms' NaN with its reason, never a number, and does not
+        stop the others. With offload the clip's reconstruction is on the device inside the block alone."""
+        try:
+            if self.offload:
+                clip.to(self.device)
+            yield
+        except MASKED as error:
+            if is_fault(error):
+                raise
+            for term in terms:
+                self.failures[term.name] += 1
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self.reasons[term.name] = clip.errors[term.name] = reason
+        finally:
+            if self.offload:
+                clip.to(self.home)
 
     @torch.no_grad()
-    def score(self, video, prompt, path, dynamic=False):
-        """One video (F, 3, H, W) with its prompt and requested path (F, 4, 4) -> Clip with its scores."""
-        clip = Clip(video, prompt, path, scores={name: math.nan for name in TERMS})
-        asked = self.asked(dynamic)
+    def score_clips(self, clips, dynamic=False):
+        """Fills in the clips' scores and errors, one model after the other. -> the clips"""
+        asked = self.load(dynamic).asked(dynamic)
 
         # one reconstruction serves every term that looks at geometry; where it fails, all of them are masked
-        no_reconstruction = None
-        if any("depth_anything" in term.models for term in asked):
-            try:
-                if len(video) < 2:
-                    raise ValueError("one frame shows no camera path")
-                rec = self.depth_anything(video, self.views)
-                check_reconstruction(rec)
-                clip.reconstruction = rec
-            except Exception as error:
-                no_reconstruction = error
+        geometric = [term for term in asked if "depth_anything" in term.models]
+        if geometric:
+            with self.on_device({"depth_anything"}):
+                for clip in clips:
+                    with self.masking(clip, geometric):
+                        clip.reconstruction = reconstruct(self, clip)
 
         # each term by itself: a judge that fails costs its own term alone
         for term in asked:
-            if no_reconstruction is not None and "depth_anything" in term.models:
-                self.mask(clip, term, no_reconstruction)
-                continue
-            try:
-                value = float(term.function(self, clip))
-                if not math.isfinite(value):
-                    raise ValueError(f"the score is {value}")
-                clip.scores[term.name] = value
-            except Exception as error:
-                self.mask(clip, term, error)
-        return clip
+            with self.on_device(set(term.models) - {"depth_anything"}):
+                for clip in clips:
+                    if term.name in clip.errors:
+                        continue
+                    with self.masking(clip, [term]):
+                        value = float(term.function(self, clip))
+                        if not math.isfinite(value):
+                            raise ValueError(f"the score is {value}")
+                        clip.scores[term.name] = value
+        return clips
 
-    def terms(self, videos, prompts, paths, dynamic=False, progress=False):
+    def score(self, video, prompt, path, dynamic=False):
+        """One video (F, 3, H, W) with its prompt and requested path (F, 4, 4) -> Clip with its scores."""
+        return self.score_clips([Clip(video, prompt, path)], dynamic)[0]
+
+    def terms(self, videos, prompts, paths, dynamic=False):
         """As calling the object, but it is no error when every sample fails: training counts and masks
         them."""
+        self.failures.clear()
+        self.reasons.clear()
         items = list(zip(videos, prompts, paths, strict=True))
-        bar = tqdm(items, desc="rewards", unit="video", leave=False, disable=not progress)
-        scores = [self.score(*item, dynamic).scores for item in bar]
+        # Clip by clip, so that one reconstruction is held at a time; with offload a model moves once a call.
+        scores = []
+        for part in [items] if self.offload else [[item] for item in items]:
+            scores += [clip.scores for clip in self.score_clips([Clip(*item) for item in part], dynamic)]
         out = {name: torch.tensor([row[name] for row in scores]) for name in TERMS}
         out["three_d"], out["total"] = combine(out, self.weights, dynamic)
         return out
 
-    def __call__(self, videos, prompts, paths, dynamic=False, progress=False):
+    def __call__(self, videos, prompts, paths, dynamic=False):
         """B videos (F, 3, H, W), prompts, requested paths (F, 4, 4) -> {every term, three_d, total: (B,)}.
 
         float32; NaN = masked, or not asked for (weight 0, or 3D terms with dynamic=True). A term that is
         asked for and failed masks the total. dynamic: the preference alone, no 3D work. Raises when no sample
         has a total.
         """
-        out = self.terms(videos, prompts, paths, dynamic, progress)
+        out = self.terms(videos, prompts, paths, dynamic)
         if out["total"].isnan().all():
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
             raise RuntimeError(f"every sample's reward failed; {reasons}")
@@ -437,7 +510,7 @@ def draw_clip(file, clip, columns=6):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(3, columns, figsize=(2 * columns, 7.5), layout="constrained")
     scores = "   ".join(f"{term.label} {clip.scores[name]:.3f}" for name, term in TERMS.items())
-    figure.suptitle(f"{clip.prompt[:110]}\n{scores}", fontsize=10)
+    figure.suptitle(f"{clip.prompt[:110]}\n{scores}", fontsize=10, parse_math=False)
     for ax in axes.flat:
         ax.set_axis_off()
 
@@ -445,23 +518,19 @@ def draw_clip(file, clip, columns=6):
         if images is None:
             return
         axes[row, 0].set_title(title, loc="left", fontsize=9)
-        for ax, image in zip(axes[row], images):
+        for ax, image in zip(axes[row], images[spread(len(images), columns)]):
             ax.imshow(as_bytes(image))
 
-    def spread(video):
-        if video is not None:
-            return video[torch.linspace(0, len(video) - 1, columns).round().long()]
-
     rec = clip.reconstruction
-    pictures(0, "input", spread(clip.video if rec is None else clip.video[rec.frames]))
-    pictures(1, "re-render at the recovered cameras", spread(clip.rerender))
+    pictures(0, "input", clip.video if rec is None else clip.video[rec.frames])
+    pictures(1, "re-render at the recovered cameras", clip.rerender)
     pictures(2, "meta-views, the critic's digits", clip.meta_views)
     if clip.digits is not None:
         for ax, digits in zip(axes[2, 2:], clip.digits):
             ax.set_axis_on()
             ax.bar(range(10), digits)
             ax.set_xticks(range(10))
-    if rec is not None:
+    if rec is not None and len(clip.path) == len(clip.video):
         requested, found = paths_in_depths(clip.path, rec)
         axes[2, 4].set_axis_on()
         draw_paths(axes[2, 4], {"asked": requested, "found": found})
@@ -486,6 +555,7 @@ def add_reward_options(parser, views=9):
 
 
 def rewards_of(a):
+    check_device(a.device)
     return Rewards(a.depth_anything, a.critic, a.preference, a.lpips, a.views, device=a.device)
 
 
@@ -494,25 +564,28 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video", help="an mp4")
     parser.add_argument("prompt", help="what the video was asked to show, camera words included")
-    parser.add_argument("--out", type=Path, help="the picture (default: beside the video)")
+    parser.add_argument("--out", type=Path, help="the picture, a PNG (default: beside the video)")
     add_reward_options(parser)
     a = parser.parse_args(argv)
+    out = a.out or Path(a.video).with_suffix(".rewards.png")
     try:
+        if out.suffix != ".png":
+            raise ValueError(f"--out must end in .png, got '{out}'")
+        check_writable(out)
+        prompt = usable_prompt(a.prompt)
         video, _ = read_video(a.video)
         rewards = rewards_of(a).load()
     except (ValueError, OSError) as e:
         print(f"rewards.py: {e}", file=sys.stderr)
         return 2
-    clip = rewards.score(video, a.prompt, camera_path(parse_motion(a.prompt), len(video)))
+    clip = rewards.score(video, prompt, camera_path(parse_motion(prompt), len(video)))
     for name, score in clip.scores.items():
-        reason = f"   ({clip.errors[name]})" if name in clip.errors else ""
-        print(f"{name:8} {score:.4f}{reason}")
+        print(f"{name:8} failed: {clip.errors[name]}" if name in clip.errors else f"{name:8} {score:.4f}")
     stand_in = "   (recon: random LPIPS trunk, a stand-in)" if a.lpips == "random" else ""
     print(f"{'total':8} {sum(clip.scores.values()):.4f}{stand_in}")
-    out = a.out or Path(a.video).with_suffix(".rewards.png")
     draw_clip(out, clip)
     print(out)
-    return 0
+    return 1 if clip.errors else 0
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ goes on from its newest whole checkpoint when it is started again, on any number
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,14 +26,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from weights import write_json, write_text
+from weights import read_json, to_disk, write_json, write_text
 
 # -------------------------------------------------------------------------------------------------- processes
 
 class Processes:
     """The process group, or a single process: rank, world, device."""
 
-    def __init__(self, device):
+    def __init__(self, device, timeout=60.0):
+        """timeout: minutes that a process waits for another before it gives the run up."""
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.lock = None  # of the run's folder, on rank 0
@@ -45,7 +48,8 @@ class Processes:
             store, *_ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world,
+                                    timeout=datetime.timedelta(minutes=timeout))
 
     def gather(self, value):
         """[value of rank 0, of rank 1, ...] on every rank."""
@@ -78,7 +82,8 @@ class Processes:
 # ------------------------------------------------------------------------------------------- the run's folder
 
 # what may be another on resuming
-MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every"}
+MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every", "timeout",
+              "shard_size", "offload"}
 
 
 def flat(config):
@@ -94,9 +99,11 @@ def open_run(c, processes):
         may_change = MAY_CHANGE - {"total_steps"}
     now = dataclasses.asdict(c)
     if (folder / "config.json").exists():
-        before = json.loads((folder / "config.json").read_text())
+        # what an older run did not know: an option had its default, a term no weight
+        defaults = {f.name: f.default for f in dataclasses.fields(c) if f.default is not dataclasses.MISSING}
+        before = defaults | flat(read_json(folder / "config.json", dict))
         for name, value in flat(now).items():
-            was = flat(before).get(name, 0.0)  # a term that is new had no weight
+            was = before.get(name, 0.0)
             if name not in may_change and was != value:
                 raise ValueError(f"{folder} was started with --{name.replace('_', '-')} {was}, not {value}; "
                                  "choose another --name, or keep its settings")
@@ -136,19 +143,32 @@ def append_line(file, row):
 def read_lines(file):
     """-> the rows of a log, without lines that are none (a half-written last one)."""
     rows = []
-    for line in file.read_text().splitlines():
-        with contextlib.suppress(ValueError):
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
 
 
+def missing_steps(rows, done=0):
+    """-> [(first, last)] of each stretch of steps that a log should have, and has not. done: steps that are
+    known to be done, whether the log has them or not."""
+    steps = sorted({-1, *(row["step"] for row in rows), *([done] if done else [])})
+    return [(before + 1, after - 1) for before, after in itertools.pairwise(steps) if after > before + 1]
+
+
+def in_words(stretches):
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in stretches)
+
+
 def drop_lines(file, steps):
-    """Drops the lines of steps that are to be done again, and what is no line."""
-    if file.exists():
-        kept = [json.dumps(row) + "\n" for row in read_lines(file) if row["step"] < steps]
-        write_text(file, "".join(kept))
+    """Drops the lines of steps that are to be done again, and what is no line. -> the rows that are left."""
+    if not file.exists():
+        return []
+    kept = [row for row in read_lines(file) if row["step"] < steps]
+    write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 def wandb_log(c, folder):
@@ -199,11 +219,11 @@ def save_checkpoint(policy, folder, step):
     if processes.rank == 0:
         digests = {f.name: digest(f) for f in sorted(part.iterdir())}
         write_json(part / "manifest.json", dict(step=step, files=digests))
-        for f in part.iterdir():
-            with open(f, "rb") as handle:
-                os.fsync(handle.fileno())
+        for f in (*part.iterdir(), part):
+            to_disk(f)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
+        to_disk(folder)
         for old in checkpoints_of(folder)[:-c.keep]:
             shutil.rmtree(old)
 
@@ -263,7 +283,7 @@ def load_checkpoint(policy, folder):
 # -------------------------------------------------------------------------------------- the clock and the log
 
 class Clock:
-    """Seconds by phase of a step; lap(phase) books the time since the last lap."""
+    """Seconds by phase of a step; lap(phase) adds the time since the last lap."""
 
     def __init__(self):
         self.seconds = {}
@@ -271,7 +291,7 @@ class Clock:
 
     def lap(self, phase):
         now = time.monotonic()
-        self.seconds[phase] = round(now - self.last, 3)
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self.last, 3)
         self.last = now
 
 
@@ -288,16 +308,16 @@ def spread_in_groups(values):
     return mean_of([float(row.std(correction=0)) for row in known if len(row)])
 
 
-def metrics_row(c, step, dynamic, groups, terms, shares, A, notes, norms, processes, clock):
+def metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norms, processes, clock):
     """One line of metrics.jsonl, the same on every process.
 
-    groups: all the step's, without videos; terms {name: (groups x G,)}; A (groups x G,) advantages; notes:
-    this process's statistics of transitions; norms: of the gradients, one an update.
+    indices: of the step's prompts; terms {name: (groups x G,)}; motion and A, the advantages, (groups x G,);
+    notes: this process's statistics of transitions; norms: of the gradients, one an update.
     """
-    # what the processes know of their own groups
+    # what the processes know of their own batches
     gathered = processes.gather((notes, clock.seconds))
     notes = [note for others, _ in gathered for note in others]
-    row = dict(step=step, phase="dynamic" if dynamic else "main", prompts=[group.index for group in groups])
+    row = dict(step=step, phase="dynamic" if dynamic else "main", prompts=indices)
 
     # rewards and advantages: means, and how far members of a group are apart
     for name, values in terms.items():
@@ -305,15 +325,15 @@ def metrics_row(c, step, dynamic, groups, terms, shares, A, notes, norms, proces
         row[f"{name}_std"] = spread_in_groups(values.view(c.groups, -1))
     for name, share in shares.items():
         row[f"share_{name}"] = share
-    row["advantage_abs"], row["advantage_max"] = A.abs().mean().item(), A.max().item()
+    row["advantage_abs"], row["advantage_max"] = mean_of([A.abs().mean().item()]), mean_of([A.max().item()])
     row["flat_groups"] = int((A.view(c.groups, -1) == 0).all(1).sum())
     row["masked"] = int(terms["total"].isnan().sum())
-    row["motion"] = mean_of([m for group in groups for m in group.motion])
+    row["motion"] = mean_of(motion)
 
     # the update: how far the policy has moved from the one that rolled out, and from the reference
     for name in ("ratio", "clipped", "kl", "loss"):
         row[name] = mean_of([note[name] for note in notes])
-    row["ratio_max"] = max(note["ratio_max"] for note in notes)
+    row["ratio_max"] = mean_of([max(note["ratio_max"] for note in notes)])
     row["grad"] = [norm if math.isfinite(norm) else None for norm in norms]
     row["skipped"] = row["grad"].count(None)
 
@@ -322,6 +342,7 @@ def metrics_row(c, step, dynamic, groups, terms, shares, A, notes, norms, proces
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = {phase: max(others[phase] for _, others in gathered) for phase in clock.seconds}
+    phases = dict.fromkeys(phase for _, others in gathered for phase in others)
+    seconds = {phase: max(others.get(phase, 0.0) for _, others in gathered) for phase in phases}
     row["machine"] = dict(seconds=seconds, peak_bytes=peak, processes=processes.world)
     return row

@@ -13,8 +13,8 @@ Left out: schedulers other than these, image or video input, tiling.
 import argparse
 import dataclasses
 import hashlib
-import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -28,7 +28,8 @@ from fast import trim_text
 from lora import merge_lora
 from model import load_wan
 from noise_warp import camera_path, latent_noise, parse_motion, relative_to_first, released_push
-from weights import TINY, read_json, written_whole
+from prompts import usable_prompt
+from weights import TINY, config_from, read_json, written_whole
 
 
 def generator(*key):
@@ -52,13 +53,31 @@ class Sampling:
     degradation: float = .35  # fresh noise mixed into the transported; World-R1's released value
 
 
+# The range of an entry of Sampling, or of another option of the same name.
+LIMITS = {"frames": (1, 10_000), "height": (16, 10_000), "width": (16, 10_000), "num": (1, 1000),
+          "steps": (1, 1000), "guidance": (0, 100), "shift": (.01, 100), "fps": (1, 240),
+          "degradation": (0, 1), "strength": (0, 10)}
+
+
+def check_limits(values, where="--"):
+    """ValueError for the first of {name: value} outside of its LIMITS, NaN too. None: the model's own."""
+    for name, (low, high) in LIMITS.items():
+        value = values.get(name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{where}{name} must be between {low} and {high}, got {value}")
+
+
 def sampling_of(model, **given):
     """-> the Sampling of a model (folder or hub id): its own values, over them those given that are not
-    None."""
+    None. ValueError if one is out of range."""
     file = Path(model) / "sampling.json"
-    values = read_json(file) if file.exists() else {}
-    values |= {name: value for name, value in given.items() if value is not None}
-    return Sampling(**values)
+    own = config_from(Sampling, read_json(file) if file.exists() else {}, file)
+    check_limits(vars(own), f"{file}: ")
+    check_limits(given)
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = dataclasses.replace(own, **given)
+    check_size(sampling.frames, sampling.height, sampling.width)
+    return sampling
 
 
 # ----------------------------------------------------------------------------------------- the noise schedule
@@ -319,15 +338,25 @@ def as_bytes(images):
 def write_video(path, video, fps=16):
     """Video (F, 3, H, W) in [0, 1] -> H.264 mp4 (yuv420p, plays in browsers), written whole."""
     import imageio.v2 as iio
+    from imageio_ffmpeg import count_frames_and_secs
     with written_whole(path) as part:
         iio.mimwrite(part, as_bytes(video), fps=fps, codec="libx264", pixelformat="yuv420p",
                      macro_block_size=1, output_params=["-crf", "12", "-preset", "medium"])
+        # Nobody hears of it when ffmpeg fails, on a full disk for one.
+        try:
+            whole = count_frames_and_secs(part)[0] == len(video)
+        except RuntimeError:
+            whole = False
+        if not whole:
+            raise OSError("ffmpeg could not write all frames")
 
 
 def read_video(path):
     """A video file -> (F, 3, H, W) in [0, 1], frames a second."""
     import imageio.v2 as iio
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")  # a pipe would hang
         with iio.get_reader(path, format="FFMPEG") as reader:
             fps = reader.get_meta_data()["fps"]
             frames = [torch.from_numpy(f.copy()) for f in reader]
@@ -337,18 +366,23 @@ def read_video(path):
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, fps
 
 
+def spread(frames, columns=6):
+    """-> the indices of `columns` of so many frames, evenly spread."""
+    return torch.linspace(0, frames - 1, min(columns, frames)).round().long()
+
+
 def contact_sheet(path, videos, columns=6, width=1152):
     """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames evenly spread, small frames
     enlarged."""
     import imageio.v3 as iio
     rows = []
     for video in videos:
-        pick = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
+        pick = spread(len(video), columns)
         rows.append(torch.cat(list(video[pick].float().cpu()), -1))  # (3, H, columns * W)
     sheet = as_bytes(torch.cat(rows, 1))
     scale = max(1, width // sheet.shape[1])
     with written_whole(path) as part:
-        iio.imwrite(part, sheet.repeat(scale, 0).repeat(scale, 1))
+        part.write_bytes(iio.imwrite("<bytes>", sheet.repeat(scale, 0).repeat(scale, 1), extension=".png"))
 
 
 def psnr(a, b, per_frame=True):
@@ -365,9 +399,7 @@ def psnr(a, b, per_frame=True):
 def check_size(frames, height, width):
     """ValueError with one sentence if a video of this size cannot be made; None stands for the model's own
     value."""
-    for name, value in (("frames", frames), ("height", height), ("width", width)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be positive, got {value}")
+    check_limits(dict(frames=frames, height=height, width=width))
     if frames is not None and frames % 4 != 1:
         raise ValueError(f"--frames must be 4k+1, got {frames}; try {frames // 4 * 4 + 1}")
     for name, value in (("height", height), ("width", width)):
@@ -379,25 +411,14 @@ def check_size(frames, height, width):
 def check(a):
     """Raises ValueError with one sentence for the first argument that cannot work; loads and writes
     nothing."""
-    if not a.prompt.strip():
-        raise ValueError("the prompt is empty; say what to show, "
-                         'e.g. "push_in a red sphere on a checkered green floor, yellow walls"')
+    usable_prompt(a.prompt)
+    if a.negative:
+        usable_prompt(a.negative)
+    check_limits(vars(a))
     check_size(a.frames, a.height, a.width)
-    for name in ("steps", "num"):
-        value = getattr(a, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if a.guidance is not None and not math.isfinite(a.guidance):
-        raise ValueError(f"--guidance must be a finite number, got {a.guidance}; 1 turns guidance off")
     if a.released and not a.transport:
         raise ValueError("--released pushes transported noise in, and --no-transport asks for none; "
                          "give one of them")
-    if a.shift is not None and not (math.isfinite(a.shift) and a.shift > 0):
-        raise ValueError(f"--shift must be a positive number, got {a.shift}")
-    if not math.isfinite(a.strength):
-        raise ValueError(f"--strength must be a finite number, got {a.strength}")
-    if a.degradation is not None and not 0 <= a.degradation <= 1:
-        raise ValueError(f"--degradation must be between 0 and 1, got {a.degradation}")
     check_device(a.device)
     if a.out.suffix != ".mp4":
         raise ValueError(f"--out must end in .mp4, got '{a.out}'")
@@ -405,33 +426,72 @@ def check(a):
 
 
 def check_device(device):
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA GPU, and none is available; use --device cpu")
+    """ValueError if there is no such device."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = torch.device("meta")
+    gpus = torch.cuda.device_count()
+    if kind.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got '{device}'")
+    if kind.type == "cuda" and (kind.index or 0) >= gpus:
+        raise ValueError(f"--device {device} needs a CUDA GPU, and {gpus or 'none'} is available; "
+                         "use --device cpu")
 
 
 def check_writable(file):
     """ValueError if a file could not be written there; makes no folder."""
     folder = file.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
     try:
+        while not folder.exists():
+            folder = folder.parent
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder")
-        tempfile.TemporaryFile(dir=folder).close()
+        # Named as the file is, for a name that is too long.
+        tempfile.NamedTemporaryFile(dir=folder, prefix=file.name).close()
     except OSError as e:
         raise ValueError(f"cannot write '{file}' ({e.strerror or e}); choose another --out") from None
 
 
+def check_memory(wan, sampling, num):
+    """ValueError if so many videos would not fit in the memory of wan's device: a low estimate."""
+    frames, height, width = sampling.frames, sampling.height, sampling.width
+    dit = wan.dit.config
+    dim = dit.num_attention_heads * dit.attention_head_dim
+    # The largest of a block's activations, for every token of a batch; guidance doubles the batch.
+    batch = num if sampling.guidance == 1 else 2 * num
+    tokens = batch * ((frames + 3) // 4) * (height // 16) * (width // 16)
+    of_dit = tokens * wan.dit.proj_out.weight.element_size() * (4 * dim + 2 * dit.ffn_dim)
+    # The VAE's last level: at least six activations of four frames. The videos: all of them, float32.
+    of_vae = 6 * 4 * 4 * wan.vae.config.base_dim * height * width
+    needed = max(of_dit, of_vae) + num * frames * 3 * height * width * 4
+    if wan.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(wan.device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ValueError(f"{num} x {frames} frames of {height}x{width} need about {needed / 1e9:.1f} GB of "
+                         f"memory, and there are {memory / 1e9:.1f}; "
+                         "lower --num, --frames, --height or --width")
+
+
+Row = tuple[float, float, float, float]
+
+
 def read_path(file, frames):
     """A camera path from a JSON list of 4x4 camera-to-world matrices, made relative to the first."""
-    try:
-        path = torch.tensor(json.loads(Path(file).read_text()), dtype=torch.float64)
-    except (OSError, ValueError, TypeError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--path {file} is not a JSON list of 4x4 matrices ({reason})") from None
-    if path.shape != (frames, 4, 4) or not path.isfinite().all():
-        raise ValueError(f"--path {file} must hold {frames} finite 4x4 camera-to-world matrices, "
-                         f"one a frame; it has shape {tuple(path.shape)}")
+    matrices = read_json(file, list[tuple[Row, Row, Row, Row]])
+    if len(matrices) != frames:
+        raise ValueError(f"--path {file} must hold a matrix for each of {frames} frames, "
+                         f"it has {len(matrices)}")
+    path = torch.tensor(matrices, dtype=torch.float64)
+    R = path[:, :3, :3]
+    skew = (R @ R.mT - torch.eye(3)).abs().amax((1, 2))
+    last = (path[:, 3] - torch.tensor([0, 0, 0, 1])).abs().amax(1)
+    wrong = (skew > 1e-3) | (last > 1e-6) | (R.det() < 0) | (path.abs().amax((1, 2)) > 1e6)
+    if wrong.any():
+        raise ValueError(f"--path {file}: matrix {int(wrong.nonzero()[0])} is no camera-to-world pose: "
+                         "it needs a rotation, a translation of at most 1e6, and the last row 0 0 0 1")
     return relative_to_first(path)
 
 
@@ -472,24 +532,28 @@ def parse_arguments(argv=None):
     return a
 
 
-def main(argv=None):
-    a = parse_arguments(argv)
-    try:
-        check(a)
-        own = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
-        sampling = sampling_of(a.model, **own)
-        paths = [read_path(a.path, sampling.frames)] * a.num if a.path else None
-        wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
-        if a.lora:
-            merge_lora(wan.dit, a.lora)
-    except (ValueError, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        return 2
+def make_videos(a):
+    """Writes the videos and their contact sheet, and prints their files."""
+    # Whatever can be wrong is found before the weights are read, or at least before the first step.
+    check(a)
+    own = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
+    sampling = sampling_of(a.model, **own)
+    paths = [read_path(a.path, sampling.frames)] * a.num if a.path else None
+    wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
+    check_memory(wan, sampling, a.num)
+    if a.lora:
+        merge_lora(wan.dit, a.lora)
     if a.compile:
         wan.dit = torch.compile(wan.dit)
-    videos, _ = sample_videos(wan, [a.prompt] * a.num, sampling, a.seed, paths=paths, strength=a.strength,
-                              transport=a.transport, released=a.released, solver=a.solver,
-                              negative=a.negative, progress=True)
+
+    latents, _ = sample_latents(wan, [a.prompt] * a.num, sampling, a.seed, paths=paths, strength=a.strength,
+                                transport=a.transport, released=a.released, solver=a.solver,
+                                negative=a.negative, progress=True)
+    if not latents.isfinite().all():
+        raise ValueError(f"'{a.model}' made latents that are not finite; lower --guidance, "
+                         "or leave the --lora out")
+    videos = decode_videos(wan, latents)
+
     for i, video in enumerate(videos):
         file = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")
         write_video(file, video, sampling.fps)
@@ -497,6 +561,14 @@ def main(argv=None):
     sheet = a.out.with_suffix(".png")
     contact_sheet(sheet, videos)
     print(sheet)
+
+
+def main(argv=None):
+    try:
+        make_videos(parse_arguments(argv))
+    except (ValueError, OSError) as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        return 2
     return 0
 
 

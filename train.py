@@ -1,7 +1,7 @@
 """World-R1's training loop: roll out groups of videos, score them, update the model, on 1 to many processes.
 
     python train.py --preset tiny --name first                       tiny twins, one process
-    torchrun --nproc-per-node 8 train.py --preset small --name s1    Wan2.1-1.3B, LoRA, one node of H200s
+    torchrun --nproc-per-node 8 train.py --preset node --name n1     Wan2.1-1.3B, LoRA, one node of H200s
 
 One step of `train`, top to bottom:
 
@@ -10,16 +10,17 @@ One step of `train`, top to bottom:
     optimiser step
 
 Every main_steps steps a dynamic phase trains dynamic_steps steps on moving scenes with the preference reward
-alone (periodic decoupling). Processes share a step by groups, and every random draw is keyed by (seed, step,
-phase, prompt, member, purpose): the same run on 1, 2 or 8 processes makes the same videos. The method's parts
-are in noise_warp.py, sample.py, rewards.py and grpo.py; policy.py holds model and optimiser, run.py
-processes, checkpoints and the log.
+alone (periodic decoupling). Processes share a step by batches of a group's members, and every random draw is
+keyed by (seed, step, phase, prompt, member, purpose): the same run on 1, 2 or 8 processes makes the same
+videos. The method's parts are in noise_warp.py, sample.py, rewards.py and grpo.py; policy.py holds model and
+optimiser, run.py processes, checkpoints and the log.
 """
 
 import argparse
 import dataclasses
 import itertools
 import math
+import os
 import signal
 import sys
 import types
@@ -30,17 +31,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from grpo import (Group, advantages, draw_window, kl, normalise_log_ratio, rectification, rollout,
+from grpo import (Batch, advantages, draw_window, kl, normalise_log_ratio, rectification, rollout,
                   standardise, surrogate, variance_shares)
 from lora import lora_file
-from noise_warp import camera_path, parse_motion
+from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
-from run import (Clock, Processes, append_line, drop_lines, load_checkpoint, mean_of, metrics_row, open_run,
-                 read_lines, save_checkpoint, wandb_log)
-from sample import (check_device, check_size, contact_sheet, decode_videos, generator, initial_noise,
-                    log_prob, sample_latents, sampling_of, sigmas, transition, write_video)
+from run import (Clock, Processes, append_line, drop_lines, in_words, load_checkpoint, mean_of, metrics_row,
+                 missing_steps, open_run, read_lines, save_checkpoint, wandb_log)
+from sample import (check_device, check_size, contact_sheet, decode_videos, euler, generator, initial_noise,
+                    log_prob, sample_latents, sampling_of, sigmas, spread, transition, unchanged, write_video)
 from weights import TINY
 
 ROOT = Path(__file__).parent
@@ -48,9 +49,10 @@ ROOT = Path(__file__).parent
 
 # ---------------------------------------------------------------------------------------------------- options
 
-def option(section, default, text=""):
-    """A field of Config that is an option of the command line, in a section of its help."""
-    return field(default=default, metadata=dict(section=section, help=text))
+def option(section, default, text="", least=None, most=math.inf, choices=None):
+    """A field of Config that is an option of the command line, in a section of its help, with its range."""
+    return field(default=default, metadata=dict(section=section, help=text, least=least, most=most,
+                                                choices=choices))
 
 
 @dataclass
@@ -61,89 +63,107 @@ class Config:
     model: str = option("what", str(TINY / "wan"), "folder in either layout, or hub id")
     lora: str | None = option("what", None, "an adapter to start from; exports hold both")
     prompts: str = option("what", str(TINY / "prompts.jsonl"), "file: jsonl, or one prompt a line")
-    train_prompts: int | None = option("what", None, "train on the first so many of them (default: on all)")
+    train_prompts: int | None = option("what", None, "train on the first so many (default: on all)", least=1)
     frames: int | None = option("what", None, "4k+1 (default: the model's, as for height and width)")
     height: int | None = option("what", None)
     width: int | None = option("what", None)
     seed: int = option("what", 0)
 
-    groups: int = option("rollout", 6, "prompts a step, over all processes")
-    members: int = option("rollout", 8, "videos a prompt (G)")
-    steps: int = option("rollout", 10, "denoising steps of a rollout")
-    guidance: float = option("rollout", 1.0, "of a rollout; 1 = off")
-    eta: float = option("rollout", .7, "noise level of the stochastic steps")
-    sde: str = option("rollout", "flow", "kind of stochastic step: flow | dance | cps")
-    window: int = option("rollout", 2, "consecutive stochastic steps, the ones that are trained")
-    noisy_steps: int = option("rollout", 5, "the window lies within the first so many steps")
+    groups: int = option("rollout", 6, "prompts a step, over all processes", least=1)
+    members: int = option("rollout", 8, "videos a prompt (G); advantages compare them", least=2)
+    steps: int = option("rollout", 10, "denoising steps of a rollout", least=2)
+    guidance: float = option("rollout", 1.0, "of a rollout; 1 = off", least=0)
+    eta: float = option("rollout", .7, "noise level of the stochastic steps", least=0, most=1)
+    sde: str = option("rollout", "flow", "kind of stochastic step", choices=("flow", "dance", "cps"))
+    window: int = option("rollout", 2, "consecutive stochastic steps, the ones that are trained", least=1)
+    noisy_steps: int = option("rollout", 5, "the window lies within the first so many steps", least=1)
     shared: bool = option("rollout", False, "members share the steps before the window")
+    common_window: bool = option("rollout", False, "one window for all groups of a step: no process waits")
     strength: float = option("rollout", 1.0, "of the camera path, asked for and transporting")
-    degradation: float | None = option("rollout", None, "fresh noise mixed in (default: the model's)")
+    degradation: float | None = option("rollout", None, "fresh noise mixed in (default: the model's)",
+                                       least=0, most=1)
+    released: bool = option("rollout", False, "transport as the release does: pushed in step by step")
 
     depth_anything: str = option("rewards", str(TINY / "depth_anything"), "folder or hub id")
     critic: str = option("rewards", str(TINY / "qwen3_vl"), "folder or hub id")
     preference: str = option("rewards", str(TINY / "hpsv3"), "folder or hub id")
-    lpips: str = option("rewards", "random", "trunk: alex | random (a stand-in)")
-    views: int = option("rewards", 5, "frames that are reconstructed")
-    frames_seen: int = option("rewards", 2, "frames the preference model sees, from the first on")
-    traj_alpha: float = option("rewards", 5.0, "weight of the translation error in S_traj")
-    traj_beta: float = option("rewards", 5.0, "weight of the rotation error in S_traj")
+    lpips: str = option("rewards", "random", "trunk; random is a stand-in", choices=("alex", "random"))
+    views: int = option("rewards", 5, "frames that are reconstructed", least=2)
+    frames_seen: int = option("rewards", 2, "frames the preference model sees, from the first on", least=1)
+    traj_alpha: float = option("rewards", 5.0, "weight of the translation error in S_traj", least=0)
+    traj_beta: float = option("rewards", 5.0, "weight of the rotation error in S_traj", least=0)
     general_center: float | None = option("rewards", None, "R_gen = tanh((score - center) / spread)")
-    general_spread: float | None = option("rewards", None, "(default of both: the judge's own)")
+    general_spread: float | None = option("rewards", None, "(default of both: the judge's own)", least=1e-6)
     # of the terms: --meta, --recon, ...
     weights: dict = field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
     standardise: bool = option("rewards", True, "bring each term to its spread in the group before the sum")
     pooled: bool = option("rewards", False, "one spread for all of the step's groups, not each its own")
-    max_masked: float = option("rewards", .5, "a step with a larger share of failed rewards stops the run")
+    max_masked: float = option("rewards", .5, "a step with a larger share of failed rewards stops the run",
+                               least=0, most=1)
 
-    lr: float = option("update", 3e-4)
-    decay: float = option("update", 0.0, "share of the run in which the rate falls to 0 at its end")
-    beta1: float = option("update", .9)
-    beta2: float = option("update", .999)
-    weight_decay: float = option("update", 1e-4)
-    clip: float = option("update", 1e-3, "of the ratio")
-    kl: float = option("update", .004, "weight of the KL to the untouched model")
-    adv_clip: float = option("update", 5.0, "of the advantages")
-    grad_clip: float = option("update", 1.0)
-    max_skipped: int = option("update", 3, "steps in a row without a finite gradient that stop the run")
-    updates: int = option("update", 1, "optimiser steps a rollout: its groups are split among them")
+    lr: float = option("update", 3e-4, least=0)
+    decay: float = option("update", 0.0, "share of the run in which the rate falls to 0 at its end",
+                          least=0, most=1)
+    beta1: float = option("update", .9, least=0, most=1)
+    beta2: float = option("update", .999, least=0, most=1)
+    weight_decay: float = option("update", 1e-4, least=0)
+    clip: float = option("update", 1e-3, "of the ratio", least=0)
+    kl: float = option("update", .004, "weight of the KL to the untouched model", least=0)
+    adv_clip: float = option("update", 5.0, "of the advantages", least=0)
+    grad_clip: float = option("update", 1.0, least=0)
+    max_skipped: int = option("update", 3, "steps in a row without a finite gradient that stop the run",
+                              least=0)
+    updates: int = option("update", 1, "optimiser steps a rollout: its groups are split among them", least=1)
     ratio_norm: bool = option("update", False, "GRPO-Guard's normalised ratio")
     rectify: bool = option("update", False, "Flash-GRPO's weights: every step's gradient of one size")
     full: bool = option("update", False, "train all weights instead of LoRA")
-    lora_rank: int = option("update", 32)
+    lora_rank: int = option("update", 32, least=1)
     lora_alpha: float = option("update", 64.0)
-    ema_decay: float = option("update", .9, "of the averaged weights, which are evaluated and exported")
-    ema_every: int = option("update", 8)
+    ema_decay: float = option("update", .9, "of the averaged weights, which are evaluated and exported",
+                              least=0, most=1)
+    ema_every: int = option("update", 8, least=1)
 
-    total_steps: int = option("schedule", 200)
-    main_steps: int = option("schedule", 100)
-    dynamic_steps: int = option("schedule", 50)
-    eval_every: int = option("schedule", 50, "0: never")
-    eval_prompts: int = option("schedule", 16)
-    save_every: int = option("schedule", 1)
-    keep: int = option("schedule", 2, "checkpoints")
+    total_steps: int = option("schedule", 200, least=1)
+    main_steps: int = option("schedule", 100, least=1)
+    dynamic_steps: int = option("schedule", 50, least=0)
+    eval_every: int = option("schedule", 50, "0: never", least=0)
+    eval_prompts: int = option("schedule", 16, least=1)
+    save_every: int = option("schedule", 1, least=1)
+    keep: int = option("schedule", 2, "checkpoints", least=1)
 
     device: str | None = option("machine", None, "default: cuda when there is one")
-    dtype: str | None = option("machine", None, "of the frozen weights (bfloat16 on CUDA, else float32)")
-    parallel: str = option("machine", "ddp", "ddp | fsdp")
-    batch: int | None = option("machine", None, "videos of a group run at once (default: all)")
+    dtype: str | None = option("machine", None, "of the frozen weights (bfloat16 on CUDA, else float32)",
+                               choices=("float32", "bfloat16"))
+    batch: int | None = option("machine", None, "videos that are run at once; processes share a step by "
+                               "batches of a group's members (default: a whole group)", least=1)
+    parallel: str = option("machine", "ddp", choices=("ddp", "fsdp"))
+    shard_size: int | None = option("machine", None, "processes that share one copy of the weights under "
+                                    "fsdp, such as a node's 8 (default: all)", least=1)
+    timeout: float = option("machine", 60.0, "minutes a process waits for the slowest", least=.1)
     checkpointing: bool = option("machine", False, "recompute activations in the backward pass")
     compile: bool = option("machine", False)
-    offload: bool = option("machine", False, "keep the reward models on the CPU while the policy works")
+    offload: bool = option("machine", False, "keep reward models on the CPU, and move one at a time")
     wandb: bool = option("machine", False)
 
 
+# Where a value comes from: the paper; the release, World-R1's published configuration; Flow-GRPO (arXiv
+# 2505.05470) and its Fast variant; Flash-GRPO (arXiv 2605.15980); or ours.
 REAL = dict(
-    prompts=str(ROOT / "prompts.jsonl"),
+    model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", prompts=str(ROOT / "prompts.jsonl"),  # paper
     groups=48, members=8,  # paper
-    steps=50, guidance=5.0,  # release; the paper samples with fewer steps in training, how many is not stated
-    noisy_steps=25,  # ours: a window somewhere in the half that the release trains (24 of 50 steps)
-    updates=2,  # ours: two optimiser steps of 24 groups
+    steps=10,  # Flow-GRPO: the paper too samples with fewer steps in training, how many is not stated
+    guidance=5.0,  # release
+    window=1,  # Flash-GRPO
+    noisy_steps=9,  # ours: any step but the last
+    shared=True,  # Flow-GRPO-Fast: one deterministic path, on which members branch
+    common_window=True,  # ours: else some process has a window at the first step, and all wait for it
     depth_anything="depth-anything/DA3-GIANT", critic="Qwen/Qwen3-VL-4B-Instruct",  # release
     preference="MizzenAI/HPSv3", lpips="alex",  # paper
     views=21, frames_seen=8,  # ours: every fourth frame; K of Eq. 10 is not stated
     standardise=False,  # paper: the plain sum
-    lr=1e-4, clip=1e-3, kl=.004,  # release, like Config's AdamW, LoRA, adv_clip and EMA
+    lr=1e-4, clip=1e-3, kl=.004, updates=1,  # release, like Config's AdamW, LoRA, adv_clip and EMA
     total_steps=600, eval_every=50, eval_prompts=32,  # ours; 100 main and 50 dynamic steps: release
+    save_every=1,  # ours: a checkpoint takes seconds, a step minutes
     batch=1, checkpointing=True)  # ours: a group of 8 at once would not fit
 PRESETS = {  # "ours" in the tiny one: measured, docs/learning_proof.md
     "tiny": dict(
@@ -152,10 +172,20 @@ PRESETS = {  # "ours" in the tiny one: measured, docs/learning_proof.md
         standardise=True, pooled=True, weights=dict(recon=2.0),  # ours: the paper sums plainly
         lr=5e-4, ema_decay=.95, ema_every=1,  # ours
         total_steps=96, main_steps=20, dynamic_steps=4, eval_every=24),  # ours
-    "small": dict(REAL, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),  # paper
+    "small": REAL,
     "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers",  # paper
-                  groups=96, updates=1,  # ours: a group and one step for each of 96 GPUs
-                  parallel="fsdp", offload=True),  # ours
+                  parallel="fsdp", shard_size=8),  # ours: a copy of the weights a node
+    "release": dict(  # as published, but for HPSv3 in place of HPSv2.1, and for step noise where it has none
+        REAL, members=2, steps=50, window=24, noisy_steps=24, shared=False, released=True),
+    "node": dict(  # one node of 8 GPUs, in a day or two
+        REAL, frames=49,  # paper: of its re-render tables
+        groups=16,  # ours: what a node samples in minutes
+        steps=20, guidance=4.5, rectify=True, pooled=True, kl=0.0,  # Flash-GRPO
+        noisy_steps=10),  # ours
+    "gpu": dict(  # one card of 24 GB
+        REAL, frames=33, height=240, width=416,  # flow_grpo's size of Wan videos
+        groups=4, eval_prompts=16,  # ours
+        batch=4, offload=True),  # ours: what fits
 }
 
 
@@ -172,7 +202,9 @@ def parse_arguments(argv=None):
         name = f.metadata["section"]
         sections[name] = sections.get(name) or parser.add_argument_group(name)
         kind = option_type(f.type)
-        reading = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
+        reading = dict(type=kind, choices=f.metadata["choices"])
+        if f.type is bool:
+            reading = dict(action=argparse.BooleanOptionalAction)
         sections[name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                                     help=f.metadata["help"], **reading)
     for term in TERMS.values():
@@ -201,6 +233,13 @@ def own_sampling(c):
     return sampling_of(c.model, frames=c.frames, height=c.height, width=c.width, degradation=c.degradation)
 
 
+def own_rewards(c, device="cpu"):
+    """-> the run's Rewards; nothing is loaded yet."""
+    return Rewards(c.depth_anything, c.critic, c.preference, c.lpips, c.views, c.frames_seen, c.traj_alpha,
+                   c.traj_beta, c.weights, device, center=c.general_center, spread=c.general_spread,
+                   offload=c.offload)
+
+
 def option_type(annotation):
     """float -> float; float | None -> a reader of floats and of the word none."""
     if not isinstance(annotation, types.UnionType):
@@ -216,40 +255,41 @@ def option_type(annotation):
 
 def check(c, world):
     """Raises ValueError with one sentence for the first setting that cannot work."""
-    for name in ("groups", "members", "steps", "window", "updates", "total_steps", "main_steps", "save_every",
-                 "keep", "lora_rank", "views", "frames_seen", "ema_every"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(c, name)}")
-    numbers = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)} | c.weights
-    for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
-    for name in ("lr", "kl", "clip", "grad_clip", "adv_clip", "weight_decay", "max_masked", "max_skipped"):
-        if getattr(c, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(c, name)}")
-    for name in ("beta1", "beta2", "ema_decay", "decay"):
-        if not 0 <= getattr(c, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(c, name)}")
-    if c.general_spread is not None and c.general_spread <= 0:
-        raise ValueError(f"--general-spread must be above 0, got {c.general_spread}")
-    for name, values in (("parallel", ("ddp", "fsdp")), ("sde", ("flow", "dance", "cps")),
-                         ("dtype", ("float32", "bfloat16")), ("lpips", ("alex", "random"))):
-        if getattr(c, name) not in values:
-            raise ValueError(f"--{name} must be one of {', '.join(values)}, got '{getattr(c, name)}'")
-    if c.members < 2:
-        raise ValueError("--members must be at least 2: advantages compare the members of a group")
+    # every number by itself
+    ranges = {f.name: (f.metadata["least"], f.metadata["most"]) for f in dataclasses.fields(c) if f.metadata}
+    for name, value in (dataclasses.asdict(c) | c.weights).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        option_name = "--" + name.replace("_", "-")
+        if not math.isfinite(value):
+            raise ValueError(f"{option_name} must be a finite number, got {value}")
+        least, most = ranges.get(name, (0, math.inf))  # of a term's weight
+        if least is not None and value < least:
+            raise ValueError(f"{option_name} must be at least {least}, got {value}")
+        if value > most:
+            raise ValueError(f"{option_name} must be at most {most}, got {value}")
+    if c.eta == 0:
+        raise ValueError("--eta must be above 0: without noise there is nothing to compare")
+    if not c.name or c.name.startswith(".") or Path(c.name).name != c.name:
+        raise ValueError(f"--name must name a folder in --runs, without '/' and not beginning with '.', "
+                         f"got '{c.name}'")
+
+    # what must fit together
     check_size(c.frames, c.height, c.width)
-    if not 0 < c.eta <= 1:
-        raise ValueError(f"--eta must be above 0 and at most 1, got {c.eta}: "
-                         "without noise there is nothing to compare")
-    if c.parallel == "fsdp" and c.groups % (world * c.updates):
-        raise ValueError("--parallel fsdp needs --groups to be a multiple of processes x updates = "
-                         f"{world * c.updates}, got {c.groups}")
+    batch = c.batch or c.members
+    if c.members % batch:
+        raise ValueError(f"--members must be a multiple of --batch, got {c.members} and {batch}")
     if c.groups % c.updates:
         raise ValueError(f"--groups must be a multiple of --updates, got {c.groups} and {c.updates}")
-    if c.batch is not None and (c.batch < 1 or c.members % c.batch):
-        raise ValueError(f"--members must be a multiple of --batch, got {c.members} and {c.batch}")
+    if c.parallel == "fsdp":
+        batches = c.groups // c.updates * (c.members // batch)
+        if batches % world:
+            raise ValueError(f"--parallel fsdp needs batches an update ({batches}: groups / updates x "
+                             f"members / batch) to be a multiple of the {world} processes")
+        if world % min(c.shard_size or world, world):
+            raise ValueError(f"--shard-size must divide the {world} processes, got {c.shard_size}")
     check_device(c.device)
+    own_rewards(c)
     draw_window(generator(0), c.steps, c.window, c.noisy_steps)
     if c.lora:
         lora_file(c.lora)
@@ -261,30 +301,32 @@ def train(c, processes):
     """Runs to c.total_steps, from the newest checkpoint if there is one. -> False if it was asked to stop
     (SIGTERM)."""
     # Whatever can be wrong is found before anything is written.
-    check(c, processes.world)
     prompts = read_prompts(c.prompts)
     prompts["train"] = prompts["train"][:c.train_prompts]
     if c.dynamic_steps and not prompts["dynamic"]:
         raise ValueError(f"{c.prompts} holds no dynamic prompts for the dynamic phase; "
                          "add some (split dynamic), or leave the phase out: --dynamic-steps 0")
-    rewards = Rewards(c.depth_anything, c.critic, c.preference, c.lpips, c.views, c.frames_seen, c.traj_alpha,
-                      c.traj_beta, c.weights, processes.device, center=c.general_center,
-                      spread=c.general_spread).load()
+    rewards = own_rewards(c, processes.device).load()
 
     # A run goes on from its newest whole checkpoint.
     folder = open_run(c, processes)
     policy = Policy(c, processes)
     steps_done = load_checkpoint(policy, folder / "checkpoints")
     if processes.rank == 0:
-        drop_lines(folder / "metrics.jsonl", steps_done)
+        gaps = missing_steps(drop_lines(folder / "metrics.jsonl", steps_done), steps_done)
+        if gaps:
+            tqdm.write(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
+                       "the rest of the run is whole", file=sys.stderr)
+    policy.encode_prompts(prompts_of_run(c, prompts, steps_done))
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
     log = wandb_log(c, folder) if c.wandb and processes.rank == 0 else None
     if steps_done == 0 and c.eval_every:
         evaluate(policy, rewards, prompts["test"][:c.eval_prompts], folder, 0)
 
-    # Processes share a step by groups; group g is group_ids == g in everything that spans the step.
-    mine = [g for g in range(c.groups) if g % processes.world == processes.rank]
+    # Processes share a step by batches of a group's members; group g is group_ids == g in all that spans it.
+    work = deal(c, processes.world)
+    mine = work[processes.rank]  # [(group, members)]
     group_ids = torch.arange(c.groups).repeat_interleave(c.members)  # (groups x G,)
     skipped = 0  # optimiser steps in a row that were left out
     bar = tqdm(total=c.total_steps, initial=steps_done, desc=c.name, unit="step",
@@ -297,60 +339,50 @@ def train(c, processes):
         dynamic, chosen = step_prompts(c, prompts, step)
 
         # Roll out: G videos of each prompt, from noise that was transported along the prompt's camera path.
-        groups = {}
-        for g in mine:
-            bar.set_postfix_str(f"rollout {len(groups) + 1}/{len(mine)}")
-            groups[g] = roll_out(policy, step, dynamic, *chosen[g])
+        # Score: Depth Anything 3 lifts each video to Gaussians and cameras, and the terms look at it. Then
+        # the video is dropped: the update needs the window's latents alone.
+        windows = [step_window(c, step, dynamic, index) for index, _ in chosen]
+        batches, failed = [], {}  # term -> why it was masked
+        for batch, videos, path in roll_out(policy, step, dynamic, chosen, windows, mine):
+            clock.lap("rollout")
+            bar.set_postfix_str(f"rewards {len(batches) + 1}/{len(mine)}")
+            requests = [batch.prompt] * len(videos), [path] * len(videos)
+            batch.terms = rewards.terms(videos, *requests, dynamic)  # {term: (B,)}
+            batch.motion = [motion_magnitude(video) for video in videos]
+            batches.append(batch)
+            failed |= rewards.reasons
+            clock.lap("reward")
+            bar.set_postfix_str(f"rollout {len(batches) + 1}/{len(mine)}")
+        passes = [rollout_passes(c, windows, share) for share in work]
+        policy.keep_pace(max(passes) - passes[processes.rank])
         clock.lap("rollout")
 
-        # Score: Depth Anything 3 lifts each video to Gaussians and cameras, and the terms look at it.
-        if c.offload:
-            rewards.to(processes.device)
-        for k, group in enumerate(groups.values()):
-            bar.set_postfix_str(f"rewards {k + 1}/{len(mine)}")
-            requests = [group.prompt] * c.members, [group.path] * c.members
-            group.terms = rewards.terms(group.videos, *requests, dynamic)  # {term: (G,)}
-            group.motion = [motion_magnitude(video) for video in group.videos]
-        if c.offload:
-            rewards.to("cpu")
-        clock.lap("reward")
-
         # Gather: spreads may be pooled over groups, so every process needs all terms: a few numbers a video.
-        all_groups = gather_groups(processes, groups)
-        terms = {name: torch.cat([group.terms[name] for group in all_groups]) for name in all_groups[0].terms}
-        stop_if_masked(c, processes, rewards, terms["total"], step)
+        terms, motion = gather_scores(processes, batches)  # {term: (groups x G,)}, (groups x G,)
+        stop_if_masked(c, processes, failed, terms["total"], step)
 
-        # Advantages: how much better than its group each video is. The paper standardises the plain sum of
-        # the terms, which is what the log calls total; with --standardise each term is first brought to its
-        # own spread, so that none drowns the others. A masked video leaves the statistics of every term, and
-        # its advantage is 0: only the KL still holds it.
-        compared = without_masked(terms)
-        if c.standardise:
-            compared = {name: standardise(compared[name], group_ids, c.pooled) for name in TERMS}
-        shares = variance_shares(compared, rewards.weights, group_ids)  # who decides
-        _, total = combine(compared, rewards.weights, dynamic)
-        A = advantages(total, group_ids, c.adv_clip, c.pooled)  # (groups x G,); 0 for a masked video
-        for g, group in groups.items():
-            group.advantages = A[group_ids == g]  # (G,)
+        # Advantages: how much better than its group each video is. A masked video's is 0: only the KL still
+        # holds it.
+        A, shares = compare(c, terms, group_ids, dynamic)  # (groups x G,); who decides
+        for batch in batches:
+            batch.advantages = A[group_ids == batch.group][list(batch.members)]  # (B,)
         clock.lap("wait")
 
         # Update: the groups are split among c.updates optimiser steps.
         notes, norms = [], []
         for update in range(c.updates):
             bar.set_postfix_str(f"update {update + 1}/{c.updates}")
-            for g, group in groups.items():
-                if g * c.updates // c.groups != update:
+            for batch in batches:
+                if update_of(c, batch.group) != update:
                     continue
-                batches = range(0, c.members, c.batch or c.members)
-                for sde_step, start in itertools.product(group.transitions, batches):
-                    members = slice(start, start + (c.batch or c.members))
-                    loss, note = policy_loss(policy, group, sde_step, members)
+                for sde_step in batch.transitions:
+                    loss, note = policy_loss(policy, batch, sde_step)
 
                     # The objective is a mean over groups, the window's steps and members: this is a batch's
                     # share of it.
                     of_update = c.updates / c.groups
-                    of_window = 1 / len(group.transitions)
-                    of_group = len(group.advantages[members]) / c.members
+                    of_window = 1 / len(batch.transitions)
+                    of_group = len(batch.members) / c.members
                     # FSDP averages over processes what is meant to be summed (--full --parallel fsdp)
                     averaged = processes.world if policy.sharded else 1
                     (loss * (of_update * of_window * of_group * averaged)).backward()
@@ -369,7 +401,8 @@ def train(c, processes):
         clock.lap("update")
 
         # Log, evaluate, save.
-        row = metrics_row(c, step, dynamic, all_groups, terms, shares, A, notes, norms, processes, clock)
+        indices = [index for index, _ in chosen]
+        row = metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norms, processes, clock)
         if processes.rank == 0:
             append_line(folder / "metrics.jsonl", row)
             warn_of_one_term(folder / "metrics.jsonl")
@@ -412,36 +445,115 @@ def step_prompts(c, prompts, step):
     return dynamic, chosen
 
 
+def prompts_of_run(c, prompts, steps_done):
+    """All that the rest of a run asks the model for."""
+    used = [""]  # of guidance
+    for step in range(steps_done, c.total_steps):
+        used += [prompt for _, prompt in step_prompts(c, prompts, step)[1]]
+    if c.eval_every:
+        used += prompts["test"][:c.eval_prompts]
+    return used
+
+
+def update_of(c, group):
+    """-> which of the step's optimiser steps a group belongs to."""
+    return group * c.updates // c.groups
+
+
+def deal(c, world):
+    """-> each process's work in a step, [(group, members)]: an equal share of every optimiser step's batches,
+    neighbours together, so that a group's members stay on one process where they can."""
+    size = c.batch or c.members
+    work = [[] for _ in range(world)]
+    for update in range(c.updates):
+        groups = [g for g in range(c.groups) if update_of(c, g) == update]
+        batches = [(g, range(start, start + size)) for g in groups for start in range(0, c.members, size)]
+        for rank in range(world):
+            work[rank] += batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
+    return work
+
+
+def drawn(c, step, dynamic, index, purpose, *member):
+    """-> the generator of one draw of a step, which nothing else depends on."""
+    phase = "dynamic" if dynamic else "train"
+    return generator(c.seed, step, phase, index, *member, purpose)
+
+
+def step_window(c, step, dynamic, index):
+    """-> the stochastic steps of a prompt's rollouts (a range)."""
+    whose = None if c.common_window else index
+    return draw_window(drawn(c, step, dynamic, whose, "window"), c.steps, c.window, c.noisy_steps)
+
+
 @torch.no_grad()
-def roll_out(policy, step, dynamic, index, prompt):
-    """One group: G videos of a prompt, with the transitions of its stochastic window. -> Group"""
+def roll_out(policy, step, dynamic, chosen, windows, work):
+    """Rolls out a process's work [(group, members)], one batch after the other. Yields each as a Batch, its
+    videos B x (F, 3, H, W), and the camera path that was asked for (F, 4, 4)."""
     c, wan = policy.c, policy.wan
-
-    def draw(purpose, *member):
-        phase = "dynamic" if dynamic else "train"
-        return generator(c.seed, step, phase, index, *member, purpose)
-
-    # camera words -> path -> flow -> noise: one noise a prompt if its members share the steps before the
-    # window
-    path = camera_path(parse_motion(prompt), c.frames, c.strength)  # (F, 4, 4)
-    noises = [draw("noise", member) for member in range(1 if c.shared else c.members)]
-    # (1 or G, C, T, h, w)
-    noise = initial_noise(wan, path, c.height, c.width, noises, degradation=c.degradation)
-    window = draw_window(draw("window"), c.steps, c.window, c.noisy_steps)
     levels = sigmas(c.steps, wan.shift or 5.0)
-    step_noises = [draw("sde", member) for member in range(c.members)]
-    latents, transitions = rollout(policy.velocity(prompt), noise.to(wan.device), levels, window, c.eta,
-                                   c.sde, step_noises, c.shared, c.members)
-    return Group(index, prompt, path, levels, transitions, decode_videos(wan, latents))
+    for g, share in itertools.groupby(work, key=lambda place: place[0]):
+        index, prompt = chosen[g]
+        velocity, window = policy.velocity(prompt), windows[g]
+        path = camera_path(parse_motion(prompt), c.frames, c.strength)  # (F, 4, 4)
+
+        def start(members):
+            """camera words -> path -> flow -> noise (B, C, T, h, w); and what changes latents after a step"""
+            def noise(transport=True):
+                draws = [drawn(c, step, dynamic, index, "noise", member) for member in members]
+                return initial_noise(wan, path, c.height, c.width, draws, transport,
+                                     c.degradation).to(wan.device)
+
+            if c.released:
+                white = noise(transport=False)
+                return white, released_push(white, noise())
+            return noise(), unchanged
+
+        # members may share the steps before the window: one noise, and one path until it branches
+        if c.shared:
+            noise, push = start([0])
+            first = window[0]
+            branching = euler(velocity, noise, levels[:first + 1], push)  # (1, C, T, h, w)
+        for _, members in share:
+            if c.shared:
+                x = branching.repeat_interleave(len(members), 0)
+            else:
+                first = 0
+                x, push = start(members)
+            draws = [drawn(c, step, dynamic, index, "sde", member) for member in members]
+            latents, transitions = rollout(velocity, x, levels, window, c.eta, c.sde, draws, first, push)
+            yield Batch(g, members, prompt, levels, transitions), decode_videos(wan, latents), path
 
 
-def gather_groups(processes, groups):
-    """{g: Group} of this process -> all the step's groups in order, on every process, without their large
-    tensors."""
-    light = {g: Group(group.index, group.prompt, group.path, group.levels, [], [], group.terms, group.motion)
-             for g, group in groups.items()}
-    everyone = {g: group for part in processes.gather(light) for g, group in part.items()}
-    return [everyone[g] for g in sorted(everyone)]
+def rollout_passes(c, windows, work):
+    """-> how many forward passes `roll_out` makes of a process's work."""
+    if not c.shared:
+        return c.steps * len(work)
+    before = sum(windows[g][0] for g in {g for g, _ in work})
+    return before + sum(c.steps - windows[g][0] for g, _ in work)
+
+
+def gather_scores(processes, batches):
+    """-> terms {name: (groups x G,)} and motion (groups x G,) of all the step's videos, in order of group and
+    member, on every process."""
+    mine = {(batch.group, batch.members[0]): (batch.terms, batch.motion) for batch in batches}
+    everyone = {place: scores for part in processes.gather(mine) for place, scores in part.items()}
+    ordered = [everyone[place] for place in sorted(everyone)]
+    terms = {name: torch.cat([terms[name] for terms, _ in ordered]) for name in ordered[0][0]}
+    return terms, [value for _, motion in ordered for value in motion]
+
+
+def compare(c, terms, group_ids, dynamic=False):
+    """-> advantages (N,) of terms {name: (N,)} with their total, and each term's share in deciding them.
+
+    The paper standardises the plain sum of the terms, which is what the log calls total; with --standardise
+    each term is first brought to its own spread, so that none drowns the others. A masked video leaves the
+    statistics of every term.
+    """
+    compared = without_masked(terms)
+    if c.standardise:
+        compared = {name: standardise(values, group_ids, c.pooled) for name, values in compared.items()}
+    _, total = combine(compared, c.weights, dynamic)
+    return advantages(total, group_ids, c.adv_clip, c.pooled), variance_shares(compared, c.weights, group_ids)
 
 
 def without_masked(terms):
@@ -450,43 +562,43 @@ def without_masked(terms):
     return {name: terms[name].masked_fill(masked, torch.nan) for name in TERMS}
 
 
-def stop_if_masked(c, processes, rewards, total, step):
+def stop_if_masked(c, processes, failed, total, step):
     """A failed reward is masked, never a number; too many of them are a fault that training must not hide."""
     masked = int(total.isnan().sum())
     if masked > c.max_masked * len(total):
-        gathered = processes.gather(rewards.reasons)
-        reasons = "; ".join(f"{name}: {why}" for part in gathered for name, why in part.items())
+        everywhere = {name: why for part in processes.gather(failed) for name, why in part.items()}
+        reasons = "; ".join(f"{name}: {why}" for name, why in everywhere.items())
         raise RuntimeError(f"step {step}: {masked} of {len(total)} rewards failed, more than --max-masked "
                            f"{c.max_masked} allows ({reasons})")
 
 
-def policy_loss(policy, group, sde_step, members):
-    """Clipped surrogate plus KL of one stochastic step, for some of a group's members (a slice).
+def policy_loss(policy, batch, sde_step):
+    """Clipped surrogate plus KL of one stochastic step of a batch.
 
-    -> the mean over these members, a scalar to minimise; and statistics of the ratio for the log.
+    -> the mean over its members, a scalar to minimise; and statistics of the ratio for the log.
     """
     c = policy.c
-    x, x_next = sde_step.x[members], sde_step.x_next[members]  # (B, C, T, h, w)
-    A = group.advantages[members].to(x.device)  # (B,)
-    sigma, sigma_next = group.levels[sde_step.index], group.levels[sde_step.index + 1]
+    x, x_next = sde_step.x, sde_step.x_next  # (B, C, T, h, w)
+    A = batch.advantages.to(x.device)  # (B,)
+    sigma, sigma_next = batch.levels[sde_step.index], batch.levels[sde_step.index + 1]
 
     # the ratio of the drawn step's probabilities, now and at rollout
-    v = policy.velocity(group.prompt)(x, sigma)
+    v = policy.velocity(batch.prompt)(x, sigma)
     mean, std = transition(x, v, sigma, sigma_next, c.eta, c.sde)
-    log_ratio = log_prob(x_next, mean, std) - sde_step.logp[members]  # (B,)
+    log_ratio = log_prob(x_next, mean, std) - sde_step.logp  # (B,)
     drift = log_ratio.detach().abs().max().item()
     if c.ratio_norm:
-        log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean[members], std)
+        log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean, std)
     loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)  # of rho = exp(log_ratio - 0)
     if c.rectify:
-        drawn = min(c.noisy_steps, c.steps - 1)
-        loss = loss * rectification(group.levels, drawn, c.eta, c.sde)[sde_step.index].to(loss.device)
+        possible = min(c.noisy_steps, c.steps - 1)  # the steps that can be drawn
+        loss = loss * rectification(batch.levels, possible, c.eta, c.sde)[sde_step.index].to(loss.device)
 
     # KL to the untouched model, whose step from x has the same std
     distance = torch.zeros(())
     if c.kl:
         with torch.no_grad(), policy.untouched():
-            v_reference = policy.velocity(group.prompt, reference=True)(x, sigma)
+            v_reference = policy.velocity(batch.prompt, reference=True)(x, sigma)
             mean_reference, _ = transition(x, v_reference, sigma, sigma_next, c.eta, c.sde)
         distance = kl(mean, mean_reference, std).mean()
         loss = loss + c.kl * distance
@@ -543,51 +655,58 @@ def evaluate(policy, rewards, prompts, folder, step):
 
 
 @torch.no_grad()
-def evaluation_rows(policy, rewards, prompts, folder, batch=8):
+def evaluation_rows(policy, rewards, prompts, folder, shown=8):
     """ODE samples with the model's own defaults and transported noise, one fixed seed. -> terms and motion of
     each.
 
-    Processes share the prompts in batches of `batch`; rank 0's first batch is written as videos.
+    Processes share the prompts by batches; the first `shown` are written as videos.
     """
     c, processes = policy.c, policy.processes
     sampling = own_sampling(c)
-    rows = []
-    for k, start in enumerate(range(0, len(prompts), batch)):
-        mine = k % processes.world == processes.rank
-        if not mine and c.parallel != "fsdp":
+    size = c.batch or c.members
+    rows, sheet = [], {}
+    for start in range(0, len(prompts), size * processes.world):
+        start += size * processes.rank
+        part = prompts[start:start + size]
+        if not part:
+            policy.keep_pace(sampling.steps)
             continue
-        part = prompts[start:start + batch]
-        latents, paths = sample_latents(policy.wan, part, sampling, c.seed, range(start, start + len(part)),
-                                        strength=c.strength)
-        if not mine:
-            continue  # under FSDP every process runs the model, and one scores
+        members = range(start, start + len(part))
+        latents, paths = sample_latents(policy.wan, part, sampling, c.seed, members, strength=c.strength)
         videos = decode_videos(policy.wan, latents)
         terms = rewards.terms(videos, part, paths)
-        for i, video in enumerate(videos):
+        for i, (k, video) in enumerate(zip(members, videos)):
             row = {name: float(values[i]) for name, values in terms.items()}
-            rows.append(row | dict(motion=motion_magnitude(video)))
-        if start == 0:
-            for i, video in enumerate(videos):
-                write_video(folder / f"{i:02d}.mp4", video, sampling.fps)
-            contact_sheet(folder / "sheet.png", videos)
-    return [row for part in processes.gather(rows) for row in part]
+            rows.append((k, row | dict(motion=motion_magnitude(video))))
+            if k < shown:
+                write_video(folder / f"{k:02d}.mp4", video, sampling.fps)
+                sheet[k] = video[spread(len(video))]
+    sheet = {k: frames for part in processes.gather(sheet) for k, frames in part.items()}
+    if processes.rank == 0:
+        contact_sheet(folder / "sheet.png", [sheet[k] for k in sorted(sheet)])
+    rows = sorted((row for part in processes.gather(rows) for row in part), key=lambda row: row[0])
+    return [row for _, row in rows]
 
 
 def main(argv=None):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    processes = None
     try:
         c = parse_arguments(argv)
-        processes = Processes(c.device)
-    except ValueError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    try:
+        check(c, world)
+        processes = Processes(c.device, c.timeout)
         finished = train(c, processes)
     except (ValueError, RuntimeError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        # a bad setting is found by every process, and said once; write: not glued to the progress bar
+        if rank == 0:
+            tqdm.write(f"train.py: {e}", file=sys.stderr)
+        elif not isinstance(e, ValueError):
+            tqdm.write(f"train.py: process {rank} of {world}: {e}", file=sys.stderr)
         return 2
     finally:
-        processes.close()
-    if processes.rank == 0:
+        if processes is not None:
+            processes.close()
+    if rank == 0:
         what = f"{c.total_steps} steps done" if finished else "stopped; start it again to go on"
         print(f"{Path(c.runs) / c.name}: {what}")
     return 0

@@ -1,26 +1,33 @@
 """Model files: found in a folder or on the hub, checked against a model, read; and files written whole.
 
     folder = model_folder("Wan-AI/Wan2.1-T2V-1.3B", ["*.json", "*.safetensors"])
-    with torch.device("meta"):
-        model = ...                                        # shapes without memory
-    fill(model, match_tensors(model, weight_files(folder, "model"), str), "cuda", torch.bfloat16)
+    config = read_json(folder / "config.json", Config)     # a dataclass: types and ranges are checked
+    files = weight_files(folder, "model")
+    model = described(partial(Model, config), files, "config.json")  # shapes without memory
+    fill(model, match_tensors(model, files, str), "cuda", torch.bfloat16)
     with written_whole("runs/x/lora.safetensors") as part: # a kill leaves the old file or the new one
         save_file(tensors, part)
 
 Every header is checked before the first tensor is read: a missing, unknown or misshapen tensor is an error by
-name. Weights are safetensors, or a .pth of plain tensors (weights_only). Left out: writing shards.
+name, as is one that is not finite once it is read. A folder from elsewhere is data: no code of it is run, and
+only regular files in it are opened. Weights are safetensors, or a .pth of plain tensors (weights_only). Left
+out: writing shards.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
 import torch.nn as nn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 TINY = Path(__file__).parent / "tiny"  # the shipped twins
 
@@ -32,13 +39,33 @@ def written_whole(path):
     """with written_whole(path) as part: what is written to `part` is renamed to `path` when the block ends.
 
     The folder is made. A kill, a full disk or an error in the block leaves the file that was there before.
+    OSError is one sentence that names the file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: a rename across disks would be a copy.
     part = path.with_name(f".{path.stem}.part{path.suffix}")
-    yield part
-    part.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        # The bytes reach the disk before the name: else a power cut could leave the name of an empty file.
+        to_disk(part)
+        part.rename(path)
+        to_disk(path.parent)
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or _reason(e)
+        raise OSError(f"cannot write '{path}' ({reason}); free some space, or choose another folder") from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def to_disk(path):
+    """Waits until a file, or a folder's list of names, would survive a power cut."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_json(path, value):
@@ -50,15 +77,66 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8")
 
 
+# ---------------------------------------------------------------------------------------------- JSON, checked
+
+# What a config may say, as types of its dataclass's fields: a bool is no int, and NaN lies in no range.
+Size = Annotated[int, msgspec.Meta(ge=1, le=10 ** 6)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=10 ** 6)]
+
+
+def read_json(path, kind=dict):
+    """-> what a JSON file holds, as `kind`: dict, a dataclass, list[float] ... ValueError names the entry."""
+    return from_json(read_bytes(path), kind, path)
+
+
+def read_bytes(path):
+    """-> the bytes of a small file; ValueError if it is missing, huge, or a pipe, which would hang."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} is missing; check the name, or download it again")
+    if not path.is_file() or path.stat().st_size > 2 ** 28:
+        raise ValueError(f"{path} is no regular file of at most 256 MiB; give the file itself")
+    return path.read_bytes()
+
+
+def from_json(text, kind, where):
+    """-> JSON's value as `kind`. where: the file, and the line if it has many, for the ValueError."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as e:
+        raise ValueError(_wrong_entry(e, where)) from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not valid JSON ({e}); correct it, or download it again") from None
+
+
+def config_from(cls, config, path):
+    """The dataclass cls from those entries of a config.json that it knows and that are not null."""
+    given = {name: value for name, value in config.items() if value is not None}
+    try:
+        return msgspec.convert(given, cls)
+    except msgspec.ValidationError as e:
+        raise ValueError(_wrong_entry(e, path)) from None
+
+
+def _wrong_entry(error, where):
+    """One sentence of msgspec's "Expected `int`, got `str` - at `$.frames`"."""
+    problem, _, entry = str(error).partition(" - at `$")
+    entry = entry.strip("`.")
+    at = f", entry {entry}" if entry else ""
+    return f"{where}{at}: {problem.replace('`', '')}; correct it, or download it again"
+
+
 # ----------------------------------------------------------------------------------------- model files, found
 
-def model_folder(path, wanted):
-    """A local folder for a path or hub id (owner/name); only the `wanted` patterns are downloaded."""
+def model_folder(path, wanted, expected="the folder of the model, or its hub id (owner/name)"):
+    """A local folder for a path or hub id; only the `wanted` patterns are downloaded.
+
+    expected: what the error says should be given.
+    """
     if Path(path).exists():
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise ValueError(f"no model folder '{path}'; give a folder in the Wan2.1 or Diffusers layout, "
-                         "or a hub id such as Wan-AI/Wan2.1-T2V-1.3B")
+        raise ValueError(f"no model folder '{path}'; give {expected}")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted, etag_timeout=3))
@@ -67,47 +145,34 @@ def model_folder(path, wanted):
                          f"download it first: hf download {path} --local-dir {Path(path).name}") from None
 
 
+@dataclass
+class Index:
+    weight_map: dict[str, str]  # tensor -> the shard that holds it
+
+
 def weight_files(folder, stem):
     """The safetensors files of `stem` in a folder: one file, or the shards its index lists."""
     whole = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
+    five = "[0-9]" * 5
+    shards = sorted(folder.glob(f"{stem}-{five}-of-{five}.safetensors"))
     if index.exists():
-        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
-    elif whole.exists():
-        files = [whole]
+        names = sorted(set(read_json(index, Index).weight_map.values()))
+    elif shards and not whole.exists():
+        # Without an index the shards' names say how many there are; the first one missing is enough.
+        total = shards[0].stem[-5:]
+        most = min(int(total), len(shards) + 1)
+        names = [f"{stem}-{i:05d}-of-{total}.safetensors" for i in range(1, most + 1)]
     else:
-        # Shards without their index say in their own names how many there are.
-        files = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-        total = int(files[0].stem.rsplit("-", 1)[1]) if files else 0
-        files = [folder / f"{stem}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-    missing = [file.name for file in files if not file.exists()]
-    if not files:
-        missing = [whole.name]
+        names = [whole.name]
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} leads out of its folder, to '{name}'; download the checkpoint again")
+    files = [folder / name for name in names or [whole.name]]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; download the checkpoint again")
+        raise ValueError(f"{folder} lacks {', '.join(missing[:3])}; download the checkpoint again")
     return files
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; download the checkpoint again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); download it again") from None
-
-
-def config_from(cls, config, path):
-    """The dataclass cls from a config.json's entries that it knows."""
-    values = {}
-    for field in dataclasses.fields(cls):
-        value = config.get(field.name)
-        if value is not None:
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**values)
-    except TypeError as e:
-        raise ValueError(f"{path}: {e}") from None
 
 
 # ----------------------------------------------------------------------------- tensors, checked and then read
@@ -116,11 +181,26 @@ def open_tensors(files, device="cpu"):
     """{name: (shape, read)} of safetensors or .pth files, by their headers alone; read() loads one tensor."""
     tensors = {}
     for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"{file} is missing, or no regular file; give the weights' file itself")
         if Path(file).suffix == ".safetensors":
-            tensors |= _open_safetensors(file, device)
+            opened = _open_safetensors(file, device)
         else:
-            tensors |= _open_pth(file)
+            opened = _open_pth(file)
+        for name, (shape, read) in opened.items():
+            tensors[name] = shape, functools.partial(_read, file, name, read)
     return tensors
+
+
+def _read(file, name, read):
+    value = read()
+    # A single number may be whole: kohya's alpha is.
+    if value.dim() and value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{file}: tensor {name} is {str(value.dtype).removeprefix('torch.')}; "
+                         "give weights of float32, float16 or bfloat16")
+    if not value.isfinite().all():
+        raise ValueError(f"{file}: tensor {name} holds NaN or infinity; download it again, or train it anew")
+    return value
 
 
 def _open_safetensors(file, device):
@@ -150,6 +230,31 @@ def _reason(error):
 
 
 TIED = "encoder.embed_tokens.weight"  # UMT5's second name for shared.weight; its files hold either or both
+
+
+def described(build, files, config):
+    """-> build() on the meta device: the model that a config describes, shapes without memory.
+
+    ValueError names the file `config` if no such model can be. It is stopped where it gets far more tensors
+    than the files hold: 10^7 layers would take hours.
+    """
+    most = 2 * len(open_tensors(files)) + 100
+    made = []
+
+    def count(module, name, parameter):
+        made.append(name)
+        if len(made) > most:
+            raise ValueError(f"{Path(files[0]).name} holds far fewer layers")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception as e:
+        raise ValueError(f"{config} describes no model that can be ({_reason(e)}); "
+                         "download the checkpoint again") from None
+    finally:
+        hook.remove()
 
 
 def match_tensors(model, files, rename, device="cpu", unused=frozenset()):
@@ -189,7 +294,9 @@ def fill(model, reads, device, dtype):
     """
     for key, read in reads.items():
         owner, _, name = key.rpartition(".")
-        value = read().to(device=device, dtype=dtype)
+        # A copy even where nothing changes: a file's tensors lie anywhere in memory, and some kernels round
+        # by where.
+        value = read().to(device=device, dtype=dtype, copy=True)
         # A meta parameter has no memory to copy into, so the parameter itself is replaced.
         setattr(model.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
     if hasattr(model, "tie_weights"):

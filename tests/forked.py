@@ -4,6 +4,7 @@ Reads a JSON list of jobs from stdin, prints a JSON list with the exit codes of 
     {"args": [...], "world": 2}                               train.main(args) on 2 processes (default 1)
     {"args": [...], "kill": 1.5}                              killed (SIGKILL) after so many seconds
     {"args": [...], "kill": "sigterm", "after": "a file"}     asked to stop once that file exists
+    {"args": [...], "sampled": "a file"}                      a line there for each prompt an evaluation samples
 """
 import json
 import os
@@ -41,6 +42,8 @@ def child(job, rank, world, port):
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stdout = open(os.devnull, "w")
+    if "sampled" in job:
+        train.sample_latents = noting(train.sample_latents, job["sampled"], rank)
     code = 70
     try:
         code = train.main(job["args"])
@@ -49,6 +52,16 @@ def child(job, rank, world, port):
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def noting(sample_latents, file, rank):
+    """sample_latents that notes its prompts, one "rank<tab>prompt" a line."""
+    def noted(wan, prompts, *rest, **options):
+        with open(file, "a") as f:
+            f.writelines(f"{rank}\t{prompt}\n" for prompt in prompts)
+        return sample_latents(wan, prompts, *rest, **options)
+
+    return noted
 
 
 def run(job):

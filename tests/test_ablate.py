@@ -70,6 +70,36 @@ def test_every_cell_is_a_training_that_exists():
     assert training_arguments(CELLS["no_transport"].training.split()).degradation == 1
 
 
+@pytest.mark.parametrize("arguments, message", (
+    (["--num", "1"], "--num must be at least 2, got 1"),
+    (["--processes", "0"], "--processes must be at least 1, got 0"),
+    (["--also", "1"], "--also must be at least 5, got 1"),
+    (["--also", "34"], "--also must be 4k+1, got 34; try 33"),
+    (["--groups", "0"], "--groups must be at least 1, got 0"),
+    (["--general", "0", "--cells", "no_3d"], "weight"),
+    (["--out", "{tmp}/file/sweep"], "cannot write"),
+))
+def test_a_sweep_that_cannot_work_does_not_begin(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["run", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_damaged_results_are_one_sentence(tmp_path, capsys):
+    folder = tmp_path / "base" / "results"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"videos": 1}')
+    assert main(["table", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "base/results/summary.json" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "table.md").exists()
+
+
 def test_user_errors_are_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--cells", "no_such"])

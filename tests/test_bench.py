@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from runs import short_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from model import DiT, DiTConfig
-from train import PRESETS
+from lora import add_lora
+from model import VAE, DiT, DiTConfig, VAEConfig
+from policy import Policy
+from run import Processes
+from train import deal, parse_arguments, roll_out, step_window
 
 
 def test_estimated_activations_are_what_is_allocated():
@@ -25,25 +29,116 @@ def test_estimated_flops_are_what_is_computed():
     assert bench.dit_flops(config, 320, 96) == pytest.approx(counter.get_total_flops(), rel=.05)
 
 
-def test_estimates_share_the_work_and_the_weights():
+def test_the_backward_pass_through_frozen_weights_makes_attention_twice():
+    """By plain attention; flash kernels, which make the scores again, are not counted here."""
+    config = DiTConfig(4, 32, 512, 3, text_dim=64)
+    dit = DiT(config)
+    add_lora(dit, 1, 1)
+    x, t, text = torch.randn(1, 16, 5, 16, 16), torch.tensor([500.0]), torch.randn(1, 96, 64)
+    with sdpa_kernel(SDPBackend.MATH):
+        v = dit(x, t, text)
+        with FlopCounterMode(display=False) as counter:
+            v.sum().backward()
+    assert bench.dit_flops(config, 320, 96, attention=2) == pytest.approx(counter.get_total_flops(), rel=.1)
+
+
+def test_decoding_is_counted_frame_by_frame():
+    with torch.device("meta"):
+        vae = VAE(VAEConfig()).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.decode(torch.zeros(1, 16, 5, 16, 16, device="meta"))
+    first, further, _ = bench.decoding()
+    assert (first + 4 * further) * 128 ** 2 == pytest.approx(counter.get_total_flops(), rel=.02)
+
+
+@pytest.mark.parametrize("options", [["--shared"], ["--no-shared"], ["--shared", "--noisy-steps", "1"]])
+def test_passes_are_those_a_rollout_makes(options, checkpoint, twins, tmp_path):
+    """Of every one of three processes, whose batches of two split a group: passes, and the videos in them."""
+    c = parse_arguments([*short_run(checkpoint, twins), "--runs", str(tmp_path), "--members", "4",
+                         "--batch", "2", "--steps", "6", "--noisy-steps", "5", "--guidance", "2", *options])
+    policy = Policy(c, Processes("cpu"))
+    chosen = [(i, f"push_in a red sphere {i}") for i in range(c.groups)]
+    windows = [step_window(c, 0, False, index) for index, _ in chosen]
+    sizes = []
+    policy.wan.dit.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0]) // 2))
+    counted = []
+    for share in deal(c, 3):
+        sizes.clear()
+        list(roll_out(policy, 0, False, chosen, windows, share))
+        counted.append((len(sizes), sum(sizes)))
+        assert counted[-1] == bench.rollout_counts(c, windows, share)
+    if c.noisy_steps == 1:  # the window is always the same
+        assert bench.busiest_rollout(c, 3) == list(max(counted))
+    else:
+        assert max(window[0] for window in windows) > 0
+
+
+@pytest.mark.parametrize("preset", bench.MACHINES)
+def test_every_preset_fits_its_card(preset):
+    memory, _ = bench.estimate(preset)
+    assert memory["peak"] < bench.MACHINES[preset][0]["memory"]
+
+
+def test_one_offloaded_judge_at_a_time_is_on_the_card():
+    memory, _ = bench.estimate("gpu")
+    assert memory["peak"] < 24e9
+    judges = [size for name, size in memory.items() if "float32" in name or "bfloat16" in name]
+    assert sum(judges) > 24e9
+    assert memory["peak"] > memory["work: preference model, bfloat16"] > 15e9
+
+
+def test_a_node_trains_within_two_days():
+    c = parse_arguments(["--preset", "node"])
+    assert (c.frames, c.height, c.width, c.total_steps) == (49, 480, 832, 600)
+    _, seconds = bench.estimate("node", 8)
+    assert seconds["run"] <= 48 * 3600
+
+
+def test_small_is_cheaper_than_full_rollouts_and_scales():
+    _, whole = bench.estimate("small", 48, ["--steps", "50", "--window", "2", "--no-shared"])
+    _, seconds = bench.estimate("small", 48)
+    _, on_twice = bench.estimate("small", 96)
+    assert seconds["step"] * 4.7 < whole["step"]
+    assert seconds["step"] / on_twice["step"] >= 1.8
+
+
+def test_weights_are_sharded_inside_a_node():
     few_memory, few_seconds = bench.estimate("large", 8)
     many_memory, many_seconds = bench.estimate("large", 48)
-    assert many_memory["DiT, bfloat16"] == pytest.approx(few_memory["DiT, bfloat16"] / 6)
-    assert many_memory["update: activations"] == few_memory["update: activations"]
-    assert many_seconds["reward"] == pytest.approx(few_seconds["reward"] / 6)
-    assert many_seconds["step"] < few_seconds["step"] / 4
+    assert many_memory == few_memory
+    assert many_memory["DiT, bfloat16"] == pytest.approx(14.29e9 * 2 / 8, rel=.01)
+    assert many_seconds["update"] == pytest.approx(few_seconds["update"] / 6)
 
 
-def test_the_small_preset_fits_an_h200():
-    memory, seconds = bench.estimate("small", 8)
-    assert memory["DiT, bfloat16"] == pytest.approx(2 * 1.42e9, rel=.01)
-    assert PRESETS["small"]["batch"] == 1
-    assert memory["peak"] < bench.H200["memory"]
-    assert seconds["update"] < seconds["rollout"]
+def test_options_of_training_lie_over_a_preset():
+    memory, seconds = bench.estimate("node")
+    kept, _ = bench.estimate("node", 8, ["--no-checkpointing"])
+    assert kept["work: update"] > 5 * memory["work: update"]
+    _, unguided = bench.estimate("node", 8, ["--guidance", "1", "--eval-every", "0"])
+    assert unguided["rollout"] == pytest.approx(seconds["rollout"] / 2)
+    assert unguided["run"] == 600 * unguided["step"]
+    _, with_reference = bench.estimate("node", 8, ["--kl", ".004"])
+    assert with_reference["update"] > 1.1 * seconds["update"]
+    assert seconds | dict(update=0, step=0, run=0) == with_reference | dict(update=0, step=0, run=0)
+    with pytest.raises(ValueError, match="leave out --full"):
+        bench.estimate("node", 8, ["--full"])
 
 
-def test_an_estimate_says_what_the_whole_run_takes(capsys):
-    _, seconds = bench.estimate("small", 8)
-    bench.print_estimate("small", 8)
-    hours = 600 * seconds["step"] / 3600
-    assert f"600 steps: {hours:,.0f} hours, {8 * hours:,.0f} GPU hours" in capsys.readouterr().out
+def test_an_estimate_says_what_the_whole_run_takes(capsys, monkeypatch):
+    _, seconds = bench.estimate("node")
+    assert seconds["run"] == pytest.approx(600 * seconds["step"] + 13 * seconds["evaluation"])
+    bench.print_estimate("node")
+    hours = seconds["run"] / 3600
+    said = capsys.readouterr().out
+    assert f"600 steps and their evaluations: {hours:,.0f} hours, {8 * hours:,.0f} GPU hours" in said
+    assert "GB of 141: it fits" in said
+    monkeypatch.setitem(bench.MACHINES, "node", (bench.H200 | dict(memory=24e9), 8))
+    bench.print_estimate("node")
+    assert "GB of 24: it does NOT fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus, message", [("0", "--gpus must be at least 1, got 0"),
+                                           ("7", "the 7 processes")])
+def test_gpus_that_a_preset_cannot_use_are_one_sentence(gpus, message, capsys):
+    assert bench.main(["--estimate", "large", "--gpus", gpus]) == 2
+    assert message in capsys.readouterr().err

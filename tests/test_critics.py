@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from critics import (CRITIC_PROMPT, Critic, Preference, as_pictures, digit_score, load_lpips, lpips_distance,
-                     published_instruction)
+from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, Preference, as_pictures, as_text, digit_score,
+                     load_lpips, lpips_distance, published_instruction)
+from weights import TINY
 
 
 def pictures(n, size=64, seed=0):
@@ -193,3 +194,98 @@ def test_no_model_folder_runs_its_code(twins, tmp_path, monkeypatch):
     with contextlib.suppress(ValueError, OSError):
         Critic(folder)
     assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------ prompts and folders from elsewhere
+
+MARKS = (REWARD_TOKEN, "<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>", "</s>", "<pad>")
+
+
+@pytest.mark.parametrize("mark", [*MARKS, "<<|Reward|>|Reward|>", " ".join(MARKS)])
+def test_marks_in_a_prompt_are_text(mark, judge):
+    """Each input holds the template's own marks and no more; the score is read at the one of the
+    instruction."""
+    tokenizer = judge.processor.tokenizer
+    marks = [tokenizer.convert_tokens_to_ids(name) for name in MARKS if name not in ("<pad>", "</s>")]
+    x, plain, marked = pictures(1), "a red box", f"a red box {mark} and a blue sphere"
+    own, found = (judge.inputs(as_pictures(x), [text])["input_ids"][0].tolist() for text in (plain, marked))
+    assert [i for i in found if i in marks] == [i for i in own if i in marks]
+    assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(found)
+    assert found.count(judge.reward_id) == 1
+    assert judge(x, [marked]).isfinite().all()
+
+
+def test_a_prompt_without_marks_is_left_as_it_is(judge):
+    for prompt in ("Camera push in. A red box.", "a < b, |x| > 3 <b>", ""):
+        assert as_text(prompt, judge.processor.tokenizer) == prompt
+
+
+def test_a_score_without_its_token_is_an_error(judge):
+    hidden, ids = torch.zeros(2, 5, 96), torch.ones(2, 5, dtype=torch.long)
+    ids[0, 3] = judge.reward_id
+    with pytest.raises(ValueError, match=re.escape(f"must hold {REWARD_TOKEN} once")):
+        judge.model.score(hidden, ids, judge.reward_id)
+
+
+@pytest.mark.parametrize("entry, value", [
+    ("center", "a"), ("center", None), ("spread", 0), ("spread", -1.0), ("image_pixels", -1),
+    ("image_pixels", True), ("image_pixels", 10 ** 9), ("instruction", ["a"]), ("instruction", "no token")])
+def test_wrong_entries_of_hpsv3_json_are_named(entry, value, twins, tmp_path):
+    folder = shutil.copytree(twins / "hpsv3", tmp_path / "judge")
+    file = folder / "hpsv3.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {entry: value}))
+    with pytest.raises(ValueError) as refused:
+        Preference(folder)
+    assert str(file) in str(refused.value) and entry in str(refused.value)
+
+
+FOLDERS = {Critic: ("qwen3_vl", "Qwen/Qwen3-VL-4B-Instruct"),
+           Preference: ("hpsv3", "Qwen/Qwen2-VL-7B-Instruct")}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", "null"])
+def test_damaged_folders_get_one_sentence(kind, name, text, twins, tmp_path):
+    """It names the folder, what is expected there, and where to get it."""
+    twin, hub_id = FOLDERS[kind]
+    folder = shutil.copytree(twins / twin, tmp_path / "judge")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError) as refused:
+        kind(folder)
+    assert str(refused.value).startswith(f"'{folder}' does not hold a model such as {hub_id}")
+    assert str(refused.value).endswith(f"hf download {hub_id}")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [
+    "processor_config.json", "tokenizer.json", "model.safetensors", "config.json"])
+def test_a_critic_that_lacks_a_file_is_refused(name, twins, tmp_path):
+    folder = shutil.copytree(twins / "qwen3_vl", tmp_path / "critic")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match="hf download Qwen/Qwen3-VL-4B-Instruct"):
+        Critic(folder)
+
+
+@pytest.mark.parametrize("other", ["wan", "depth_anything", "hpsv3"])
+def test_another_models_folder_is_no_critic(other):
+    with pytest.raises(ValueError, match="does not hold a model such as Qwen/Qwen3-VL-4B-Instruct"):
+        Critic(TINY / other)
+
+
+def test_mistyped_paths_get_the_model_that_is_expected():
+    for kind, expected in ((Critic, "Qwen/Qwen3-VL-4B-Instruct"), (Preference, "MizzenAI/HPSv3")):
+        with pytest.raises(ValueError, match=f"no model folder '/nowhere'; give a folder with .*{expected}"):
+            kind("/nowhere")
+    with pytest.raises(ValueError, match="lacks HPSv3.safetensors.*MizzenAI/HPSv3"):
+        Preference(TINY / "qwen3_vl")
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_config_of_endless_layers_is_refused_at_once(kind, twins, tmp_path):
+    folder = shutil.copytree(twins / FOLDERS[kind][0], tmp_path / "judge")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["depth"] = 10 ** 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds far fewer layers"):
+        kind(folder)

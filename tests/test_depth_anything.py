@@ -14,7 +14,7 @@ from noise_warp import relative_to_first, rotation_angle
 from sample import read_video, write_video
 from tiny.world import random_scene
 from tiny.world import render as render_scene
-from weights import TINY
+from weights import TINY, read_json, write_json
 
 CONFIG = dict(dim=32, depth=6, heads=2, out_layers=(2, 3, 4, 5), alt_start=2, features=16,
               out_channels=(8, 8, 16, 16), gaussians=True, patch_size=8, grid=8, process_res=32)
@@ -130,6 +130,21 @@ def test_strict_loading(folder, tmp_path):
         load_depth_anything(copy)
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json is missing"):
+        load_depth_anything(copy)
+
+
+@pytest.mark.parametrize("entries, message", [
+    (dict(depth=10 ** 6), "describes no model that can be .*far fewer layers"),
+    (dict(dim="96"), "config.json, entry dim: Expected int, got str"),
+    (dict(heads=0), "config.json, entry heads: Expected int >= 1"),
+    (dict(swiglu=1), "config.json, entry swiglu: Expected bool, got int"),
+    (dict(out_layers=[0, 1, 2, 99]), "out_layers must rise within"),
+    (dict(out_layers=[2, 1, 2, 3]), "out_layers must rise within"),
+    (dict(process_res=10 ** 5), "process_res must be at most 4096 pixels")])
+def test_a_config_of_another_form_is_named(folder, tmp_path, entries, message):
+    copy = shutil.copytree(folder, tmp_path / "da3")
+    write_json(copy / "config.json", read_json(copy / "config.json") | entries)
+    with pytest.raises(ValueError, match=message):
         load_depth_anything(copy)
 
 

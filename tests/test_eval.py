@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from eval import (camera_errors, changes, folder_videos, halfway, interval, main, mvcs, psnr, ssim, table,
-                  vbench)
+from eval import (camera_errors, changes, folder_videos, halfway, interval, main, measured_row, mvcs,
+                  new_folder, psnr, ssim, table, vbench)
 from noise_warp import camera_path
+from prompts import read_prompts
 from rewards import TERMS
 from sample import sample_videos, sampling_of, write_video
 from tiny.world import intrinsics, random_scene, render
+from weights import TINY
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -209,10 +212,100 @@ def test_a_results_folder_holds_every_metric(scored):
     about = json.loads((out / "summary.json").read_text())
     assert about["videos"] == 4
     assert about["failed"] == 3
+    assert about["failed_terms"] == dict(meta=1, recon=1, traj=1)  # of the video of one frame
     assert about["sizes"] == ["17x64x64", "9x48x80"]
     good = [row["psnr"] for row in rows if "psnr" in row]
     assert about["summary"]["psnr"][0] == pytest.approx(sum(good) / 4)
     assert "not measured" in about["summary"]["vbench"]
+
+
+def strict(text):
+    """JSON as it is defined: without NaN and Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+@pytest.fixture(scope="module")
+def deaf(twins, tmp_path_factory):
+    """A critic whose every answer is NaN: its last norm's weights are too large for float32."""
+    folder = tmp_path_factory.mktemp("judges") / "qwen3_vl"
+    shutil.copytree(twins / "qwen3_vl", folder)
+    file, = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    norm, = (name for name in tensors if name.endswith("language_model.norm.weight"))
+    tensors[norm].fill_(3e38)
+    save_file(tensors, file, metadata=dict(format="pt"))
+    return folder
+
+
+@pytest.fixture
+def one_video(tmp_path):
+    """The command that scores one good video."""
+    scene = random_scene("eval", "static", 0)
+    write_video(tmp_path / "videos" / "0.mp4", render(scene)["video"], 8)
+    (tmp_path / "p.txt").write_text(scene.caption + "\n")
+    return ["metrics", "--videos", str(tmp_path / "videos"), "--prompts", str(tmp_path / "p.txt")]
+
+
+def test_a_term_that_fails_is_counted_and_never_a_number(one_video, judges, deaf, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*one_video, "--out", str(out), *judges, "--critic", str(deaf)]) == 1
+    assert "1 videos (17x64x64), 0 failed, meta failed on 1;" in capsys.readouterr().out
+
+    about = strict((out / "summary.json").read_text())
+    assert about["failed"] == 0
+    assert about["failed_terms"] == dict(meta=1)
+    assert "psnr" in about["summary"]
+    assert not {"reward_meta", "three_d"} & set(about["summary"])  # no video has them
+    row = strict((out / "metrics.jsonl").read_text())
+    assert row["reward_meta"] is row["three_d"] is None
+    assert "the score is nan" in row["failed_terms"]["meta"]
+    assert "0 failed, meta failed on 1" in table(dict(x=out, y=out))
+
+
+@pytest.mark.parametrize("error", (
+    TypeError("x"), AttributeError("x"), NameError("x"), MemoryError("x"), torch.OutOfMemoryError("x"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+def test_faults_of_the_program_or_the_machine_are_no_failed_video(error):
+    def load(name):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        measured_row("0", "push_in a room", load, None)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", (ValueError, OSError, RuntimeError, ZeroDivisionError))
+def test_faults_of_a_video_are_a_row(error):
+    def load(name):
+        raise error("the video's")
+
+    row = measured_row("0", "push_in a room", load, None)
+    assert row["error"] == f"{error.__name__}: the video's"
+
+
+def test_a_results_folder_is_whole_and_never_replaced(one_video, judges, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [*one_video, "--out", str(out), *judges]
+
+    # a call that is stopped leaves no folder, and the next one begins anew
+    part = tmp_path / ".out.part"
+    with pytest.raises(KeyboardInterrupt), new_folder(out) as folder:
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("{}\n")
+        raise KeyboardInterrupt
+    assert not out.exists()
+    assert (part / "metrics.jsonl").exists()
+    assert main(command) == 0
+    assert not part.exists()
+    assert sorted(file.name for file in out.iterdir()) == ["metrics.jsonl", "summary.json"]
+
+    # what is there stays as it is, and is found before any model is loaded
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    assert main([*command, "--depth-anything", str(tmp_path)]) == 2
+    assert "out is there already and is never replaced" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    assert main([*one_video, "--out", str(tmp_path / "empty"), *judges]) == 0
 
 
 def test_table_holds_ours_and_the_papers(scored, tmp_path):
@@ -318,6 +411,14 @@ def test_a_model_is_sampled_and_scored(judges, checkpoint, tmp_path):
     assert len(list((out / "videos").glob("*.mp4"))) == 11
 
 
+def test_the_tiny_model_is_sampled_for_its_own_prompts(judges, tmp_path):
+    out = tmp_path / "out"
+    assert main(["metrics", "--num", "1", "--frames", "5", "--out", str(out), *judges]) == 0
+    row, = read_rows(out)
+    assert row["prompt"] == read_prompts(TINY / "prompts.jsonl")["test"][0]
+    assert [file.name for file in (out / "videos").iterdir()] == ["0000.mp4"]
+
+
 def test_a_sample_does_not_depend_on_the_batch(checkpoint):
     """Prompt k takes the seed's k-th noise, whichever batch it is in."""
     from model import load_wan
@@ -345,7 +446,48 @@ def test_prompts_are_matched_by_id_or_by_order(tmp_path):
         folder_videos(tmp_path, tmp_path / "q.jsonl")
 
 
+@pytest.mark.parametrize("damage, message", (
+    (dict(videos="4"), "summary.json, entry videos: Expected int, got str"),
+    (dict(seed=None), "summary.json, entry seed"),
+    (dict(summary=dict(psnr=[1, 2])), "summary.json, entry summary"),
+    (dict(summary=dict(psnr="1")), "summary.json: psnr is not what eval.py writes"),
+    (dict(summary=dict(vbench=[1, 2, 3])), "summary.json: vbench is not what eval.py writes"),
+    ([], "summary.json: Expected object, got array"),
+))
+def test_damaged_results_are_one_sentence(damage, message, scored, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(scored[1], run)
+    about = damage or []
+    if damage:
+        about = json.loads((run / "summary.json").read_text()) | damage
+    (run / "summary.json").write_text(json.dumps(about))
+    assert main(["table", "--runs", f"x={run}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ("{", "[]", '{"video": 1}', '{"psnr": "high"}', '{"psnr": NaN}'))
+def test_a_damaged_row_is_named(line, scored, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(scored[1], run)
+    with open(run / "metrics.jsonl", "a") as file:
+        print(line, file=file)
+    assert main(["table", "--runs", f"x={scored[1]}", f"y={run}"]) == 2
+    error = capsys.readouterr().err
+    assert "run/metrics.jsonl, line 8" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments, message", (
+    (["metrics", "--num", "0"], "--num must be at least 1, got 0"),
+    (["metrics", "--num", "-1"], "--num must be at least 1, got -1"),
+    (["metrics", "--views", "1"], "--views must be"),
+    (["metrics", "--views", "0"], "--views must be"),
+    (["metrics", "--frames", "1"], "--frames must be at least 5"),
+    (["metrics", "--device", "abacus"], "abacus"),
+    (["metrics", "--out", "{tmp}/p.txt"], "p.txt is there already"),
+    (["metrics", "--out", "{tmp}/p.txt/out"], "cannot write"),
     (["metrics", "--videos", "{tmp}"], "--videos needs --prompts"),
     (["metrics", "--videos", "{tmp}", "--prompts", "{tmp}/p.txt"], "holds no mp4"),
     (["metrics", "--prompts", "{tmp}/p.txt", "--split", "dynamic"], "holds no dynamic prompt"),
@@ -353,12 +495,14 @@ def test_prompts_are_matched_by_id_or_by_order(tmp_path):
     (["table", "--runs", "a={tmp}"], "holds no summary.json"),
     (["table", "--runs", "{tmp}"], "--runs takes LABEL=FOLDER"),
 ))
-def test_user_errors_are_one_sentence(arguments, message, tmp_path, capsys):
+def test_user_errors_are_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("x\n")
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["p.txt"]
 
 
 def test_interval_covers_the_mean():

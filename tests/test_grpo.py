@@ -6,7 +6,7 @@ import torch
 from grpo import (advantages, draw_window, kl, normalise_log_ratio, rectification, rollout, standardise,
                   surrogate, variance_shares)
 from rewards import combine
-from sample import generator, log_prob, sigmas, transition
+from sample import euler, generator, log_prob, sigmas, transition
 
 NAN = math.nan
 
@@ -171,9 +171,9 @@ def test_cps_is_a_sampler_too_but_its_error_does_not_vanish():
 LEVELS = sigmas(6, 1.0)
 
 
-def roll(noise, window, count, first=0, **options):
-    """A rollout of the mixture with `count` generators of step noise, numbered from `first` on."""
-    generators = [generator(0, first + i) for i in range(count)]
+def roll(noise, window, count, member=0, **options):
+    """A rollout of the mixture with `count` generators of step noise, numbered from `member` on."""
+    generators = [generator(0, member + i) for i in range(count)]
     return rollout(mixture_velocity, noise, LEVELS, window, generators=generators, **options)
 
 
@@ -198,18 +198,36 @@ def test_rollout_is_ode_outside_its_window_and_stores_only_the_window():
     assert torch.equal(x, tail)
 
 
-def test_shared_prefix_branches_at_the_window():
-    x, [move] = roll(torch.randn(2, 2), range(2, 3), 6, shared=True, members=3)
-    assert x.shape == (6, 2)
-    assert torch.equal(move.x[0], move.x[2])
-    assert not torch.equal(move.x[0], move.x[3])
-    assert len({tuple(row.tolist()) for row in move.x_next}) == 6  # every member draws its own step noise
+def test_members_branch_from_a_path_that_they_share():
+    """The steps before the window are an ODE: made once, they are those of every member."""
+    noise = torch.randn(1, 2)
+    branching = euler(mixture_velocity, noise, LEVELS[:3]).repeat(3, 1)
+    x, [move] = roll(branching, range(2, 3), 3, first=2)
+    assert len({tuple(row.tolist()) for row in move.x_next}) == 3  # every member draws its own step noise
+    alone, [expected] = roll(noise.repeat(3, 1), range(2, 3), 3)
+    assert torch.allclose(x, alone, atol=1e-6)
+    assert move.index == expected.index == 2
+
+
+def test_what_changes_latents_after_a_step_is_no_part_of_the_policy():
+    noise = torch.randn(2, 2)
+    x, [move] = roll(noise, range(1, 2), 2, after_step=lambda x, i: x + 10 * (i + 1))
+    assert torch.equal(move.x, ode_step(noise, 0) + 10)
+    assert torch.equal(move.logp, log_prob(move.x_next, move.mean, std_of(1)))
+    tail = move.x_next + 20
+    for i in range(2, 6):
+        tail = ode_step(tail, i) + 10 * (i + 1)
+    assert torch.equal(x, tail)
+
+
+def std_of(i):
+    return transition(torch.zeros(1), torch.zeros(1), LEVELS[i], LEVELS[i + 1], .7)[1]
 
 
 def test_members_do_not_depend_on_each_other():
     noise = torch.randn(4, 2)
     together, _ = roll(noise, range(1, 2), 4)
-    alone, _ = roll(noise[2:3], range(1, 2), 1, first=2)
+    alone, _ = roll(noise[2:3], range(1, 2), 1, member=2)
     assert torch.allclose(together[2:3], alone, atol=1e-6)
 
 

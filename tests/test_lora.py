@@ -422,6 +422,49 @@ def test_configurations_that_are_not_read_are_named(dit, checkpoint, tmp_path):
     refused(dit, tmp_path, "adapter_config.json is missing")
 
 
+@pytest.mark.parametrize("tensors, message", [
+    ({}, "bad.safetensors holds no tensor"),
+    ({f"{STEM}.lora_down.weight": torch.ones(0, 48), f"{STEM}.lora_up.weight": torch.ones(48, 0)}, "has rank 0"),
+    (FITS | {f"{STEM}.lora_up.weight": torch.ones(48, 2).long()}, "q.lora_up.weight is int64"),
+    (FITS | {f"{STEM}.lora_up.weight": torch.full((48, 2), torch.nan)}, "q.lora_up.weight holds NaN or infinity"),
+    (FITS | {f"{STEM}.alpha": torch.tensor(torch.inf)}, "q.alpha holds NaN or infinity"),
+    (FITS | {f"{STEM}.diff_b": torch.full((48,), -torch.inf)}, "q.diff_b holds NaN or infinity")])
+def test_tensors_that_cannot_be_merged_are_named(dit, tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "bad.safetensors")
+    refused(dit, tmp_path / "bad.safetensors", message)
+
+
+def test_an_alpha_may_be_a_whole_number(dit, checkpoint, tmp_path):
+    """kohya writes the number that it was given."""
+    pairs = random_pairs(dit)
+    tensors = {}
+    for name, pair in pairs.items():
+        put(tensors, f"diffusion_model.{LAYERS[name]}", pair, DOWN_UP, 2)
+    save_file(tensors, tmp_path / "whole.safetensors")
+    merge_lora(dit, tmp_path / "whole.safetensors")
+    assert_pairs_merged(dit, checkpoint, pairs, 2 / RANK)
+
+
+@pytest.mark.parametrize("config, message", [
+    ([1], "adapter_config.json: Expected object, got array"),
+    ({"r": "4"}, "adapter_model.safetensors, entry r: Expected int . null, got str"),
+    ({"r": 0}, "entry r: Expected int >= 1"),
+    ({"lora_alpha": [6]}, "entry lora_alpha: Expected float . null, got array"),
+    ({"rank_pattern": ["to_q"]}, "entry rank_pattern: Expected object, got array"),
+    ({"alpha_pattern": {"to_q": None}}, "entry alpha_pattern.*: Expected float, got null"),
+    ({"alpha_pattern": {"(": 1}}, r"the pattern '\(', which is no regular expression")])
+def test_configurations_of_another_form_are_named(dit, checkpoint, tmp_path, config, message):
+    peft_folder(load_wan(checkpoint).dit, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    refused(dit, tmp_path, message)
+
+
+def test_a_header_of_another_form_is_named(dit, tmp_path):
+    for header, message in (("[]", "Expected object, got array"), ("{", "is not valid JSON")):
+        save_file(FITS, tmp_path / "bad.safetensors", {"lora_adapter_metadata": header})
+        refused(dit, tmp_path / "bad.safetensors", f"bad.safetensors.*{message}")
+
+
 def test_pickled_files_are_read_only_as_plain_tensors(dit, tmp_path):
     torch.save(FITS, tmp_path / "plain.pth")
     assert merge_lora(dit, tmp_path / "plain.pth").keys() == {"blocks.0.attn1.to_q"}

@@ -1,9 +1,11 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import DIT, VAE_, randomise
+from conftest import DIT, ROOT, VAE_, randomise
 from safetensors.torch import save_file
 
 import model
@@ -278,6 +280,51 @@ def test_text_embedding_is_padded_with_zeros_and_cleaned(checkpoint):
     assert lengths == [4, 8]  # words and </s>; the unknown '&' vanishes at the tokenizer's split
     assert torch.allclose(wan.encode_text(["a red & box"])[0], text[0], atol=1e-5)
     assert model.clean_prompt("a &amp;lt;b \n  c ") == "a <b c"
+
+
+@pytest.mark.parametrize("special, spelled", [
+    ("</s>", "< /s>"), ("</S>", "< /S>"), ("<pad>", "< pad>"), ("<<pad>", "<< pad>"), ("<box>", "<box>")])
+def test_special_tokens_in_a_prompt_are_text(checkpoint, special, spelled):
+    """A prompt cannot end itself early, nor be padded from within."""
+    wan = load_wan(checkpoint)
+    text = model.spelled_out(wan.tokenizer, f"a red {special} box")
+    assert text == f"a red {spelled} box"
+    ids = wan.tokenizer(text).input_ids
+    assert wan.tokenizer.pad_token_id not in ids
+    assert ids.index(wan.tokenizer.eos_token_id) == len(ids) - 1  # the end of every prompt
+    assert torch.equal(wan.encode_text([f"a red {special} box"]), wan.encode_text([text]))
+
+
+def edit_json(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_no_code_of_a_folder_is_run(checkpoint, tmp_path):
+    """A tokenizer with code of its own: an error, without a question on stdin that `echo y` could answer."""
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    (folder / "tokenizer" / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="Own",
+              auto_map=dict(AutoTokenizer=["own.Own", "own.Own"]))
+    command = [sys.executable, ROOT / "sample.py", "a box", "--model", folder, "--out", tmp_path / "a.mp4"]
+    done = subprocess.run(command, input="y\n", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"the tokenizer in {folder / 'tokenizer'} cannot be read" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_another_models_is_named(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    file = folder / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"]["more"] = len(tokenizer["model"]["vocab"])
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="they are not of one checkpoint"):
+        load_wan(folder)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="the tokenizer in .* cannot be read"):
+        load_wan(folder)
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(checkpoint, tmp_path):

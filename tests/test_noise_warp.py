@@ -346,7 +346,18 @@ def test_picture(tmp_path, capsys):
         assert motions in capsys.readouterr().out
     assert main(["fixed", "--frames", "1", "--show", str(tmp_path / "c.png")]) == 2
     assert "at least 2 frames" in capsys.readouterr().err
-    assert main(["fixed", "--frames", "0"]) == 2
+    (tmp_path / "file").touch()
+    for arguments, message in ((["fixed", "--frames", "0"], "--frames must be between 1 and 1000, got 0"),
+                               (["fixed", "--frames", "-5"], "--frames must be between 1 and 1000, got -5"),
+                               (["fixed", "--frames", "1000000000"], "--frames must be between 1 and 1000"),
+                               ([" "], "the prompt is empty"),
+                               (["push_in " * 20_000], "the prompt has 160000 characters"),
+                               (["fixed", "--show", str(tmp_path / "file" / "a.png")], "cannot write"),
+                               (["fixed", "--show", str(tmp_path / "a.odd")], "'odd' is not supported")):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_drawn_paths_are_seen_from_above():

@@ -18,19 +18,32 @@ def arguments(checkpoint, twins):
 
 # ------------------------------------------------------------------------ one run, on any number of processes
 
+BY_ONE = ["--batch", "1"]
+FULL = ["--full", "--lr", "1e-4"]
+SHARDED = ["--parallel", "fsdp"]
+HYBRID = [*SHARDED, "--shard-size", "2"]
 JOBS = {  # name: processes, options
     "one": (1, []),
     "two": (2, []),
     "four": (4, []),
-    "sharded": (2, ["--parallel", "fsdp"]),
-    "by one": (1, ["--batch", "1"]),
+    "sharded": (2, SHARDED),
+    "by one": (1, BY_ONE),
+    "by one, two": (2, BY_ONE),
+    "by one, three": (3, BY_ONE),
+    "by one, four": (4, BY_ONE),
+    "by one, sharded": (4, [*BY_ONE, *SHARDED]),
+    "by one, hybrid": (4, [*BY_ONE, *HYBRID]),
     "as tiny": (1, ["--pooled", "--shared"]),
-    "as tiny two": (2, ["--pooled", "--shared"]),
-    "full": (1, ["--full", "--lr", "1e-4"]),
-    "full two": (2, ["--full", "--lr", "1e-4"]),
-    "full sharded": (2, ["--full", "--lr", "1e-4", "--parallel", "fsdp"])}
+    "as tiny, two": (2, ["--pooled", "--shared"]),
+    "branching": (1, [*BY_ONE, "--shared", "--released"]),
+    "branching, three": (3, [*BY_ONE, "--shared", "--released"]),
+    "branching, sharded": (2, [*BY_ONE, "--shared", "--released", *SHARDED]),
+    "full": (1, [*FULL, *BY_ONE]),
+    "full, two": (2, [*FULL, *BY_ONE]),
+    "full, sharded": (2, [*FULL, *BY_ONE, *SHARDED]),
+    "full, hybrid": (4, [*FULL, *BY_ONE, *HYBRID])}
 SAME = [("one", other) for other in ("two", "four", "sharded")]
-SAME += [("as tiny", "as tiny two"), ("full", "full two"), ("full", "full sharded")]
+SAME += [(name.split(",")[0], name) for name in JOBS if "," in name]
 ROLLED = ("prompts", "meta", "recon", "traj", "general", "total", "total_std", "advantage_abs", "motion",
           "masked")
 
@@ -120,16 +133,12 @@ def test_the_average_follows_every_few_steps_and_is_left_again(policy):
     assert torch.equal(policy.trained[name], moved)
 
 
-def test_velocities_by_batch_and_of_the_reference(policy):
-    """--batch 1 is the whole group at once but for rounding; the reference stays when the weights move."""
+def test_the_velocity_of_the_reference_stays_when_the_weights_move(policy):
     x, sigma = torch.randn(3, 4, 2, 4, 4), torch.tensor(.8)
     with torch.no_grad():
         whole = policy.velocity("push_in a red box")(x, sigma)
-        policy.c.batch = 1
-        assert torch.allclose(policy.velocity("push_in a red box")(x, sigma), whole, atol=1e-5)
         some_gradients(policy, 0)
         policy.step(lr=.1, norm=1.0)
-        policy.c.batch = None
         assert (policy.velocity("push_in a red box")(x, sigma) - whole).abs().max() > 1e-3
         with policy.untouched():
             assert torch.equal(policy.velocity("push_in a red box", reference=True)(x, sigma), whole)

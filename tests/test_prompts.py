@@ -1,5 +1,6 @@
 import collections
 import json
+import os
 import random
 import re
 import warnings
@@ -8,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from noise_warp import MOTIONS, parse_motion
-from prompts import SPLITS, read_prompts
+from prompts import SPLITS, read_prompts, usable_prompt
 
 ROWS = [json.loads(line) for line in (ROOT / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
 CATEGORIES = {"natural landscapes", "urban and architectural", "micro and still life",
@@ -36,21 +37,38 @@ def test_plain_text_is_one_prompt_a_line_and_its_last_tenth_is_for_testing(tmp_p
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"prompt": "x"}\nnot json\n', "b.jsonl, line 2: not a JSON object with a prompt"),
-    ('{"prompt": "x"}\n[1]\n', "b.jsonl, line 2: not a JSON object with a prompt"),
-    ('{"scene": "x"}\n', "b.jsonl, line 1: no 'prompt'"),
-    ('{"prompt": "x"}\n{"prompt": " "}\n', "b.jsonl, line 2: it needs a non-empty prompt"),
-    ('{"prompt": "x", "split": "validation"}\n', "line 1: it needs .* a split of train, dynamic, test"),
-    ('{"prompt": "x", "split": "test"}\n', "b.jsonl holds no training prompt")])
+    ('{"prompt": "x"}\nnot json\n', "b.jsonl, line 2 is not valid JSON"),
+    ('{"prompt": "x"}\n[1]\n', "b.jsonl, line 2: Expected object, got array"),
+    ('{"scene": "x"}\n', "b.jsonl, line 1: .*missing required field prompt"),
+    ('{"prompt": 1}\n', "b.jsonl, line 1, entry prompt: Expected str, got int"),
+    ('{"prompt": "x", "id": ["a"]}\n', "b.jsonl, line 1, entry id: Expected .*, got array"),
+    ('{"prompt": "x"}\n{"prompt": " "}\n', "b.jsonl, line 2: the prompt is empty"),
+    ('{"prompt": "%s"}\n' % ("x" * 180_000), "line 1: the prompt has 180000 characters; shorten it to at most"),
+    ('{"prompt": "a \\u0007 b"}\n', r"line 1: the prompt holds the control character '.x07'; leave it out"),
+    ('{"prompt": "x", "split": "validation"}\n',
+     "line 1: unknown split 'validation'; a split is train, dynamic, test"),
+    ('{"prompt": "x", "split": "test"}\n', 'b.jsonl holds no training prompt; it needs a line .* "train"')])
 def test_a_line_that_cannot_be_used_is_named(text, message, tmp_path):
     (tmp_path / "b.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / "b.jsonl")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="none.txt' cannot be read"):
-        read_prompts(tmp_path / "none.txt")
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    os.mkfifo(tmp_path / "pipe.txt")  # would hang
+    for name in ("none.txt", "binary.txt", "pipe.txt"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read"):
+            read_prompts(tmp_path / name)
+
+
+def test_white_space_is_one_space_and_other_marks_stay(tmp_path):
+    """Also a line separator inside of a prompt, which ends no line; and the mark that Windows begins a file with."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('\ufeff{"prompt": "push_in\\n a\u2028 h\u00fcgel \\ud83c\\udfd4"}\r\n', encoding="utf-8")
+    assert read_prompts(file)["train"] == ["push_in a h\u00fcgel \U0001f3d4"]
+    with pytest.raises(ValueError, match="control character '.udcff'"):  # an argument that is no UTF-8
+        usable_prompt("a \udcff")
 
 
 # ---------------------------------------------------------------------------------------- the shipped prompts
@@ -166,5 +184,5 @@ def test_a_folder_holds_a_file_a_split(tmp_path):
     assert read_prompts(tmp_path) == dict(train=["push_in a hill", "a lake"], dynamic=["a waterfall"],
                                           test=["pan_left a street"])
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(ValueError, match="holds no training prompt"):
+    with pytest.raises(ValueError, match="holds no training prompt; it needs a train.jsonl or train.txt"):
         read_prompts(tmp_path)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from report import (QUESTIONS, chart, draw_curves, fleiss_kappa, html_tables, inline_svg, main,
+from report import (QUESTIONS, chart, draw_curves, fleiss_kappa, html_tables, inline_svg, main, missing_steps,
                     one_term_warnings, training_charts)
 from rewards import TERMS
 from sample import write_video
-from weights import TINY, write_json
+from weights import write_json
 
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
          "disable-background-networking", "disable-component-update",
@@ -63,23 +63,29 @@ def moving(shade):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A study of three pairs in `page`, with its key."""
-    folder = tmp_path_factory.mktemp("study")
+    folder = tmp_path_factory.mktemp("videos")
     base, trained = folder / "base" / "videos", folder / "trained" / "videos"
     for i in range(3):
         write_video(base / f"{i:04d}.mp4", moving(.2), 8)
         write_video(trained / f"{i:04d}.mp4", moving(.8), 8)
     rows = [dict(video=f"{i:04d}", prompt=f"push_in scene <{i}> </script><!--<script>") for i in range(3)]
     write_lines(folder / "base" / "metrics.jsonl", rows)
-    assert main(["study", "--a", str(base), "--b", str(trained), "--out", str(folder)]) == 0
-    return folder
+    assert main(["study", "--a", str(base), "--b", str(trained), "--out", str(folder / "study")]) == 0
+    return folder / "study"
 
 
 def key_of(study):
     return json.loads((study / "study_key.json").read_text())
 
 
+def sides_of(study):
+    """{file: side} of all pairs."""
+    return {file: side for pair in key_of(study)["pairs"] for file, side in pair.items()}
+
+
 def test_study_page_names_no_side(study):
-    text, sides = (study / "page" / "index.html").read_text(), key_of(study)["videos"]
+    text, sides = (study / "page" / "index.html").read_text(), sides_of(study)
+    assert sorted(file.name for file in study.iterdir()) == ["page", "study_key.json"]
     for word in ("trained", "base/", str(study), "http"):
         assert word not in text
     files = sorted(file.name for file in (study / "page").glob("*.mp4"))
@@ -106,7 +112,7 @@ def test_a_study_is_blind(tmp_path, monkeypatch, capsys):
         return copy(source, target)
 
     monkeypatch.setattr(shutil, "copyfile", recorded)
-    keys = []
+    keys, sides = [], []
     for name in ("one", "two"):
         random.seed(0)
         np.random.seed(0)
@@ -114,35 +120,42 @@ def test_a_study_is_blind(tmp_path, monkeypatch, capsys):
                    "--out", str(tmp_path / name)]
         assert main(command) == 0
         keys.append(key_of(tmp_path / name))
+        sides.append(sides_of(tmp_path / name))
         times = {(file.stat().st_mtime_ns, file.stat().st_atime_ns)
                  for file in (tmp_path / name / "page").glob("*.mp4")}
         assert len(times) == 1
 
     one, two = keys
     assert one["study"] != two["study"]
-    assert not one["videos"].keys() & two["videos"].keys()
+    assert not sides[0].keys() & sides[1].keys()
     assert copied[:24] != copied[24:]
     for order in (copied[:24], copied[24:]):
         assert len(set(order)) == 24
         assert [name for name, _ in order] != sorted(name for name, _ in order)
         assert [side for _, side in order] not in (["a", "b"] * 12, ["a"] * 12 + ["b"] * 12)
 
-    # a study that is given out is not lost by making it again
+    # a study that is given out is not lost by making it again, and one that is stopped leaves nothing
     assert main(command) == 2
-    assert "holds a study" in capsys.readouterr().err
+    assert "two is there already and is never replaced" in capsys.readouterr().err
     assert key_of(tmp_path / "two") == two
+
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command[:-1], str(tmp_path / "three")])
+    assert not (tmp_path / "three").exists()
 
 
 def answers(key, prefer, person):
     """A participant who always prefers one side, or neither ("same")."""
-    videos_a = [video for video, side in key["videos"].items() if side == "a"]
-    videos_b = [video for video, side in key["videos"].items() if side == "b"]
     rows = []
-    for i, (a, b) in enumerate(zip(videos_a, videos_b)):
-        left, right = (a, b) if (i + person) % 2 else (b, a)
+    for i, pair in enumerate(key["pairs"]):
+        left, right = sorted(pair, key=pair.get, reverse=(i + person) % 2)
         choice = prefer
         if prefer != "same":
-            choice = "left" if left == dict(a=a, b=b)[prefer] else "right"
+            choice = "left" if pair[left] == prefer else "right"
         rows.append(dict(pair=i, left=left, right=right) | dict.fromkeys(QUESTIONS, choice))
     return dict(study=key["study"], participant=str(person), answers=rows)
 
@@ -155,14 +168,71 @@ def test_scoring_known_answers(study, tmp_path, capsys):
     command = ["score", *map(str, files), "--out", str(study)]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "4 participants, 12 answers" in out
+    assert "4 participants, 12 answers, left out: none" in out
     assert "overall   0.875 [" in out
     low, high = out.splitlines()[-1].split("[")[1].split("]")[0].split(", ")
     assert .5 <= float(low) < .875 < float(high) <= 1  # over participants, of whom one in four is undecided
 
-    write_json(files[0], answers(key, "b", 0) | dict(study="another"))
+
+def test_answers_that_cannot_count_are_left_out_and_counted(study, tmp_path, capsys):
+    """Copies of a file, a pair answered twice, another study's answers and impossible ones move nothing."""
+    key = key_of(study)
+    people = [answers(key, prefer, person) for person, prefer in enumerate(("a", "b"))]
+
+    def score(*given):
+        files = [tmp_path / f"{i}.json" for i in range(len(given))]
+        for file, content in zip(files, given):
+            write_json(file, content)
+        code = main(["score", *map(str, files), "--out", str(study)])
+        return code, capsys.readouterr()
+
+    code, honest = score(*people)
+    assert code == 0
+    first, rates = honest.out.split("\n", 1)
+    assert "overall   0.500 [" in rates
+
+    # a participant counts once, however often the file is handed in
+    _, stuffed = score(*people, *[people[1]] * 100)
+    assert stuffed.out == honest.out.replace("left out: none", "left out: 300 repeated")
+    changed = answers(key, "a", 1)  # a change of mind
+    assert score(*people, changed)[1].out == honest.out.replace("left out: none", "left out: 3 repeated")
+
+    # impossible: each of them a copy of a good answer of someone new, with one thing wrong
+    good = answers(key, "b", 2)["answers"][0]
+    other = answers(key, "b", 2)["answers"][1]
+    wrong = [good | change for change in (
+        dict(pair=3), dict(pair=-3), dict(pair="0"), dict(pair=1), dict(overall="both"), dict(camera=None),
+        dict(left=good["right"]), dict(left=other["left"]), dict(left="0.mp4"), dict(left=[]))]
+    wrong += [{}, None, "left", [0]]
+    _, cheated = score(*people, dict(study=key["study"], participant="2", answers=wrong))
+    assert cheated.out == honest.out.replace("left out: none", "left out: 14 impossible")
+
+    crossed = answers(key, "b", 3) | dict(study="another")
+    _, mixed = score(*people, crossed)
+    assert mixed.out == honest.out.replace("left out: none", "left out: 3 of another study")
+    code, nothing = score(crossed)
+    assert code == 2
+    assert "no answer in these files (left out: 3 of another study)" in nothing.err
+
+
+@pytest.mark.parametrize("damage", (
+    "[", "[]", "{}", '{"study": 1, "participant": "x", "answers": []}', '{"study": "x", "answers": []}',
+    '{"study": "x", "participant": "x", "answers": {}}'))
+def test_damaged_study_files_are_one_sentence(damage, study, tmp_path, capsys):
+    """Of a participant's file, and of the key."""
+    shutil.copy(study / "study_key.json", tmp_path / "study_key.json")
+    (tmp_path / "answers.json").write_text(damage)
+    command = ["score", str(tmp_path / "answers.json"), "--out", str(tmp_path)]
     assert main(command) == 2
-    assert "belongs to another study" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "answers.json" in error
+    assert error.count("\n") == 1
+
+    (tmp_path / "study_key.json").write_text(damage)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "study_key.json" in error
+    assert error.count("\n") == 1
 
 
 def test_one_participant_is_their_own_interval(study, tmp_path, capsys):
@@ -211,7 +281,7 @@ def test_a_study_by_keyboard_scores_back(study, browser, tmp_path, capsys):
     browser.get((study / "page" / "index.html").as_uri())
     for side in ("left", "right"):
         wait(browser, f"document.getElementById('{side}').readyState >= 2")
-    sides = key_of(study)["videos"]
+    sides = sides_of(study)
     for n in range(3):
         wait(browser, f"document.getElementById('progress').textContent.startsWith('Pair {n + 1} of 3')")
         wait(browser, "!document.getElementById('left').paused")
@@ -255,11 +325,13 @@ def reported(twins, tmp_path_factory):
         flicker = torch.rand(9, 3, 1, 1, generator=torch.Generator().manual_seed(step)).expand(-1, -1, 64, 64)
         for i in range(2):
             write_video(run / "eval" / f"{step:06d}" / f"{i:02d}.mp4", flicker, 8)
+    write_lines(run / "prompts.jsonl", [dict(prompt=f"push_in room {i} </h3><!--<script>", split=split)
+                                        for split in ("train", "test") for i in range(2)])
     write_lines(run / "metrics.jsonl", [training_row(step) for step in range(10)])
     write_lines(run / "eval.jsonl", [dict(step=0, total=1.0, traj=None), dict(step=10, total=2.5, traj=.5)])
     write_json(run / "config.json", dict(
         name="demo <1>", groups=2, members=4, frames=9, height=64, width=64, seed=0,
-        model="tiny/wan", lora=None, prompts=str(TINY / "prompts.jsonl"), lpips="random", views=3,
+        model="tiny/wan", lora=None, prompts=str(run / "prompts.jsonl"), lpips="random", views=3,
         depth_anything=str(twins / "depth_anything"), critic=str(twins / "qwen3_vl"),
         preference=str(twins / "hpsv3"), frames_seen=1))  # of an older version: without traj_alpha
     for name, value in (("base", 20.25), ("trained", 20.75)):
@@ -267,8 +339,8 @@ def reported(twins, tmp_path_factory):
         row = dict(video="0000", prompt="p", size="9x64x64", psnr=value)
         write_lines(run / name / "metrics.jsonl", [row])
         write_json(run / name / "summary.json", dict(
-            videos=1, failed=0, sizes=["9x64x64"], seed=0, lpips="random trunk (a stand-in)",
-            summary=dict(psnr=[value] * 3, vbench="not measured")))
+            videos=1, failed=0, sizes=["<i>"], seed=0, lpips="random trunk (a stand-in)",
+            summary=dict(psnr=[value] * 3, vbench="not measured <i>")))
     assert main(["run", str(run)]) == 0
     return run / "report.html"
 
@@ -284,6 +356,11 @@ def test_report_is_one_file_with_everything_in_it(reported):
                  "<td>20.250 [20.250, 20.250]</td>", "<td>paper: World-R1-Small</td>",
                  "<td>+0.500 [+0.500, +0.500] (100%)</td>"):
         assert word in text, word
+    assert "<!--" not in text
+    assert "<i>" not in text
+    assert text.count("&lt;i&gt;") == 2 + 2
+    assert text.count("<script>") == text.count("</script>") == 1
+    assert "missing from" not in text
     assert text.count("<video") == 2 * 2 * 2  # two prompts, before and after, input and re-render
 
 
@@ -329,6 +406,63 @@ def test_charts_leave_gaps_shade_phases_and_draw_bands():
     assert top == pytest.approx(4.1)
 
 
+def test_missing_steps_are_named_hatched_and_no_line_crosses_them(tmp_path):
+    rows = [training_row(step) for step in (0, 1, 2, 6, 7, 9)]
+    assert missing_steps(rows) == [(3, 5), (8, 8)]
+    assert missing_steps(rows[3:]) == [(0, 5), (8, 8)]  # a log that has lost its beginning
+    assert missing_steps(rows[:3]) == []
+    assert missing_steps(rows[:3], done=5) == [(3, 4)]  # the last lines
+
+    axes = Figure().add_subplot()
+    draw_curves(axes, "x", rows, {"total": "total"}, "total_std")
+    line, = axes.lines
+    x, y = line.get_data()
+    assert x[np.isnan(y)].tolist() == [3, 8]
+    hatched = [(shade.get_x(), shade.get_width()) for shade in axes.patches if shade.get_hatch()]
+    assert hatched == [(2.5, 3), (7.5, 1)]
+    band, = axes.collections
+    assert len(band.get_paths()) == 3
+
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    write_json(tmp_path / "config.json", dict(name="x"))
+    assert main(["run", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "Steps 3 to 5, 8 are missing from metrics.jsonl." in text
+
+
+@pytest.mark.parametrize("name, content, message", (
+    ("metrics.jsonl", '{"step": 0}\n{"st', "metrics.jsonl, line 2 "),
+    ("metrics.jsonl", '{"total": 1}', "metrics.jsonl, line 1: "),
+    ("metrics.jsonl", '{"step": 0, "total": "high"}', "metrics.jsonl, line 1, entry total: "),
+    ("metrics.jsonl", '{"step": 0, "grad": 1}', "metrics.jsonl, line 1, entry grad: "),
+    ("metrics.jsonl", '[]', "metrics.jsonl, line 1: "),
+    ("eval.jsonl", '{"step": 0, "total": []}', "eval.jsonl, line 1"),
+    ("eval.jsonl", '{"step": "<img>"}', "eval.jsonl, line 1"),
+    ("config.json", '{"name": 1}', "config.json, entry name: "),
+    ("config.json", '[]', "config.json"),
+    ("config.json", '{', "config.json"),
+    ("config.json", '', "config.json"),
+    ("x/summary.json", '{}', "summary.json"),
+))
+def test_a_damaged_run_is_one_sentence(name, content, message, tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    write_json(tmp_path / "config.json", dict(name="x"))
+    write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0)])
+    (tmp_path / name).write_text(content)
+    assert main(["run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_an_evaluation_that_is_not_there_yet_is_left_out(tmp_path):
+    write_json(tmp_path / "config.json", dict(name="x"))
+    write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0)])
+    (tmp_path / "eval.jsonl").write_text("")
+    assert main(["run", str(tmp_path)]) == 0
+
+
 def test_charts_survive_constants_and_missing_values():
     picture = chart("S_x", [dict(step=3, phase="main", x=1.0)], {"a": "x"})
     assert "<svg" in picture and "nan" not in picture.lower()
@@ -354,8 +488,8 @@ def test_shares_of_the_terms_are_drawn_and_one_alone_is_a_warning():
 def test_what_files_say_is_text_on_the_page(tmp_path):
     """Old rows without phase, gradient and shares have gaps, and no file can bring markup into the report."""
     write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0), dict(step=1, total=2.0)])
-    write_lines(tmp_path / "eval.jsonl", [{"step": "<img src=y>", "<img src=x onerror=alert(1)>": 1.0}])
-    write_json(tmp_path / "config.json", dict(name="</script><img src=x>", width="<img src=x>"))
+    write_lines(tmp_path / "eval.jsonl", [{"step": 0, "<img src=x onerror=alert(1)>": 1.0}])
+    write_json(tmp_path / "config.json", dict(name="</script><img src=x>", model="<img src=x>", lora="<img>"))
     assert main(["run", str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
     assert "&lt;img src=x onerror=alert(1)&gt;" in text

@@ -1,14 +1,19 @@
+import copy
 import math
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ROOT
 
+from depth_anything import DA3Config, DepthAnything3
 from noise_warp import MOTIONS, camera_path
-from rewards import TERMS, Clip, load_rewards, main, meta_views, preference_reward, trajectory_reward
+from rewards import (TERMS, Clip, draw_clip, load_rewards, main, meta_views, preference_reward,
+                     trajectory_reward)
 from sample import write_video
+from tiny.judges import write_depth
 from tiny.world import random_scene, render
 
 STILL = torch.eye(4).repeat(17, 1, 1)
@@ -247,6 +252,163 @@ def test_meta_views_stand_beside_the_path_and_look_at_the_scene(batch):
         assert view[:3, 1] @ middle[:3, 1] > .7  # upright
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(views=1), "--views must be a number of at least 2, got 1"),
+    (dict(frames_seen=0), "--frames-seen must be a number of at least 1"),
+    (dict(alpha=-1.0), "--traj-alpha"), (dict(beta=math.nan), "--traj-beta"),
+    (dict(weights=dict(meta=-1.0)), "--meta must be a number of at least 0"),
+    (dict(weights=dict(recon=math.inf)), "--recon"),
+    (dict(weights=dict.fromkeys(TERMS, 0.0)), "every reward has weight 0"),
+    (dict(spread=0.0), "--general-spread must be a positive number, got 0.0"),
+    (dict(center=math.nan), "--general-center must be a finite number")])
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_rewards(**options)
+
+
+# ----------------------------------------------------------------------------------------- what a failure is
+
+def failing(error, twins):
+    """Rewards whose preference model raises an error."""
+    def judge(frames, prompts):
+        raise error
+
+    rewards = load_rewards(**options(twins))
+    rewards.preference = judge
+    return rewards
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("no"), ZeroDivisionError("no"),
+                                   torch.linalg.LinAlgError("no\nand more")])
+def test_what_a_judge_can_do_wrong_is_masked_with_its_reason(error, batch, twins):
+    _, videos, prompts, paths, _ = batch
+    rewards = failing(error, twins)
+    found = rewards.terms(videos, prompts, paths, dynamic=True)
+    assert found["total"].isnan().all()
+    assert rewards.failures == {"general": 3}
+    assert rewards.reasons == {"general": f"{type(error).__name__}: no"}
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("no"), MemoryError("no"), TypeError("no"), AttributeError("no"), NameError("no"),
+    KeyError("no"), IndexError("no"), NotImplementedError("no"), AssertionError("no"),
+    torch.AcceleratorError("no")])
+def test_faults_of_the_program_and_full_memory_are_not_masked(error, batch, twins):
+    _, videos, prompts, paths, _ = batch
+    rewards = failing(error, twins)
+    with pytest.raises(type(error), match="no"):
+        rewards.terms(videos, prompts, paths, dynamic=True)
+    assert not rewards.failures
+
+
+def test_full_memory_of_the_cpu_is_not_masked(batch, twins):
+    """Torch has no error of its own for it."""
+    _, videos, prompts, paths, _ = batch
+    rewards = load_rewards(**options(twins))
+    rewards.preference = lambda frames, prompts: torch.empty(10 ** 15)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        rewards.terms(videos, prompts, paths, dynamic=True)
+
+
+def test_a_missing_model_is_no_fault_of_the_video(batch):
+    _, videos, prompts, paths, _ = batch
+    rewards = load_rewards(preference="/nowhere")
+    with pytest.raises(ValueError, match="no model folder '/nowhere'"):
+        rewards.terms(videos, prompts, paths, dynamic=True)
+
+
+def test_failures_and_reasons_are_those_of_the_latest_call(batch, twins):
+    _, videos, prompts, paths, _ = batch
+    rewards = load_rewards(**options(twins))
+    broken = [video * math.nan for video in videos[:2]]
+    with pytest.raises(RuntimeError, match="general: ValueError: frames have NaN"):
+        rewards(broken, prompts[:2], paths[:2], dynamic=True)
+    assert rewards.failures == {"general": 2}
+    rewards.terms(broken[:1], prompts[:1], paths[:1], dynamic=True)
+    assert rewards.failures == {"general": 1}
+    rewards(videos, prompts, paths, dynamic=True)
+    assert not rewards.failures and not rewards.reasons
+
+
+def test_a_model_without_gaussians_serves_the_path_alone(batch, tmp_path):
+    _, videos, prompts, paths, _ = batch
+    config = DA3Config(24, 4, 2, out_layers=(0, 1, 2, 3), alt_start=1, features=8, out_channels=(8, 8, 8, 8),
+                       patch_size=8, grid=4, process_res=64)
+    write_depth(tmp_path / "small", DepthAnything3(config).eval(), torch.float32)
+    rewards = dict(depth_anything=tmp_path / "small", views=3)
+    with pytest.raises(ValueError, match="small' makes no Gaussians"):
+        load_rewards(**rewards).load()
+    clip = load_rewards(**rewards, weights=dict(meta=0, recon=0, general=0)).score(videos[0], "", paths[0])
+    assert clip.reconstruction.gaussians is None
+    assert 0 < clip.scores["traj"] <= 1
+
+
+# --------------------------------------------------------------------------------------- one model at a time
+
+def test_offload_has_one_model_on_the_device_at_a_time(batch, twins, monkeypatch):
+    """Each is there only while it looks at all clips, and scores are the same bits. The device is called
+    cpu:0 here, where the models wait cpu."""
+    _, videos, prompts, paths, out = batch
+    rewards = load_rewards(**options(twins), device="cpu:0", offload=True).load()
+    modules = {rewards.depth_anything: "depth_anything", rewards.critic.model: "critic",
+               rewards.preference.model: "preference", rewards.lpips: "lpips"}
+    there, seen, moves = set(), [], []
+    move = nn.Module.to
+
+    def recorded(module, device, *more, **options):
+        name = modules.get(module)
+        if name:
+            moves.append((name, str(device)))
+            (there.add if str(device) == "cpu:0" else there.discard)(name)
+        return move(module, device, *more, **options)
+
+    monkeypatch.setattr(nn.Module, "to", recorded)
+    for module, name in modules.items():
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, set(there))))
+    found = rewards(videos, prompts, paths)
+    assert all(torch.equal(found[name], out[name]) for name in out)
+    assert {name for name, _ in seen} == set(modules.values())
+    assert all(others == {name} for name, others in seen)
+    order = ("depth_anything", "critic", "lpips", "preference")
+    assert moves == [(name, device) for name in order for device in ("cpu:0", "cpu")]  # once for all clips
+
+    # what is found on the way waits on the CPU, and a fault brings the model back too
+    clip = rewards.score(videos[0], prompts[0], paths[0])
+    assert clip.reconstruction.gaussians.means.device == torch.device("cpu")
+
+    def fault(*_):
+        raise IndexError
+
+    rewards.preference.model.register_forward_pre_hook(fault)
+    with pytest.raises(IndexError):
+        rewards(videos, prompts, paths, dynamic=True)
+    assert moves[-1] == ("preference", "cpu")
+    assert not there
+
+
+def test_models_are_loaded_where_they_wait(twins):
+    """Straight to the CPU, not over the device: of a device without memory nothing would be left."""
+    rewards = load_rewards(**options(twins), device="meta", offload=True).load()
+    for module in (rewards.depth_anything, rewards.critic.model, rewards.preference.model, rewards.lpips):
+        assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+
+@pytest.mark.parametrize("lost", [
+    (), ("digits",), ("meta_views", "digits"), ("rerender",),
+    ("reconstruction", "rerender", "meta_views", "digits")])
+def test_a_clip_is_drawn_whatever_failed(lost, batch, tmp_path):
+    """And whatever the prompt: dollar signs are no formula."""
+    rewards, videos, _, paths, _ = batch
+    clip = copy.copy(rewards.score(videos[0], r"$\nothing$ costs 5", paths[0]))
+    for name in lost:
+        setattr(clip, name, None)
+    clip.scores = dict.fromkeys(TERMS, math.nan)
+    draw_clip(tmp_path / "clip.png", clip)
+    assert (tmp_path / "clip.png").stat().st_size > 5000
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 @pytest.fixture(scope="module")
@@ -269,10 +431,28 @@ def test_the_command_prints_the_terms_and_draws_them(clip_file, twins, capsys):
     assert file.with_suffix(".rewards.png").stat().st_size > 5000
 
 
+def test_a_failed_term_gets_a_line_and_status_1(clip_file, twins, tmp_path, capsys):
+    """One frame shows no path: the three terms of R_3D fail, the total is no number, the picture is drawn."""
+    _, caption = clip_file
+    file = tmp_path / "one.mp4"
+    write_video(file, render(random_scene("cli", "static", 0))["video"][:1], 8)
+    assert main([str(file), caption, "--out", str(tmp_path / "one.png")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line.split()[0] for line in lines if "failed: ValueError: one frame shows no camera" in line]
+    assert failed == ["meta", "recon", "traj"]
+    assert any(line.split()[:2] == ["total", "nan"] for line in lines)
+    assert (tmp_path / "one.png").exists()
+
+
 def test_bad_arguments_get_one_sentence(clip_file, tmp_path, capsys):
     file, caption = clip_file
     for arguments, message in (([str(tmp_path / "none.mp4"), caption], "cannot be read"),
-                               ([str(file), caption, "--critic", "/nowhere"], "no model folder")):
+                               ([str(file), caption, "--critic", "/nowhere"], "no model folder"),
+                               ([str(file), caption, "--views", "1"], "--views must be a number of at least"),
+                               ([str(file), " "], "the prompt is empty"),
+                               ([str(file), caption, "--out", str(tmp_path)], "--out must end in .png"),
+                               ([str(file), caption, "--out", "/proc/x/y.png"], "cannot write"),
+                               ([str(file), caption, "--device", "toaster"], "toaster")):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("rewards.py: ")

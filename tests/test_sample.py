@@ -1,13 +1,16 @@
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 
+import imageio.v2 as iio_v2
 import imageio.v3 as iio
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import sample as S
 from model import load_wan
@@ -229,17 +232,31 @@ def test_the_command_writes_videos_and_a_contact_sheet(checkpoint, tmp_path, cap
     ([" "], "the prompt is empty"),
     (["a", "--frames", "16"], "--frames must be 4k+1, got 16; try 17"),
     (["a", "--height", "50"], "--height must be a multiple of 16, got 50; try 48"),
-    (["a", "--width", "-16"], "--width must be positive"),
-    (["a", "--steps", "0"], "--steps must be at least 1"),
-    (["a", "--num", "0"], "--num must be at least 1"),
-    (["a", "--guidance", "nan"], "--guidance must be a finite number, got nan"),
-    (["a", "--shift", "0"], "--shift must be a positive"),
+    (["a" * 180_000], "the prompt has 180000 characters; shorten it to at most 2000"),
+    (["a", "--negative", "b" * 2001], "the prompt has 2001 characters"),
+    (["a \x1b[31m"], "the prompt holds the control character '\\x1b'"),
+    (["a", "--width", "-16"], "--width must be between 16 and 10000, got -16"),
+    (["a", "--frames", "100000001"], "--frames must be between 1 and 10000"),
+    (["a", "--steps", "0"], "--steps must be between 1 and 1000, got 0"),
+    (["a", "--steps", "1000000000"], "--steps must be between 1 and 1000"),
+    (["a", "--num", "0"], "--num must be between 1 and 1000, got 0"),
+    (["a", "--guidance", "nan"], "--guidance must be between 0 and 100, got nan"),
+    (["a", "--guidance", "-1"], "--guidance must be between 0 and 100, got -1"),
+    (["a", "--shift", "0"], "--shift must be between 0.01 and 100, got 0"),
+    (["a", "--shift", "nan"], "--shift must be between 0.01 and 100, got nan"),
     (["a", "--degradation", "2"], "--degradation must be between 0 and 1"),
-    (["a", "--strength", "inf"], "--strength must be a finite"),
+    (["a", "--degradation", "nan"], "--degradation must be between 0 and 1"),
+    (["a", "--strength", "inf"], "--strength must be between 0 and 10, got inf"),
+    (["a", "--strength", "-1"], "--strength must be between 0 and 10, got -1"),
+    (["a", "--frames", "9997", "--height", "9600", "--width", "9600", "--num", "9"], "GB of memory, and there are"),
+    (["a", "--device", "bogus"], "--device must be cpu or cuda, got 'bogus'"),
+    (["a", "--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
+    (["a", "--device", "cuda:99"], "--device cuda:99 needs a CUDA GPU"),
     (["a", "--released", "--no-transport"], "--released pushes transported noise in, and --no-transport"),
-    (["a", "--path", "nothing.json"], "--path nothing.json is not a JSON list of 4x4 matrices"),
+    (["a", "--path", "nothing.json"], "nothing.json is missing; check the name"),
     (["a", "--model", "nowhere"], "no model folder 'nowhere'"),
     (["a", "--out", "clip.gif"], "--out must end in .mp4"),
+    (["a", "--out", "c" * 300 + ".mp4"], "(File name too long); choose another --out"),
     (["a", "--out", "/proc/nothing/clip.mp4"], "cannot write '/proc/nothing/clip.mp4'")])
 def test_bad_arguments_get_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -256,7 +273,7 @@ def test_explicit_path_replaces_the_prompts(checkpoint, tmp_path):
     file = tmp_path / "path.json"
     file.write_text(json.dumps(path.tolist()))
     assert torch.allclose(S.read_path(file, 5)[:, 0, 3], torch.arange(5.0).double() * .1, atol=1e-6)
-    with pytest.raises(ValueError, match="must hold 9 finite 4x4"):
+    with pytest.raises(ValueError, match="must hold a matrix for each of 9 frames, it has 5"):
         S.read_path(file, 9)
 
     out = tmp_path / "a.mp4"
@@ -265,6 +282,114 @@ def test_explicit_path_replaces_the_prompts(checkpoint, tmp_path):
     moved = iio.imread(out)
     assert S.main(arguments) == 0
     assert (moved != iio.imread(out)).any()
+
+
+def mirrored(pose):
+    pose[0][0] = -1
+
+
+def stretched(pose):
+    pose[1][1] = 1.01
+
+
+def singular(pose):
+    pose[2][2] = 0
+
+
+def no_pose(pose):
+    pose[3][0] = 1
+
+
+def far(pose):
+    pose[0][3] = 1e30
+
+
+def ragged(pose):
+    pose[0].pop()
+
+
+def short(pose):
+    pose.pop()
+
+
+def worded(pose):
+    pose[0][0] = "one"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (mirrored, "matrix 2 is no camera-to-world pose"),
+    (stretched, "matrix 2 is no camera-to-world pose"),
+    (singular, "matrix 2 is no camera-to-world pose"),
+    (no_pose, "matrix 2 is no camera-to-world pose"),
+    (far, "matrix 2 is no camera-to-world pose"),
+    (ragged, r"entry \[2\]\[0\]: Expected array of length 4"),
+    (short, r"entry \[2\]: Expected array of length 4"),
+    (worded, r"entry \[2\]\[0\]\[0\]: Expected float, got str")])
+def test_a_path_of_no_cameras_is_named(damage, message, tmp_path):
+    poses = torch.eye(4).repeat(5, 1, 1).tolist()
+    damage(poses[2])
+    (tmp_path / "path.json").write_text(json.dumps(poses))
+    with pytest.raises(ValueError, match=f"path.json.*{message}"):
+        S.read_path(tmp_path / "path.json", 5)
+
+
+@pytest.mark.parametrize("entries, message", [
+    (dict(frames="5"), "sampling.json, entry frames: Expected int, got str"),
+    (dict(frames=True), "sampling.json, entry frames: Expected int, got bool"),
+    (dict(steps=0), "sampling.json: steps must be between 1 and 1000, got 0"),
+    (dict(fps=-8), "sampling.json: fps must be between 1 and 240, got -8"),
+    (dict(frames=6), "frames must be 4k.1, got 6"),
+    (dict(guidance=[2]), "sampling.json, entry guidance: Expected float, got array")])
+def test_a_models_own_sampling_is_checked(entries, message, tmp_path):
+    (tmp_path / "sampling.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=message):
+        S.sampling_of(tmp_path)
+
+
+def test_what_would_not_fit_in_memory_is_told_before_the_first_step(checkpoint, tmp_path, capsys):
+    out = tmp_path / "o" / "a.mp4"
+    size = ["--frames", "9997", "--height", "9600", "--width", "9600", "--num", "1000"]
+    assert S.main(["a box", "--model", str(checkpoint), "--out", str(out), *size]) == 2
+    error = capsys.readouterr().err
+    assert "1000 x 9997 frames of 9600x9600 need about" in error
+    assert error.count("\n") == 1
+    assert not out.parent.exists()
+    S.check_memory(load_wan(checkpoint), S.Sampling(17, 64, 64), 8)  # this fits anywhere
+
+
+def test_latents_that_are_not_finite_are_no_video(checkpoint, tmp_path, capsys):
+    """Finite weights can still overflow."""
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["proj_out.bias"].fill_(3e38)
+    save_file(state, file)
+    out = tmp_path / "o" / "a.mp4"
+    assert S.main(["a box", "--model", str(folder), "--out", str(out)]) == 2
+    assert "made latents that are not finite; lower --guidance" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+def test_what_is_no_video_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")  # would hang
+    (tmp_path / "text.mp4").write_text("no video")
+    for name in ("pipe.mp4", "text.mp4", "nothing.mp4", "."):
+        with pytest.raises(ValueError, match="cannot be read as a video") as error:
+            S.read_video(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_video_that_could_not_be_written_whole_is_an_error(tmp_path, monkeypatch):
+    """ffmpeg writes a part and fails without a word, as on a full disk."""
+    def cut(part, *_, **__):
+        whole(part, *_, **__)
+        part.write_bytes(part.read_bytes()[:-200])
+
+    whole = iio_v2.mimwrite
+    monkeypatch.setattr(iio_v2, "mimwrite", cut)
+    with pytest.raises(OSError, match="cannot write '.*a.mp4' .ffmpeg could not write all frames"):
+        S.write_video(tmp_path / "a.mp4", torch.rand(5, 3, 16, 32))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_model_as_a_user_meets_it(checkpoint, tmp_path):

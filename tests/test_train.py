@@ -1,13 +1,13 @@
 import dataclasses
 import json
 import math
+import shlex
 
 import pytest
 import torch
 from runs import largest_difference, metrics, run_jobs, short_run, weights
 
 import train
-from grpo import advantages, standardise
 from rewards import TERMS, Term, combine
 from train import Config, check, parse_arguments, step_prompts
 
@@ -20,24 +20,48 @@ def arguments(checkpoint, twins):
 # ---------------------------------------------------------------------------------------------------- options
 
 def test_presets_hold_the_published_values():
-    small, large, tiny = (parse_arguments(["--preset", preset]) for preset in ("small", "large", "tiny"))
-    check(small, 48)
-    check(large, 96)  # as docs/real_size.md launches it
-    for c in (small, large):
-        assert (c.members, c.frames, c.height, c.width, c.steps, c.guidance) == (8, 81, 480, 832, 50, 5.0)
+    presets = {name: parse_arguments(["--preset", name]) for name in train.PRESETS}
+    for name, processes in dict(tiny=1, small=48, large=96, release=48, node=8, gpu=1).items():
+        check(presets[name], processes)  # as docs/real_size.md launches them
+    for c in (presets["small"], presets["large"]):
+        assert (c.groups, c.members, c.frames, c.height, c.width) == (48, 8, 81, 480, 832)
         assert (c.lora_rank, c.lora_alpha, c.lr, c.clip, c.kl, c.adv_clip) == (32, 64, 1e-4, 1e-3, .004, 5)
-        assert (c.ema_decay, c.ema_every, c.eta) == (.9, 8, .7)
+        assert (c.ema_decay, c.ema_every, c.eta, c.guidance) == (.9, 8, .7, 5.0)
         assert (c.main_steps, c.dynamic_steps, c.degradation) == (100, 50, .35)
         assert c.weights == dict(meta=1, recon=1, traj=1, general=1)
         assert not c.standardise
         assert c.lora is None
-    assert small.groups == 48
-    assert "1.3B" in small.model
-    assert "14B" in large.model
-    assert large.parallel == "fsdp"
-    check(tiny, 1)
+    assert "1.3B" in presets["small"].model
+    assert "14B" in presets["large"].model
+    release, node, tiny = presets["release"], presets["node"], presets["tiny"]
+    assert (release.members, release.steps, release.window, release.updates) == (2, 50, 24, 1)
+    assert release.released
+    assert (node.steps, node.guidance, node.kl, node.window, node.rectify) == (20, 4.5, 0, 1, True)
     assert tiny.lora.endswith("tiny/web")
     assert tiny.weights == dict(meta=1, recon=2, traj=1, general=1)
+
+
+def shrunk(arguments):
+    """Of a short run's arguments those that make it small: models, frames and pixels."""
+    given = dict(zip(arguments[2::2], arguments[3::2]))
+    names = ("model", "depth-anything", "critic", "preference", "frames", "height", "width")
+    return [word for name in names for word in ("--" + name, given["--" + name])]
+
+
+@pytest.mark.parametrize("preset", [name for name in train.PRESETS if name != "tiny"])
+def test_every_preset_runs_three_steps_in_small(preset, arguments, tmp_path):
+    """Its models, frames and pixels are small, its group one, and LPIPS the stand-in; all else is the
+    preset's."""
+    given = ["--preset", preset, *shrunk(arguments), "--lpips", "random", "--groups", "1", "--total-steps", "3"]
+    given += ["--runs", str(tmp_path), "--name", preset, "--eval-every", "0"]
+    world = 2 if preset == "large" else 1  # which shards
+    codes, err = run_jobs([dict(args=given, world=world)])
+    assert codes == [[0] * world], err[-3000:]
+    rows = metrics(tmp_path / preset)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["masked"] == 0 and math.isfinite(row["total"]) for row in rows)
+    moved = weights(tmp_path / preset)["model.blocks.0.attn1.to_q.lora_B"]
+    assert 0 < moved.abs().max() < 1
 
 
 def test_options_lie_over_a_preset_and_none_stands_for_None(checkpoint):
@@ -68,19 +92,29 @@ def test_every_field_and_every_term_is_an_option(capsys):
 
 
 BAD = {
-    "--members 1": "--members must be at least 2",
+    "--members 1": "--members must be at least 2, got 1",
     "--eta 0": "--eta must be above 0",
+    "--eta 1.5": "--eta must be at most 1, got 1.5",
     "--window 9": "a window of 9 steps does not fit",
     "--frames 6": "--frames must be 4k+1, got 6; try 5",
     "--width 40": "--width must be a multiple of 16, got 40; try 32",
     "--lora-rank 0": "--lora-rank must be at least 1, got 0",
-    "--prompts bad.jsonl": "bad.jsonl, line 2: it needs a non-empty prompt",
+    "--views 1": "--views must be at least 2, got 1",
+    "--eval-prompts -1": "--eval-prompts must be at least 1, got -1",
+    "--train-prompts 0": "--train-prompts must be at least 1, got 0",
+    "--meta -1": "--meta must be at least 0, got -1",
+    "--meta 0 --recon 0 --traj 0 --general 0": "every reward has weight 0",
+    "--name ../x": "--name must name a folder in --runs",
+    "--name .x": "--name must name a folder in --runs",
+    "--name /tmp/x": "--name must name a folder in --runs",
+    "--name ''": "--name must name a folder in --runs",
+    "--timeout 0": "--timeout must be at least 0.1",
+    "--prompts bad.jsonl": "bad.jsonl, line 2: the prompt is empty",
     "--prompts none.txt": "cannot be read",
     "--critic /nowhere": "no model folder",
     "--lora /nowhere": "no LoRA file",
     "--batch 3": "--members must be a multiple of --batch",
-    "--updates 3": "--groups must be a multiple of --updates",
-    "--sde odd": "--sde must be one of"}
+    "--updates 3": "--groups must be a multiple of --updates"}
 
 
 @pytest.mark.parametrize("options, message", BAD.items())
@@ -88,7 +122,7 @@ def test_bad_settings_are_one_sentence(options, message, arguments, tmp_path, mo
     """Before any work: not even the run's folder is made."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "push_in a hill", "split": "train"}\n{"prompt": ""}\n')
-    assert train.main([*arguments, "--name", "bad", *options.split()]) == 2
+    assert train.main([*arguments, "--name", "bad", *shlex.split(options)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("train.py: ")
     assert message in error
@@ -137,6 +171,55 @@ def test_a_decaying_run_is_bound_to_its_length(arguments, tmp_path):
     constant, falling = metrics(tmp_path / "constant"), metrics(tmp_path / "falling")
     assert constant[:2] == falling[:2]  # the first update is the same, the second is not
     assert constant[2]["kl"] > falling[2]["kl"] > 0
+
+
+# ------------------------------------------------------------------------------------ work, and who does it
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6, 48, 96])
+def test_processes_share_every_update_evenly_by_batches(world):
+    c = Config(groups=48, members=8, batch=1, updates=2)
+    work = train.deal(c, world)
+    dealt = [(g, member) for share in work for g, members in share for member in members]
+    assert sorted(dealt) == [(g, member) for g in range(48) for member in range(8)]
+    for update in range(2):
+        counts = [sum(train.update_of(c, g) == update for g, _ in share) for share in work]
+        assert max(counts) - min(counts) <= (192 % world > 0)
+    if world <= 24:  # a process's members of a group are neighbours: few groups are on two processes
+        assert max(len({g for g, _ in share}) for share in work) <= 48 / world + 2
+
+
+def test_an_evaluation_under_fsdp_samples_each_prompt_once(arguments, tmp_path):
+    """On 1, 2 and 4 processes, which share five prompts by one: the same scores, and no prompt twice."""
+    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "1", "--eval-every", "1",
+             "--eval-prompts", "5", "--batch", "1", "--parallel", "fsdp"]
+    jobs = [dict(args=[*given, "--name", str(world)], world=world, sampled=str(tmp_path / f"{world}.txt"))
+            for world in (1, 2, 4)]
+    codes, err = run_jobs(jobs)
+    assert codes == [[0], [0] * 2, [0] * 4], err[-3000:]
+    asked = [row.split("\t")[1] for row in (tmp_path / "1.txt").read_text().splitlines()]
+    assert len(asked) == 10 and len(set(asked)) == 5  # before the first step and after it
+    expected = (tmp_path / "1" / "eval.jsonl").read_text()
+    for world in (2, 4):
+        rows = [row.split("\t") for row in (tmp_path / f"{world}.txt").read_text().splitlines()]
+        assert sorted(prompt for _, prompt in rows) == sorted(asked)
+        assert len({rank for rank, _ in rows}) == world
+        assert len(list((tmp_path / str(world) / "eval" / "000001").glob("*.mp4"))) == 5
+        first, = (tmp_path / str(world) / "eval.jsonl").read_text().splitlines()[:1]
+        assert first == expected.splitlines()[0]  # the untrained model's scores, bit for bit
+
+
+def test_host_memory_does_not_grow_with_the_groups_of_a_process(arguments, tmp_path):
+    """Videos of 17 x 256 x 256 are 13 MB each: 16 groups of 2 would be 430 MB, were they kept."""
+    base = [*arguments, "--runs", str(tmp_path), "--total-steps", "1", "--frames", "17",
+            "--height", "256", "--width", "256", "--meta", "0", "--recon", "0"]
+    counts = (1, 4, 16)
+    codes, err = run_jobs([dict(args=[*base, "--name", str(n), "--groups", str(n)]) for n in counts])
+    assert codes == [[0]] * 3, err[-3000:]
+    peaks = []
+    for n in counts:
+        row = json.loads((tmp_path / str(n) / "metrics.jsonl").read_text())
+        peaks.append(row["machine"]["peak_bytes"])
+    assert max(peaks) <= 1.2 * peaks[0]
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -200,9 +283,7 @@ def test_a_masked_video_does_not_move_the_advantages_of_the_others():
                      traj=torch.tensor([.1, .5, .4, .9]), general=torch.tensor([1.0, 1.2, 1.1, 9.0]))
         terms = {name: values[:count] for name, values in terms.items()}
         _, terms["total"] = combine(terms, weights)
-        terms = train.without_masked(terms)
-        voices = {name: standardise(terms[name], group[:count]) for name in TERMS}
-        return advantages(combine(voices, weights)[1], group[:count])
+        return train.compare(Config(), terms, group[:count])[0]
 
     without, masked = compared(3, [.5, .6, .7]), compared(4, [.5, .6, .7, math.nan])
     assert torch.equal(masked[:3], without) and masked[3] == 0 and without.abs().min() > 0

@@ -1,12 +1,15 @@
 import dataclasses
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from model import load_dit, load_vae, load_wan
-from weights import config_from, read_json, write_json, written_whole
+from weights import (Positive, Size, config_from, model_folder, open_tensors, read_json, weight_files,
+                     write_json, written_whole)
 
 
 # ------------------------------------------------------------------------------------------------ files, written whole
@@ -22,6 +25,29 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path):
             part.write_text("sec")
             raise OSError("the disk is full")
     assert path.read_text() == "first"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]  # nothing is left lying
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write '.*file/a.json' \(.*\); free some space, or choose"):
+        write_json(tmp_path / "file" / "a.json", {})
+    with pytest.raises(OSError, match="cannot write '/dev/full/lora.safetensors'"):
+        with written_whole("/dev/full/lora.safetensors") as part:
+            save_file({"a": torch.zeros(2)}, part)
+
+
+def test_bytes_reach_the_disk_before_the_name_and_then_the_name(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    synced = []
+
+    def fsync(opened):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{opened}")), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with written_whole(path) as part:
+        part.write_text("text")
+    assert synced == [(part, False), (tmp_path, True)]
 
 
 def test_json_comes_back(tmp_path):
@@ -31,7 +57,74 @@ def test_json_comes_back(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
 
 
+# -------------------------------------------------------------------------------------------------------- JSON, checked
+
+@dataclasses.dataclass
+class Options:
+    size: Size = 4
+    rate: Positive | None = None
+    sizes: tuple[Size, Size] = (1, 2)
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize("text, message", [
+    ('[1]', "Expected object, got array"),
+    ('null', "Expected object, got null"),
+    ('{"size": "4"}', "entry size: Expected int, got str"),
+    ('{"size": true}', "entry size: Expected int, got bool"),
+    ('{"size": 4.5}', "entry size: Expected int, got float"),
+    ('{"size": null}', "entry size: Expected int, got null"),
+    ('{"size": 0}', "entry size: Expected int >= 1"),
+    ('{"size": 1000000000}', "entry size: Expected int <= 1000000"),
+    ('{"size": %s}' % ("9" * 5000), "entry size: .*range"),
+    ('{"rate": -1}', "entry rate: Expected float > 0"),
+    ('{"rate": NaN}', "is not valid JSON"),
+    ('{"rate": Infinity}', "is not valid JSON"),
+    ('{"rate": 1e999}', "entry rate: Number out of range"),
+    ('{"sizes": [1, 2, 3]}', "entry sizes: Expected array of length 2"),
+    ('{"sizes": [1, {}]}', r"entry sizes\[1\]: Expected int, got object"),
+    ('{"names": {"a": 1}}', "entry names.*: Expected str, got int"),
+    ('{"size": 4', "is not valid JSON"),
+    ('', "is not valid JSON"),
+    ('{"x": %s1' % ("[" * 100_000), "is not valid JSON")])
+def test_json_of_another_form_is_one_sentence(text, message, tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"options.json.*{message}") as error:
+        read_json(file, Options)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_json_that_fits_is_the_dataclass(tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text('{"rate": 2, "sizes": [3, 4], "unknown": null}')
+    assert read_json(file, Options) == Options(4, 2.0, (3, 4))
+    file.write_bytes(b'{"unknown": "\xff"}')
+    with pytest.raises(ValueError, match="options.json is not valid JSON"):
+        read_json(file)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """A pipe that nobody writes to would hang for ever."""
+    for name in ("pipe.json", "pipe.safetensors", "pipe.pth"):
+        os.mkfifo(tmp_path / name)
+    for file in (tmp_path / "pipe.json", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match="is no regular file"):
+            read_json(file)
+    for file in (tmp_path / "pipe.safetensors", tmp_path / "pipe.pth", tmp_path, tmp_path / "nothing.pth"):
+        with pytest.raises(ValueError, match="is missing, or no regular file"):
+            open_tensors([file])
+    with pytest.raises(ValueError, match="lacks pipe.safetensors"):
+        weight_files(tmp_path, "pipe")
+
+
 # --------------------------------------------------------------------------------------------------- what a folder holds
+
+def test_a_missing_folder_is_told_by_what_was_meant():
+    with pytest.raises(ValueError, match="no model folder 'nowhere'; give a critic's folder"):
+        model_folder("nowhere", [], "a critic's folder")
+
 
 def test_config_takes_the_entries_it_knows():
     @dataclasses.dataclass
@@ -74,6 +167,69 @@ def test_shards_load_with_or_without_their_index_in_the_dtype_asked_for(shards, 
     (folder / last).unlink()
     with pytest.raises(ValueError, match=f"lacks {last}; download"):
         load_dit(folder)
+
+
+@pytest.mark.parametrize("name", ["../../{0}", "/tmp/{0}", "sub/{0}"])
+def test_an_index_leads_to_no_other_folder(shards, name):
+    folder, state = shards
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    weight_map = read_json(index)["weight_map"]
+    write_json(index, dict(weight_map={key: name.format(file) for key, file in weight_map.items()}))
+    with pytest.raises(ValueError, match="index.json leads out of its folder"):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"weight_map": ["a"]}, "entry weight_map: Expected object, got array"),
+    ({"weight_map": {"a": 1}}, "entry weight_map.*: Expected str, got int"),
+    ({"weight_map": {}}, "lacks diffusion_pytorch_model.safetensors"),
+    ({}, "missing required field weight_map")])
+def test_an_index_of_another_form_is_named(shards, content, message):
+    folder, _ = shards
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", content)
+    with pytest.raises(ValueError, match=message):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize("total", ["00003", "99999", "00000", "99999999"])
+def test_shards_that_promise_more_than_there_are(shards, total):
+    folder, _ = shards
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / file.name.replace("of-00002", f"of-{total}"))
+    with pytest.raises(ValueError, match="lacks diffusion_pytorch_model.*; download") as error:
+        load_dit(folder)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("file, entries, message", [
+    ("transformer/config.json", dict(num_layers=10 ** 6), "describes no model that can be .*far fewer layers"),
+    ("transformer/config.json", dict(num_layers=10 ** 9), "entry num_layers: Expected int <="),
+    ("transformer/config.json", dict(num_attention_heads=10 ** 6, attention_head_dim=10 ** 6),
+     "describes no model that can be"),
+    ("transformer/config.json", dict(ffn_dim=10 ** 6), "the config asks for"),
+    ("transformer/config.json", dict(ffn_dim="56"), "entry ffn_dim: Expected int, got str"),
+    ("transformer/config.json", dict(eps=-1), "entry eps: Expected float > 0"),
+    ("transformer/config.json", dict(attention_head_dim=23), "must be even"),
+    ("transformer/config.json", dict(patch_size=[2, 2]), "entry patch_size: Expected array of length 3"),
+    ("transformer/config.json", dict(in_channels=5), "asks for"),
+    ("vae/config.json", dict(num_res_blocks=10 ** 6), "describes no model that can be .*far fewer layers"),
+    ("vae/config.json", dict(latents_mean=[0.0]), "latents_mean and a latents_std for each"),
+    ("vae/config.json", dict(latents_std=[1.0, 1.0, 0.0, 1.0]), r"entry latents_std\[2\]: Expected float > 0"),
+    ("vae/config.json", dict(temperal_downsample=[True, True, True]), "halves time twice"),
+    ("text_encoder/config.json", dict(num_layers=10 ** 7), "describes no model that can be .*far fewer layers"),
+    ("text_encoder/config.json", dict(d_model="x"), "text_dim is 32, .*gives x"),
+    ("text_encoder/config.json", dict(d_ff=-1), "describes no model that can be"),
+    ("text_encoder/config.json", dict(vocab_size=10 ** 9), "the config asks for"),
+    ("scheduler/scheduler_config.json", dict(flow_shift="5"), "entry flow_shift: Expected .*float.*, got str"),
+    ("scheduler/scheduler_config.json", dict(flow_shift=-1), "entry flow_shift: Expected float > 0")])
+def test_a_config_that_its_weights_contradict_is_named(checkpoint, tmp_path, file, entries, message):
+    """In a moment and without memory: 10^7 layers would take hours."""
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    write_json(folder / file, read_json(folder / file) | entries)
+    with pytest.raises(ValueError, match=message) as error:
+        load_wan(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_and_broken_configs_are_named(checkpoint, tmp_path):
@@ -133,6 +289,20 @@ def test_damaged_safetensors_are_named(checkpoint, tmp_path, damage, message, pa
     with pytest.raises(ValueError, match=message) as error:
         load_wan(folder)
     assert part.split("/")[0] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_are_no_numbers_are_named(checkpoint, tmp_path):
+    file = shutil.copytree(checkpoint, tmp_path / "wan") / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    name = "decoder.conv_in.bias"
+    for value, message in ((torch.tensor(torch.nan), "holds NaN or infinity"),
+                           (torch.tensor(-torch.inf), "holds NaN or infinity"),
+                           (torch.tensor(1), "is int64; give weights of float32")):
+        damaged = torch.zeros_like(state[name], dtype=value.dtype)
+        damaged[1] = value
+        save_file({**state, name: damaged}, file)
+        with pytest.raises(ValueError, match=f"diffusion_pytorch_model.safetensors: tensor {name} {message}"):
+            load_vae(tmp_path / "wan")
 
 
 class Payload:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from depth_anything import load_depth_anything
 from rewards import add_reward_options, rewards_of
-from sample import contact_sheet
+from sample import LIMITS, check_limits, contact_sheet
 from tiny import judges, probe, train, validity, world
 from weights import TINY, write_text
 
@@ -144,10 +144,24 @@ def add_model_options(parser):
     parser.add_argument("--frames", type=int, help="of a video, 4k+1 (default: the model's)")
 
 
+def check(options):
+    """ValueError for the first number that cannot work."""
+    for name in ("num", "clips", "minutes"):
+        value = options.get(name)
+        if value is not None and not 0 < value <= 10 ** 6:
+            raise ValueError(f"--{name} must be above 0 and at most a million, got {value}")
+    # Options that take several values.
+    for name in LIMITS.keys() & options.keys() - {"num"}:
+        values = options[name]
+        for value in values if isinstance(values, list) else [values]:
+            check_limits({name: value})
+
+
 def main(argv=None):
     options = vars(parse_arguments(argv))
     function = options.pop("function")
     try:
+        check(options)
         function(**options)
     except (ValueError, OSError) as e:
         print(f"tiny: {e}", file=sys.stderr)

@@ -448,7 +448,8 @@ def build_preference(folder):
     words, ids = write_processor(folder, transformers.Qwen2VLProcessor, Qwen2VLVideoProcessor,
                                  PREFERENCE_PROMPT)
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
-    text = dict(**TINY_TEXT_MODEL, vocab_size=words, rope_parameters=rope)
+    text = dict(**TINY_TEXT_MODEL, vocab_size=words, rope_parameters=rope,
+                bos_token_id=None, eos_token_id=None)  # Qwen's own lie outside of this vocabulary
     vision = dict(depth=3, embed_dim=64, hidden_size=96, mlp_ratio=2, num_heads=4, patch_size=PATCH)
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
     config.save_pretrained(folder)

@@ -33,7 +33,7 @@ from lora import lora_file, merge_lora
 from model import load_vae, load_wan
 from noise_warp import MOTIONS, camera_path, parse_motion
 from prompts import read_prompts
-from sample import as_bytes, check_size, contact_sheet, psnr, sample_videos, sampling_of
+from sample import as_bytes, check_size, contact_sheet, psnr, sample_videos, sampling_of, spread
 from tiny.train import fit, trained, write_tensors
 from tiny.world import (COLOURS, SHAPES, degrade, intrinsics, pixel_rays, random_scene, random_scenes, render,
                         render_all, unseen_scenes)
@@ -92,11 +92,6 @@ class Probe(nn.Module):
         still = self.frames(pictures).unflatten(0, five.shape[:2]).mean(1)  # (B, 144)
         logits = self.out(torch.cat([moving, still], 1)).split(list(HEADS.values()), -1)
         return dict(zip(HEADS, logits))
-
-
-def spread(length, count):
-    """Indices of `count` frames, evenly spread over `length`."""
-    return torch.linspace(0, length - 1, count).round().long()
 
 
 def labels(wall, floor, objects, motions):

@@ -1,0 +1,819 @@
+"""One prompt followed through the whole method, as a page: words, noise, videos, rewards, gradient.
+
+    python walkthrough.py "orbit_left a red sphere and a blue box on a checkered green floor, yellow walls"
+    python walkthrough.py PROMPT --markdown docs      docs/walkthrough.md, its pictures in docs/walkthrough/
+
+Writes out/walkthrough.html, one file that needs no network. Options of train.py work here too, such as
+--model, --lora, --seed or --members. `walk` runs one step of training with a single group; every function
+after it makes one stage of the page. All numbers, shapes, sources and pictures come from that run.
+
+Left out: the dynamic phase, several groups, several processes.
+"""
+
+import argparse
+import base64
+import dataclasses
+import html
+import inspect
+import re
+import shlex
+import sys
+import tempfile
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import matplotlib
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import splat
+from depth_anything import DepthAnything3, colour_depth, gaussians_of
+from grpo import Batch, advantages, kl, rollout, standardise, surrogate
+from lora import LoRALinear, lora_file
+from model import VAE, Block, DiT, clean_prompt, encode_text, load_text
+from noise_warp import (camera_path, draw_paths, latent_noise, parse_motion, path_flow, rotation_angle,
+                        transport_noise)
+from policy import Policy
+from report import GREY, PAGE, PLAY, STYLE, figure, html_table, inline, inline_svg, inline_video
+from rewards import TERMS, Clip, combine, paths_in_depths
+from run import Processes
+from sample import (as_bytes, check_writable, decode_videos, euler, initial_noise, log_prob, sigmas, spread,
+                    transition, write_video)
+from train import (Config, check, compare, drawn, learning_rate, own_rewards, own_sampling, parse_arguments,
+                   policy_loss, roll_out, step_window)
+from weights import TINY, write_text, written_whole
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+@dataclass
+class Walk:
+    """What one training step made of a prompt. B members, all of one group."""
+    c: Config
+    prompt: str
+    policy: Policy
+    path: torch.Tensor  # camera-to-world (F, 4, 4)
+    noise: torch.Tensor  # (1, C, T, h, w), of the group's first member
+    levels: torch.Tensor  # (steps + 1,)
+    predictions: list  # x0 of the model at each level, (1, C, T, h, w) each
+    batch: Batch
+    clips: list  # B scored Clips
+    shares: dict  # term -> its share of the advantages' variance
+    notes: list  # policy_loss's statistics of each stochastic step, before the update
+    norm: float  # of the gradient, before it is clipped
+    gradients: dict  # parameter -> norm of its gradient
+    log_ratios: torch.Tensor  # (window, B), after the update
+    notes_after: list
+    looks: dict  # label -> Clip of the ODE from `noise`: before, after the step, after a whole training
+
+
+def walk(c, prompt, trained=None):
+    """One step of train.train with a single group, and what is looked at on the way. -> Walk
+
+    trained: an adapter, for the last stage.
+    """
+    policy = Policy(c, Processes(c.device))
+    policy.encode_prompts([prompt, ""])
+    rewards = own_rewards(c, c.device).load()
+
+    # Words -> path -> noise, and the ODE from there: what the model makes of it now.
+    path = camera_path(parse_motion(prompt), c.frames, c.strength)
+    noise = first_noise(c, policy, path)
+    levels = sigmas(c.steps, policy.wan.shift or 5.0)
+
+    def look(policy):
+        predictions, latents = solve(policy.velocity(prompt), noise.to(policy.wan.device), levels)
+        video, = decode_videos(policy.wan, latents)
+        return predictions, rewards.score(video, prompt, path)
+
+    predictions, before = look(policy)
+    looks = {"before": before}
+
+    # Roll out the group, and score it.
+    window = step_window(c, 0, False, 0)
+    (batch, videos, _), = roll_out(policy, 0, False, [(0, prompt)], [window], [(0, range(c.members))])
+    clips = rewards.score_clips([Clip(video, prompt, path) for video in videos])
+    batch.terms = {name: torch.tensor([clip.scores[name] for clip in clips]) for name in TERMS}
+    batch.terms["three_d"], batch.terms["total"] = combine(batch.terms, c.weights)
+    if batch.terms["total"].isnan().all():
+        name, reason = next(iter(clips[0].errors.items()))
+        raise ValueError(f"{TERMS[name].label} failed on every video ({reason}); "
+                         "choose another --model, or judges that can look at its videos")
+
+    # Advantages inside the group.
+    batch.advantages, shares = compare(c, batch.terms, torch.zeros(c.members))
+
+    # Gradients of the window's steps, and one step of the optimiser.
+    notes = []
+    for sde_step in batch.transitions:
+        loss, note = policy_loss(policy, batch, sde_step)
+        (loss / len(batch.transitions)).backward()
+        policy.collect_gradients()
+        notes.append(note)
+    norm = policy.sum_gradients()
+    gradients = {name: float(p.grad.norm()) for name, p in policy.trained.items()}
+    policy.step(learning_rate(c, 0), norm)
+
+    # After: the same steps' probabilities, and the same noise's video.
+    with torch.no_grad():
+        notes_after = [policy_loss(policy, batch, step)[1] for step in batch.transitions]
+        log_ratios = torch.stack([log_ratio(policy, batch, step) for step in batch.transitions]).cpu()
+    _, looks["after one step"] = look(policy)
+    if trained:
+        other = Policy(dataclasses.replace(c, lora=trained), policy.processes)
+        _, looks["after a whole training"] = look(other)
+    return Walk(c, prompt, policy, path, noise, levels, predictions, batch, clips, shares, notes, norm,
+                gradients, log_ratios, notes_after, looks)
+
+
+def first_noise(c, policy, path, transport=True):
+    """The noise that `roll_out` begins the group's first member with, (1, C, T, h, w)."""
+    draws = [drawn(c, 0, False, 0, "noise", 0)]
+    return initial_noise(policy.wan, path, c.height, c.width, draws, transport, c.degradation)
+
+
+@torch.no_grad()
+def solve(velocity, noise, levels):
+    """The ODE from noise (1, C, T, h, w). -> what the model takes for x0 at each level, and the latents."""
+    predictions = []
+
+    def recorded(x, sigma):
+        v = velocity(x, sigma)
+        predictions.append(x - sigma * v)
+        return v
+
+    latents = euler(recorded, noise, levels)
+    return predictions, latents
+
+
+def log_ratio(policy, batch, sde_step):
+    """log p(x'|x) of the model as it is now, less that at rollout, (B,)."""
+    sigma, sigma_next = batch.levels[sde_step.index], batch.levels[sde_step.index + 1]
+    v = policy.velocity(batch.prompt)(sde_step.x, sigma)
+    mean, std = transition(sde_step.x, v, sigma, sigma_next, policy.c.eta, policy.c.sde)
+    return log_prob(sde_step.x_next, mean, std) - sde_step.logp
+
+
+# ----------------------------------------------------------------------------------------- what a stage holds
+
+@dataclass
+class Picture:
+    caption: str
+    content: object  # a chart's SVG, an image (3, H, W), a video (F, 3, H, W), or a Clip whose Gaussians turn
+
+
+@dataclass
+class Stage:
+    title: str
+    text: str
+    equation: str  # HTML
+    source: str  # of the equation
+    functions: list  # that ran
+    shapes: dict  # what -> tensor, number or words
+    pictures: list
+
+
+def chart(caption, draw, *arguments, size=(4.0, 2.6)):
+    """draw(axes, *arguments) as a Picture whose text can be read on light and dark pages alike."""
+    with matplotlib.rc_context({"text.color": GREY, "axes.labelcolor": GREY}):
+        return Picture(caption, inline_svg(size, caption, draw, *arguments))
+
+
+def draw_bars(axes, values):
+    """values {name: number}."""
+    axes.bar([str(name) for name in values], list(values.values()))
+    axes.axhline(0, color=GREY, linewidth=.6)
+
+
+def strip(images):
+    """Images (N, 3, H, W) -> one row of them, a pixel apart: (3, H, N (W + 1) - 1)."""
+    return torch.cat(list(F.pad(images, (0, 1), value=.5)), -1)[..., :-1]
+
+
+def grey(channels):
+    """Values (N, h, w) of about N(0, 1) -> images (N, 3, h, w), -3 black and 3 white."""
+    return (channels / 6 + .5).clamp(0, 1)[:, None].expand(-1, 3, -1, -1)
+
+
+def shown(value):
+    if isinstance(value, torch.Tensor):
+        return f"{' × '.join(map(str, value.shape))}, {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def scores(clip):
+    return ", ".join(f"{term.label} {clip.scores[name]:.3f}" for name, term in TERMS.items())
+
+
+def best_and_worst(w):
+    """The members of the highest and of the lowest total reward, by number."""
+    total = w.batch.terms["total"]
+    return int(total.nan_to_num(-torch.inf).argmax()), int(total.nan_to_num(torch.inf).argmin())
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+
+def words_to_path(w):
+    motions = ", ".join(parse_motion(w.prompt))
+    last = w.path[-1]
+    return Stage(
+        "Words become a camera path",
+        f"The prompt says in words how the camera moves; here it says {motions}. Each word is a rigid "
+        "motion that eases in and out and begins where the one before it ended. Their product is a path: "
+        "one camera-to-world matrix a frame, the first of them the identity. The path is used twice: it "
+        "moves the noise that the video is made from, and at the end it is what the camera in the video is "
+        "compared with.",
+        "E<sub>0</sub> = I, &ensp; E<sub>f</sub> = E<sub>f−1</sub> T<sub>action</sub>(f)",
+        "World-R1 (arXiv 2604.24764), eq. 5",
+        [parse_motion, camera_path],
+        {"motions": motions, "path": w.path,
+         "last camera: x, z, in depths of the scene": f"{last[0, 3]:.3f}, {last[2, 3]:.3f}",
+         "last camera: turned by, in degrees": rotation_angle(torch.eye(3), last[:3, :3]).rad2deg().item()},
+        [chart("the path from above, with the view of its first, middle and last camera", draw_paths,
+               {"asked": w.path}, size=(4.0, 3.0))])
+
+
+def path_to_flow(w):
+    flow = path_flow(w.path, w.c.height, w.c.width)
+    overall = path_flow(w.path[[0, -1]], w.c.height, w.c.width)[0]
+    return Stage(
+        "The path becomes optical flow",
+        "Nothing is known of the scene before it is made, so it is taken for a single plane at depth 1 "
+        "that faces the first camera. Then the cameras alone say where each pixel goes from frame to "
+        "frame. The arrows lead from the first to the last frame; they are drawn over a first frame that "
+        "does not exist yet: its video is sampled in stage 5.",
+        "flow(p) = project(E<sub>f+1</sub><sup>−1</sup> X) − p, &ensp; "
+        "X: where the ray of p from E<sub>f</sub> meets the plane",
+        "World-R1, eq. 6",
+        [path_flow],
+        {"path": w.path, "flow, in pixels": flow,
+         "longest step from frame to frame, in pixels": flow.norm(dim=1).max().item()},
+        [chart("flow from the first to the last frame", draw_flow, w.looks["before"].video[0], overall,
+               size=(4.0, 3.6))])
+
+
+def draw_flow(axes, frame, flow):
+    """Arrows of flow (2, H, W) over a picture (3, H, W)."""
+    H, W = flow.shape[1:]
+    y, x = torch.meshgrid(torch.arange(H // 16, H, H // 8), torch.arange(W // 16, W, W // 8), indexing="ij")
+    axes.imshow(as_bytes(frame))
+    axes.quiver(x, y, *flow[:, y, x], color="white", angles="xy", scale_units="xy", scale=1)
+    axes.set(xlim=(-.5, W - .5), ylim=(H - .5, -.5), xlabel="x, pixels", ylabel="y, pixels")
+
+
+def flow_to_noise(w):
+    white = first_noise(w.c, w.policy, w.path, transport=False)
+    flow = path_flow(w.path[::4], *w.noise.shape[3:])
+    fresh, moved = noise_statistics(white[0], flow), noise_statistics(w.noise[0], flow)
+    return Stage(
+        "The noise moves along the flow",
+        "A video model keeps much of its first noise's layout, so noise that moves like the camera makes "
+        "the video do so. Values that meet in a cell are added and brought back to unit variance; a value "
+        "that is stretched over several cells is split, with noise added that sums to zero; what nothing "
+        "reaches is drawn anew. Each frame by itself must remain white N(0, 1), or the model sees what it "
+        "was never trained on. The numbers are those of noise drawn anew for every frame → of transported "
+        "noise: they should differ along the flow alone.",
+        "z'(v') = Σ<sub>v</sub> ρ(v) z(v) / √(Σ<sub>v</sub> ρ(v)<sup>2</sup>), &ensp; "
+        "z'(v'<sub>k</sub>) = z(v) / √n + e<sub>k</sub> − mean(e)",
+        "Go-with-the-Flow (arXiv 2501.08331); noise_warp.py",
+        [latent_noise, transport_noise],
+        {"noise": w.noise} | {name: f"{fresh[name]:.3f} → {moved[name]:.3f}" for name in moved},
+        [Picture("before transport: a channel's latent frames, from the first to the last",
+                 strip(grey(white[0, 0]))),
+         Picture("after transport: the same channel", strip(grey(w.noise[0, 0])))])
+
+
+def noise_statistics(noise, flow):
+    """Of latent noise (C, T, h, w) with its flow (T-1, 2, h, w), in latent cells. -> {name: value}"""
+    last = noise[:, -1]
+    centred = last - last.mean()
+    # every frame but the first, read where the flow leads
+    h, w = last.shape[1:]
+    grid = F.affine_grid(torch.eye(2, 3)[None], (1, 1, h, w), align_corners=False)
+    grid = grid + flow.movedim(1, -1) * 2 / torch.tensor([w, h])  # (T-1, h, w, 2), in [-1, 1]
+    frames = noise.transpose(0, 1)  # (T, C, h, w)
+    followed = F.grid_sample(frames[1:], grid, padding_mode="border", align_corners=False)
+
+    def correlation(a, b):
+        return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+
+    return {"last frame: mean": last.mean(),
+            "last frame: standard deviation": last.std(),
+            "last frame: kurtosis (of a Gaussian: 3)": centred.pow(4).mean() / centred.square().mean() ** 2,
+            "in space: correlation with the right neighbour": correlation(noise[..., :-1], noise[..., 1:]),
+            "in time: correlation along the flow": correlation(frames[:-1], followed)}
+
+
+def text_and_transformer(w):
+    c, dit = w.c, w.policy.wan.dit
+    encoder, tokenizer = load_text(c.model, w.policy.wan.device, getattr(torch, c.dtype))
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(clean_prompt(w.prompt)).input_ids)
+    x, grid = dit.patchify(w.noise.to(w.policy.wan.device))
+    parts = {"text encoder": encoder, "transformer": dit, "VAE": w.policy.wan.vae}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in parts.items()}
+    counts["trained"] = sum(p.numel() for p in w.policy.trained.values())
+    return Stage(
+        "Text and noise enter the transformer",
+        f"A frozen text encoder turns the prompt's {len(tokens)} tokens into vectors. The latent noise is "
+        f"cut into patches of {' × '.join(map(str, dit.config.patch_size))} latent cells, {x.shape[1]:,} "
+        f"tokens. Each of {len(dit.blocks)} blocks attends to the whole video, then to the text, then works "
+        "on every token by itself; the noise level σ scales and shifts what enters. The result is a "
+        "velocity for every latent value. By default what is trained are two thin matrices beside each "
+        "attention projection (LoRA, counted in the transformer too); the second of them begins at zero, "
+        "so training begins at the model as it is.",
+        "v<sub>θ</sub>(x, σ, text) ≈ ε − x<sub>0</sub>, &ensp; W' = W + (α / r) B A",
+        "Wan2.1 (arXiv 2503.20314); LoRA (arXiv 2106.09685)",
+        [DiT.forward, Block.forward, LoRALinear.forward],
+        {"tokens": " ".join(tokens), "text": encode_text(encoder, tokenizer, [w.prompt]), "latents": w.noise,
+         "tokens of the video": x, "their grid": " × ".join(map(str, grid))}
+        | {f"parameters: {name}": count for name, count in counts.items()},
+        [chart("parameters", draw_bars, counts)])
+
+
+def sampling(w):
+    some = spread(len(w.predictions), 4).tolist()
+    return Stage(
+        "Sampling turns noise into a video",
+        "The model was trained on straight lines between videos and noise, so its velocity leads from one "
+        f"to the other: {w.c.steps} steps of an ODE, from σ = 1 to 0. At every step, state and velocity "
+        "tell what the model takes the finished video for. The layout, and with it the camera, is decided "
+        "at high noise; later steps add detail. So it is the first steps that are worth training.",
+        "x<sub>σ</sub> = (1 − σ) x<sub>0</sub> + σ ε, &ensp; dx/dσ = v, &ensp; x̂<sub>0</sub> = x − σ v",
+        "Rectified flow (arXiv 2209.03003); sample.py",
+        [sigmas, transition, euler],
+        {"noise levels": ", ".join(f"{level:.3f}" for level in w.levels.tolist()), "state": w.noise,
+         "change of x̂₀ from the first to the last step (RMS)":
+             float((w.predictions[0] - w.predictions[-1]).square().mean().sqrt())},
+        [Picture(f"x̂₀ at σ = {w.levels[i]:.3f}", decode_videos(w.policy.wan, w.predictions[i])[0])
+         for i in some])
+
+
+def stochastic_window(w):
+    c = w.c
+    stds, spreads = {}, {}
+    for t in w.batch.transitions:
+        _, std = transition(t.x, t.x, w.levels[t.index], w.levels[t.index + 1], c.eta, c.sde)
+        stds[t.index] = float(std)
+        spreads[f"step {t.index}: spread of the members' states after it"] = float(t.x_next.std(0).mean())
+    start = "have each their own noise"
+    if c.shared:
+        start = "share their noise and all steps before it, and part in it"
+    return Stage(
+        "A group of videos branches in a stochastic window",
+        f"An ODE has nothing to choose, and a policy gradient needs choices. So in a window of {c.window} "
+        f"of the first {c.noisy_steps} steps (here {', '.join(map(str, stds))}, counted from 0) the ODE is "
+        "replaced by an SDE of the same marginals: a Gaussian around a mean that the model decides. The "
+        f"{c.members} members {start}. Only the window's steps are trained, so only their states are kept: "
+        "the Fast of Flow-GRPO-Fast.",
+        "x' ~ N(x − [v + s<sup>2</sup>/2σ (x + (1 − σ) v)] Δ, s<sup>2</sup> Δ), &ensp; s = η √(σ / (1 − σ))",
+        "Flow-GRPO (arXiv 2505.05470); sample.py",
+        [step_window, rollout, transition],
+        {"state before the window": w.batch.transitions[0].x, "η": c.eta, "kind of step": c.sde} | spreads,
+        [Picture(f"member {i}", clip.video) for i, clip in enumerate(w.clips)]
+        + [chart("noise levels, and the spread that the window's steps add", draw_levels, w.levels, stds)])
+
+
+def draw_levels(axes, levels, stds):
+    """stds {step: standard deviation of its noise}."""
+    axes.plot(levels, marker=".", label="σ before the step")
+    axes.bar(list(stds), list(stds.values()), color="#d0663f", alpha=.7, label="std of the step")
+    axes.set_xlabel("step")
+    axes.legend()
+
+
+def latents_to_pixels(w):
+    latents, video = w.predictions[-1], w.looks["before"].video
+    middle = latents[0, :, latents.shape[2] // 2].cpu()
+    return Stage(
+        "The VAE decodes latents to pixels",
+        f"The model works on latents, {video.numel() / latents.numel():.0f} times fewer numbers than "
+        "pixels. A causal 3D VAE makes the first frame of the first latent frame alone, and four more of "
+        "every further one, seeing only the past. Channels are normalised by their own mean and standard "
+        "deviation, so that latents have the scale of the noise.",
+        "T = 1 + (F − 1) / 4, &ensp; z = (μ − mean<sub>c</sub>) / std<sub>c</sub>",
+        "Wan2.1; model.py",
+        [VAE.decode, VAE.encode],
+        {"latents": latents, "video": video},
+        [Picture("the middle latent frame: its first channels", strip(grey(middle[:8]))),
+         Picture("frames decoded from the latents", strip(video[spread(len(video))]))])
+
+
+def reconstruction(w):
+    best, _ = best_and_worst(w)
+    rec = w.clips[best].reconstruction
+    return Stage(
+        "Depth Anything 3 lifts a video to three dimensions",
+        f"A transformer looks at {len(rec.frames)} frames of a video together and gives depth, one camera a "
+        "frame, and a 3D Gaussian for each pixel: no optimisation, one forward pass. Whether the video "
+        "shows one solid world is then a matter of rendering these Gaussians and looking. Nothing here "
+        f"knows which camera was asked for. Shown is member {best}, that of the highest total reward.",
+        "X = R<sub>v</sub> d K<sub>v</sub><sup>−1</sup> (p, 1) + t<sub>v</sub>",
+        "Depth Anything 3 (arXiv 2511.10647); depth_anything.py",
+        [DepthAnything3.network, gaussians_of],
+        {"frames": rec.images, "depth": rec.depth, "cameras": rec.camera_to_world,
+         "intrinsics": rec.intrinsics, "Gaussians: means": rec.gaussians.means,
+         "Gaussians: colours, as spherical harmonics": rec.gaussians.harmonics},
+        [Picture("the frames that it looks at", strip(rec.images.cpu())),
+         Picture("depth: near is light", strip(colour_depth(rec.depth))),
+         Picture("the Gaussians' centres: drag them, or press the arrow keys", w.clips[best]),
+         Picture("the Gaussians, rendered while the camera swings to both sides", swing(rec))])
+
+
+@torch.no_grad()
+def swing(rec, frames=25):
+    """Video (frames, 3, h, w) of a reconstruction's Gaussians from an orbit to both sides of its middle
+    camera."""
+    middle = len(rec.camera_to_world) // 2
+    path = camera_path(["orbit_left", "orbit_right", "orbit_right", "orbit_left"], frames, strength=4.0)
+    path[:, :3, 3] *= float(rec.depth[middle].median())  # the point it turns about
+    cameras = rec.camera_to_world[middle] @ path.to(rec.camera_to_world)
+    K = rec.intrinsics[middle].expand(frames, 3, 3)
+    return splat.render(rec.gaussians, cameras, K, *rec.depth.shape[1:])[0].clamp(0, 1).cpu()
+
+
+def four_rewards(w):
+    # a row of pictures for each reward: the best member's beside the worst's
+    meta, digits, recon, traj, general = [], [], [], [], []
+    for which, i in zip(("best", "worst"), best_and_worst(w)):
+        clip, name = w.clips[i], f"{which}, member {i}"
+        said = {term: f"{name}: {TERMS[term].label} {score:.3f}" for term, score in clip.scores.items()}
+        requested, found = paths_in_depths(clip.path, clip.reconstruction)
+        meta.append(Picture(f"{said['meta']}, seen from beside the path", strip(clip.meta_views)))
+        digits.append(chart(f"{name}: probability of each of the critic's digits", draw_bars,
+                            dict(enumerate(clip.digits.mean(0).tolist()))))
+        recon += [Picture(f"{name}: the video", clip.video),
+                  Picture(f"{said['recon']}, its Gaussians where its cameras were", clip.rerender)]
+        traj.append(chart(f"{said['traj']}, the path asked for and the one found", draw_paths,
+                          {"asked": requested, "found": found}))
+        general.append(Picture(f"{said['general']}, the first frames", strip(clip.video[:w.c.frames_seen])))
+    return Stage(
+        "Four judges make it a number",
+        "S_meta: a vision-language model looks at the Gaussians from beside the path, where a flat card or "
+        "a floating bit shows, and answers with a digit. S_recon: the Gaussians are rendered where the "
+        "video's own cameras stood; only a consistent video comes back unblurred. S_traj: the path "
+        "recovered against the path asked for. R_gen: a model of human preference looks at the first "
+        "frames, so that beauty is not given up for geometry. A judge that fails gives no number: its "
+        "video is masked.",
+        "R = S<sub>meta</sub> + S<sub>recon</sub> + S<sub>traj</sub> + λ R<sub>gen</sub>, &ensp; "
+        "S<sub>traj</sub> = exp(−(α |t − s t̂| + β ∠(R, R̂)))",
+        "World-R1, eq. 8 to 10; rewards.py",
+        [term.function for term in TERMS.values()],
+        {f"member {i}": scores(clip) for i, clip in enumerate(w.clips)},
+        [*meta, *digits, *recon, *traj, *general])
+
+
+def group_advantages(w):
+    how = "summed as they are"
+    if w.c.standardise:
+        how = ("first brought to their own spread in the group, so that none drowns the others, then summed "
+               "(so advantages need not follow the plain sums)")
+    return Stage(
+        "The group's mean is the baseline",
+        "A reward by itself says little; how much better a video is than others of the same prompt says "
+        f"which choice of noise to make more likely. The terms are {how}, and the sum is standardised in "
+        "the group. That replaces a learned value function. Listed is the share of the advantages' "
+        "variance that each term decided: one that decides nearly all is the only one that is trained on.",
+        "A<sub>i</sub> = clip((R<sub>i</sub> − mean R) / (std R + 10<sup>−4</sup>))",
+        "GRPO (arXiv 2402.03300); grpo.py",
+        [standardise, combine, advantages],
+        {f"{term.label}: weight, share": f"{w.c.weights[name]:g}, {w.shares[name]:.1%}"
+         for name, term in TERMS.items()},
+        [chart("total reward of each member: the weighted sum", draw_bars,
+               dict(enumerate(w.batch.terms["total"].tolist()))),
+         chart("advantage of each member", draw_bars, dict(enumerate(w.batch.advantages.tolist())))])
+
+
+def loss_and_gradient(w):
+    numbers = {}
+    for t, before, after in zip(w.batch.transitions, w.notes, w.notes_after):
+        for name in ("ratio", "clipped", "kl", "loss"):
+            numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
+    followed = (w.log_ratios * w.batch.advantages > 0).float().mean().item()
+    squares = dict.fromkeys(range(len(w.policy.wan.dit.blocks)), 0.0)
+    for name, norm in w.gradients.items():
+        if name.startswith("blocks."):
+            squares[int(name.split(".")[1])] += norm ** 2
+    return Stage(
+        "A clipped ratio becomes a gradient",
+        "The loss asks how much likelier each drawn step is now than at rollout, and pushes that up or "
+        "down by the advantage. Before the first update nothing has changed: every ratio is 1, clipping "
+        "does nothing, and the gradient is REINFORCE's with a baseline. The first chart shows where one "
+        "step of the optimiser took the ratios: with the advantages, where the step did what it is for. A "
+        "KL term holds the model near what it was before training. Numbers are those before → after the "
+        "step.",
+        "L = mean max(−A ρ, −A clip(ρ, 1 ± ε)) + β |μ<sub>θ</sub> − μ<sub>ref</sub>|<sup>2</sup> / "
+        "2 std<sup>2</sup>, &ensp; ρ = p<sub>θ</sub>(x'|x) / p<sub>old</sub>(x'|x)",
+        "PPO (arXiv 1707.06347); Flow-GRPO",
+        [policy_loss, surrogate, kl, log_prob],
+        {"drawn states": w.batch.transitions[0].x_next, "ε": w.c.clip, "β": w.c.kl} | numbers
+        | {"ratios that went with their advantage": f"{followed:.0%}", "norm of the gradient": w.norm,
+           "it is clipped to": w.c.grad_clip},
+        [chart("ratio and advantage of each member after the step; grey: not clipped", draw_ratios, w),
+         chart("norm of each block's gradient", draw_bars, {i: x ** .5 for i, x in squares.items()})])
+
+
+def draw_ratios(axes, w):
+    change = w.log_ratios.expm1()  # rho - 1, (window, B)
+    for t, values in zip(w.batch.transitions, change):
+        axes.scatter(w.batch.advantages, values, s=14, label=f"step {t.index}")
+    bounds = axes.get_ylim()
+    axes.axhspan(-w.c.clip, w.c.clip, color=GREY, alpha=.15, linewidth=0)
+    axes.axhline(0, color=GREY, linewidth=.6)
+    axes.set(xlabel="A", ylabel="ρ − 1", ylim=bounds)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 3))
+    axes.legend()
+
+
+def before_and_after(w):
+    before, after = (w.looks[label].video for label in ("before", "after one step"))
+    change = (after - before).abs()
+    last = "The last video is that of a trained adapter: many such steps."
+    if "after a whole training" not in w.looks:
+        last = "For that of a whole training, train one (make train-tiny) and give it: --trained runs/tiny-0."
+    return Stage(
+        "One optimiser step, and many",
+        "The same prompt and the same noise, sampled as in stage 5 by the model before and after the step "
+        "that was just taken. One step of one prompt changes little, and not surely for the better; the "
+        f"change is also shown by itself, eightfold. {last}",
+        "θ ← AdamW(θ, ∇L)",
+        "AdamW (arXiv 1711.05101); policy.py",
+        [Policy.collect_gradients, Policy.sum_gradients, Policy.step],
+        {"learning rate": w.c.lr, "mean change of a pixel": change.mean().item()}
+        | {label: scores(clip) for label, clip in w.looks.items()},
+        [Picture(label, clip.video) for label, clip in w.looks.items()]
+        + [Picture("change after one step, × 8", (8 * change).clamp(0, 1))])
+
+
+STAGES = (words_to_path, path_to_flow, flow_to_noise, text_and_transformer, sampling, stochastic_window,
+          latents_to_pixels, reconstruction, four_rewards, group_advantages, loss_and_gradient,
+          before_and_after)
+
+
+# -------------------------------------------------------------------------------------------------- the pages
+
+OWN_STYLE = """
+nav ol { columns: 18rem; column-gap: 3rem; padding-left: 1.5rem }
+a { color: var(--focus) }
+section > p { max-width: 50rem }
+.equation {
+  font: 1.1rem/1.6 Georgia, serif; padding: .1rem .8rem; border-left: .2rem solid var(--line);
+}
+.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(4, 1fr); margin: 1rem 0 }
+.wide { grid-column: span 2; min-width: 0 }
+video { background: none }
+td { white-space: normal; overflow-wrap: anywhere }
+td:first-child { min-width: 7rem }
+details { margin: .3rem 0 }
+summary { cursor: pointer }
+pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line); font-size: .82rem; line-height: 1.35 }
+canvas { width: 100%; display: block; background: #101214; touch-action: pan-y; cursor: grab }
+.bar { position: sticky; bottom: 0; padding: .5rem 0; background: var(--paper) }
+@media (max-width: 45rem) { .pictures { grid-template-columns: 1fr 1fr } }
+"""
+
+# A canvas's points: int16 x, y, z of each, in thousandths of the scene's depth, in the middle camera's axes
+# with the scene's depth at 0; then three bytes of colour.
+TURN = """
+for (const canvas of document.querySelectorAll('canvas')) {
+  const bytes = Uint8Array.from(atob(canvas.dataset.points), c => c.charCodeAt(0)), N = bytes.length / 9;
+  const xyz = new Int16Array(bytes.buffer, 0, 3 * N), rgb = new Uint8Array(bytes.buffer, 6 * N);
+  const W = canvas.width, H = canvas.height, context = canvas.getContext('2d');
+  const focal = canvas.dataset.focal * W, pixel = W / canvas.dataset.columns, away = 1300;
+  const image = context.createImageData(W, H), pixels = new Uint32Array(image.data.buffer);
+  const nearest = new Float32Array(W * H);
+  let yaw = .25, pitch = .1;
+
+  function draw() {
+    nearest.fill(Infinity);
+    pixels.fill(0);
+    const cy = Math.cos(yaw), sy = Math.sin(yaw), cp = Math.cos(pitch), sp = Math.sin(pitch);
+    for (let i = 0; i < N; i++) {
+      // turn about the vertical, tilt, step back
+      const [x, y, z] = xyz.subarray(3 * i, 3 * i + 3), across = cy * x + sy * z, along = cy * z - sy * x;
+      const up = cp * y - sp * along, depth = away + sp * y + cp * along;
+      if (depth < 50) continue;
+      // a square as large as the pixel that the point comes from
+      const size = Math.max(1, Math.ceil(pixel * (z + 1000) / depth));
+      const left = Math.round(W / 2 + focal * across / depth - size / 2);
+      const top = Math.round(H / 2 + focal * up / depth - size / 2);
+      const colour = 0xff000000 | rgb[3 * i + 2] << 16 | rgb[3 * i + 1] << 8 | rgb[3 * i];
+      for (let v = Math.max(0, top); v < Math.min(H, top + size); v++) {
+        for (let p = v * W + Math.max(0, left); p < v * W + Math.min(W, left + size); p++) {
+          if (depth < nearest[p]) { nearest[p] = depth; pixels[p] = colour }
+        }
+      }
+    }
+    context.putImageData(image, 0, 0);
+  }
+
+  function turn(x, y) {
+    yaw += x;
+    pitch = Math.max(-1.4, Math.min(1.4, pitch + y));
+    requestAnimationFrame(draw);
+  }
+
+  const keys = { ArrowLeft: [-.1, 0], ArrowRight: [.1, 0], ArrowUp: [0, -.1], ArrowDown: [0, .1] };
+  canvas.addEventListener('keydown', event => {
+    if (!keys[event.key]) return;
+    event.preventDefault();
+    turn(...keys[event.key]);
+  });
+  canvas.addEventListener('pointerdown', event => canvas.setPointerCapture(event.pointerId));
+  canvas.addEventListener('pointermove', event => {
+    if (event.buttons) turn(event.movementX / 150, event.movementY / 150);
+  });
+  draw();
+}
+"""
+
+
+def point_cloud(clip):
+    """A reconstruction's Gaussians as a canvas for TURN."""
+    rec = clip.reconstruction
+    view = len(rec.camera_to_world) // 2
+    camera, gaussians, depth = rec.camera_to_world[view], rec.gaussians, rec.depth[view].median()
+    solid = gaussians.opacities > .1
+    means = gaussians.means[solid]
+    colours = splat.colour(gaussians.harmonics[solid], means, camera[:3, 3]).clamp(0, 1)
+    points = (means - camera[:3, 3]) @ camera[:3, :3] / depth  # in the camera's axes
+    points[:, 2] -= 1
+    thousandths = (points * 1000).round().clamp(-32768, 32767).short()
+    data = thousandths.cpu().numpy().tobytes() + (colours * 255).byte().cpu().numpy().tobytes()
+    H, W = rec.depth.shape[1:]
+    return (f'<canvas width="480" height="{480 * H // W}" tabindex="0" role="img" '
+            f'aria-label="{len(means)} points that the arrow keys turn" data-columns="{W}" '
+            f'data-focal="{rec.intrinsics[view, 0, 0] / W:.4f}" '
+            f'data-points="{base64.b64encode(data).decode()}"></canvas>')
+
+
+def html_picture(picture, prefix, seconds):
+    """prefix: keeps the ids of an SVG apart from those of the page's others. seconds: a video's length."""
+    content, kind = picture.content, "wide"
+    if isinstance(content, str):
+        content = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", content)
+    elif isinstance(content, Clip):
+        content = point_cloud(content)
+    elif content.dim() == 3:
+        png = iio.imwrite("<bytes>", as_bytes(content), extension=".png")
+        content = f'<img src="{inline(png, "image/png")}" alt="{html.escape(picture.caption)}">'
+    else:
+        kind = "video"
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "video.mp4"
+            write_video(file, content, len(content) / seconds)
+            content = inline_video(file)
+    return f'<div class="{kind}">\n{figure(content, picture.caption)}\n</div>'
+
+
+def place(function):
+    """-> a function's file, line and source."""
+    function = inspect.unwrap(function)
+    lines, line = inspect.getsourcelines(function)
+    return Path(inspect.getsourcefile(function)).name, line, textwrap.dedent("".join(lines))
+
+
+def html_stage(number, stage, seconds):
+    pictures = [html_picture(picture, f"p{number}-{i}", seconds) for i, picture in enumerate(stage.pictures)]
+    rows = [[what, shown(value)] for what, value in stage.shapes.items()]
+    sources = []
+    for function in stage.functions:
+        file, line, text = place(function)
+        sources.append(
+            f"<details>\n<summary><code>{function.__qualname__}</code>, {file} line {line}</summary>\n"
+            f"<pre><code>{html.escape(text)}</code></pre>\n</details>")
+    return "\n".join([
+        f'<section class="step" id="stage-{number}">',
+        f"<h2>{number}. {html.escape(stage.title)}</h2>",
+        f"<p>{html.escape(stage.text)}</p>",
+        f'<p class="equation">{stage.equation}</p>',
+        f'<p class="note">{html.escape(stage.source)}</p>',
+        '<div class="pictures">', *pictures,
+        '<div class="wide">', html_table(["what", "shape or value"], rows), "</div>", "</div>",
+        *sources, "</section>"])
+
+
+def write_html(file, prompt, stages, made, seconds):
+    """made: a sentence on how. seconds: length of a video."""
+    links = [f'<li><a href="#stage-{i}">{html.escape(stage.title)}</a></li>'
+             for i, stage in enumerate(stages, 1)]
+    body = ["<h1>One prompt through World-R1</h1>", f"<p><strong>{html.escape(prompt)}</strong></p>",
+            f'<p class="note">{html.escape(made)}</p>', "<nav><ol>", *links, "</ol></nav>", "<main>",
+            *(html_stage(i, stage, seconds) for i, stage in enumerate(stages, 1)), "</main>",
+            '<p class="bar"><button id="play" aria-pressed="false">Play all</button></p>']
+    write_text(file, PAGE.format(title="One prompt through World-R1", style=STYLE + OWN_STYLE,
+                                 body="\n".join(body), script=PLAY + TURN))
+
+
+def write_picture(folder, name, content, seconds):
+    """Into a file that code hosts show inside a page. -> its name"""
+    if isinstance(content, str):
+        name = f"{name}.svg"
+        write_text(folder / name, content)
+        return name
+    pixels = as_bytes(content)
+    scale = max(1, 256 // pixels.shape[-2])
+    pixels = pixels.repeat(scale, -3).repeat(scale, -2)
+    options = {}
+    if content.dim() == 4:
+        options = dict(duration=round(1000 * seconds / len(content)), loop=0, quality=80)
+    name += ".webp" if options else ".png"
+    with written_whole(folder / name) as part:
+        iio.imwrite(part, pixels, **options)
+    return name
+
+
+def markdown_stage(number, stage, folder, seconds):
+    # pictures in tables of two columns, captions below them; a still page has nothing to turn
+    cells = []
+    for i, picture in enumerate(stage.pictures):
+        if not isinstance(picture.content, Clip):
+            name = write_picture(folder / "walkthrough", f"{number:02d}_{i}", picture.content, seconds)
+            cells.append((f"![{picture.caption}](walkthrough/{name})", picture.caption))
+    tables = []
+    columns = 4 if len(cells) > 4 else 2
+    for start in range(0, len(cells), columns):
+        images, captions = zip(*cells[start:start + columns])
+        tables += [f"| {' | '.join(images)} |", "|---" * len(images) + "|", f"| {' | '.join(captions)} |", ""]
+    rows = [f"| {what} | {html.escape(shown(value)).replace('|', '&#124;')} |"
+            for what, value in stage.shapes.items()]
+    # a class stands for its methods: tests/test_docs.py keeps links of this form right
+    links = []
+    for function in stage.functions:
+        name = function.__qualname__.partition(".")[0]
+        file, line, _ = place(getattr(sys.modules[function.__module__], name))
+        links.append(f"[`{name}`](../{file}#L{line})")
+    return "\n".join([
+        f"## {number}. {stage.title}", "", stage.text, "", f"<p>{stage.equation}</p>", "",
+        f"{stage.source}. What ran: {', '.join(dict.fromkeys(links))}", "",
+        *tables, "| what | shape or value |", "|---|---|", *rows, ""])
+
+
+def write_markdown(folder, prompt, stages, made, seconds):
+    """walkthrough.md and walkthrough/ into a folder of the repository, whose sources it links to."""
+    body = ["# One prompt through World-R1", "", f"> {html.escape(prompt)}", "", html.escape(made), ""]
+    body += [markdown_stage(i, stage, folder, seconds) for i, stage in enumerate(stages, 1)]
+    write_text(folder / "walkthrough.md", "\n".join(body))
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+def options_of(argv):
+    """-> this file's own options, and training's Config."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--out", type=Path, default=Path("out") / "walkthrough.html", help="the page")
+    parser.add_argument("--markdown", type=Path, metavar="FOLDER", help="write walkthrough.md there instead")
+    parser.add_argument("--trained", help="adapter of a whole training (default: tiny/world_r1 if there)")
+    a, others = parser.parse_known_args(argv)
+    c = parse_arguments(["--preset", "tiny", *others])
+    shipped = TINY / "world_r1"
+    if a.trained is None and c.model == Config.model and shipped.exists():
+        a.trained = str(shipped)
+    return a, dataclasses.replace(c, groups=1, updates=1, batch=None)
+
+
+def check_options(a, c):
+    """Raises ValueError with one sentence for the first setting that cannot work; writes nothing."""
+    check(c, 1)
+    if not a.prompt.strip():
+        raise ValueError('the prompt is empty; say what to show, e.g. "push_in a red sphere"')
+    if not all(c.weights.values()):
+        raise ValueError("the page shows every reward; give none of them weight 0")
+    if a.trained:
+        lora_file(a.trained)
+    check_writable(a.markdown / "walkthrough.md" if a.markdown else a.out)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    start = time.time()
+    try:
+        a, c = options_of(argv)
+        check_options(a, c)
+        w = walk(c, a.prompt, a.trained)
+    except (ValueError, OSError) as e:
+        print(f"walkthrough.py: {e}", file=sys.stderr)
+        return 2
+    stages = [stage(w) for stage in tqdm(STAGES, desc="walkthrough", unit="stage")]
+
+    made = (f"Made in {time.time() - start:.0f} s by python walkthrough.py {shlex.join(argv)}: every number, "
+            "shape, source and picture comes from that run.")
+    page = a.prompt, stages, made, c.frames / own_sampling(c).fps
+    if a.markdown:
+        write_markdown(a.markdown, *page)
+        print(a.markdown / "walkthrough.md")
+    else:
+        write_html(a.out, *page)
+        print(a.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
