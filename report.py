@@ -37,12 +37,11 @@ from tqdm import tqdm
 
 from eval import VideoRow, interval, new_folder, read_lines, table
 from noise_warp import camera_path, draw_paths, parse_motion
-from prompts import read_prompts
 from rewards import TERMS, paths_in_depths
 from run import in_words, missing_steps
 from sample import as_bytes, read_video, write_video
 from train import Config, own_rewards
-from weights import config_from, read_json, write_json, write_text
+from weights import config_from, read_bytes, read_json, write_json, write_text
 
 STYLE = """
 :root {
@@ -277,7 +276,7 @@ def missing_warning(rows):
 
 
 def evaluation_table(rows):
-    """eval.jsonl: mean scores of the fixed test prompts during training."""
+    """eval.jsonl: mean scores of the validation prompts during training."""
     names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
     cells = []
     for row in rows:
@@ -287,14 +286,14 @@ def evaluation_table(rows):
 
 
 def examples(run, config, count=6):
-    """The first test prompts before and after training, from the same noise."""
+    """The first validation prompts before and after training, from the same noise."""
     # the first and the last evaluation that training has left
     folders = sorted({file.parent for file in run.glob("eval/*/*.mp4")})  # named by their step
     if len(folders) < 2:
         return '<p class="note">No two evaluations yet: nothing to compare.</p>'
     before, after = folders[0], folders[-1]
     # scored again, with the training's judges: they show what they see
-    prompts = read_prompts(config.prompts)["test"]
+    prompts = read_bytes(before / "prompts.txt").decode().split("\n")
     rewards = own_rewards(config)
 
     sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
@@ -371,7 +370,7 @@ def report(run):
             f'<p class="note">{html.escape(about_run(config, len(rows)))}</p>']
     if (run / "eval.jsonl").exists():
         evaluations = read_lines(run / "eval.jsonl", dict[str, int | float | None])
-        body += ["<h2>Fixed test prompts</h2>", evaluation_table(evaluations)]
+        body += ["<h2>Validation prompts</h2>", evaluation_table(evaluations)]
     body += ["<h2>Training</h2>", training_charts(rows)]
     body += ["<h2>Before and after</h2>", examples(run, config)]
     # results folders inside the run

@@ -42,7 +42,7 @@ from run import (Clock, Processes, append_line, drop_lines, in_words, load_check
                  missing_steps, open_run, read_lines, save_checkpoint, wandb_log)
 from sample import (check_device, check_size, contact_sheet, decode_videos, euler, generator, initial_noise,
                     log_prob, sample_latents, sampling_of, sigmas, spread, transition, unchanged, write_video)
-from weights import TINY
+from weights import TINY, write_text
 
 ROOT = Path(__file__).parent
 
@@ -127,7 +127,7 @@ class Config:
     main_steps: int = option("schedule", 100, least=1)
     dynamic_steps: int = option("schedule", 50, least=0)
     eval_every: int = option("schedule", 50, "0: never", least=0)
-    eval_prompts: int = option("schedule", 16, least=1)
+    eval_prompts: int = option("schedule", 16, "the last so many of the test prompts", least=1)
     save_every: int = option("schedule", 1, least=1)
     keep: int = option("schedule", 2, "checkpoints", least=1)
 
@@ -317,12 +317,14 @@ def train(c, processes):
         if gaps:
             tqdm.write(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
                        "the rest of the run is whole", file=sys.stderr)
-    policy.encode_prompts(prompts_of_run(c, prompts, steps_done))
+    # Training is watched, and stopped, by the last test prompts; eval.py scores the first of them.
+    validation = prompts["test"][-c.eval_prompts:] if c.eval_every else []
+    policy.encode_prompts([*prompts_of_run(c, prompts, steps_done), *validation])
     stop_asked = []
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
     log = wandb_log(c, folder) if c.wandb and processes.rank == 0 else None
     if steps_done == 0 and c.eval_every:
-        evaluate(policy, rewards, prompts["test"][:c.eval_prompts], folder, 0)
+        evaluate(policy, rewards, validation, folder, 0)
 
     # Processes share a step by batches of a group's members; group g is group_ids == g in all that spans it.
     work = deal(c, processes.world)
@@ -411,7 +413,7 @@ def train(c, processes):
         done = step + 1
         if c.eval_every and done % c.eval_every == 0:
             bar.set_postfix_str("evaluate")
-            evaluate(policy, rewards, prompts["test"][:c.eval_prompts], folder, done)
+            evaluate(policy, rewards, validation, folder, done)
         stopping = any(processes.gather(bool(stop_asked)))
         if done % c.save_every == 0 or done == c.total_steps or stopping:
             bar.set_postfix_str("save")
@@ -446,12 +448,10 @@ def step_prompts(c, prompts, step):
 
 
 def prompts_of_run(c, prompts, steps_done):
-    """All that the rest of a run asks the model for."""
+    """All that the rest of a run's rollouts ask the model for."""
     used = [""]  # of guidance
     for step in range(steps_done, c.total_steps):
         used += [prompt for _, prompt in step_prompts(c, prompts, step)[1]]
-    if c.eval_every:
-        used += prompts["test"][:c.eval_prompts]
     return used
 
 
@@ -684,6 +684,7 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
     sheet = {k: frames for part in processes.gather(sheet) for k, frames in part.items()}
     if processes.rank == 0:
         contact_sheet(folder / "sheet.png", [sheet[k] for k in sorted(sheet)])
+        write_text(folder / "prompts.txt", "\n".join(prompts[:shown]) + "\n")
     rows = sorted((row for part in processes.gather(rows) for row in part), key=lambda row: row[0])
     return [row for _, row in rows]
 

@@ -325,6 +325,8 @@ def reported(twins, tmp_path_factory):
         flicker = torch.rand(9, 3, 1, 1, generator=torch.Generator().manual_seed(step)).expand(-1, -1, 64, 64)
         for i in range(2):
             write_video(run / "eval" / f"{step:06d}" / f"{i:02d}.mp4", flicker, 8)
+        asked = "".join(f"push_in room {i} </h3><!--<script>\n" for i in range(2))
+        (run / "eval" / f"{step:06d}" / "prompts.txt").write_text(asked)
     write_lines(run / "prompts.jsonl", [dict(prompt=f"push_in room {i} </h3><!--<script>", split=split)
                                         for split in ("train", "test") for i in range(2)])
     write_lines(run / "metrics.jsonl", [training_row(step) for step in range(10)])

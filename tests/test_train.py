@@ -8,6 +8,7 @@ import torch
 from runs import largest_difference, metrics, run_jobs, short_run, weights
 
 import train
+from prompts import read_prompts
 from rewards import TERMS, Term, combine
 from train import Config, check, parse_arguments, step_prompts
 
@@ -241,6 +242,8 @@ def test_evaluation_writes_videos_curves_and_an_adapter(arguments, tmp_path):
     assert [row["step"] for row in rows] == [0, 2]
     assert all(math.isfinite(row["total"]) for row in rows)
     assert len(list((folder / "eval" / "000002").glob("*.mp4"))) == 3
+    asked = (folder / "eval" / "000002" / "prompts.txt").read_text().splitlines()
+    assert asked == read_prompts(train.TINY / "prompts.jsonl")["test"][-3:]  # eval.py scores the first
     assert (folder / "lora_comfyui.safetensors").exists()
     row = metrics(folder)[1]
     assert len(row["grad"]) == 2
