@@ -75,8 +75,8 @@ def read_rows(file):
 def read_prompts(file):
     """-> {"train": [...], "dynamic": [...], "test": [...]} of prompt strings.
 
-    A folder holds SPLIT.jsonl or SPLIT.txt. A file without test prompts gives its last tenth, at least one, as
-    test. ValueError if it holds no training prompt.
+    A folder holds SPLIT.jsonl or SPLIT.txt. A file without test prompts gives its last tenth, at least one,
+    as test. ValueError if it holds no training prompt.
     """
     prompts = {split: [] for split in SPLITS}
     if Path(file).is_dir():

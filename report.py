@@ -298,7 +298,8 @@ def examples(run, config, count=6):
 
     sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
     files = sorted(before.glob("*.mp4"))[:count]
-    for file, prompt in zip(tqdm(files, desc="report", unit="prompt"), prompts):
+    for file in tqdm(files, desc="report", unit="prompt"):
+        prompt = prompts[int(file.stem)]
         sections += [
             f'<section class="step">\n<h3>{html.escape(prompt)}</h3>',
             example(file, "before", prompt, rewards),

@@ -15,12 +15,14 @@ import itertools
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import socket
 import sys
 import time
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -86,6 +88,10 @@ MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "dev
               "shard_size", "offload"}
 
 
+class ConfigJson(TypedDict, total=False):
+    weights: dict[str, float]
+
+
 def flat(config):
     """A configuration with the reward terms' weights beside the other options, as on the command line."""
     return config | config.get("weights", {}) | dict(weights=0.0)
@@ -98,10 +104,14 @@ def open_run(c, processes):
     if c.decay:  # which depends on the run's length
         may_change = MAY_CHANGE - {"total_steps"}
     now = dataclasses.asdict(c)
+    if not (folder / "config.json").exists() and checkpoints_of(folder / "checkpoints"):
+        raise ValueError(f"{folder} has checkpoints and no config.json, so nobody knows what was trained; "
+                         "put the file back, or choose another --name")
     if (folder / "config.json").exists():
         # what an older run did not know: an option had its default, a term no weight
         defaults = {f.name: f.default for f in dataclasses.fields(c) if f.default is not dataclasses.MISSING}
-        before = defaults | flat(read_json(folder / "config.json", dict))
+        read_json(folder / "config.json", ConfigJson)
+        before = defaults | flat(read_json(folder / "config.json"))
         for name, value in flat(now).items():
             was = before.get(name, 0.0)
             if name not in may_change and was != value:
@@ -146,7 +156,7 @@ def read_lines(file):
     for line in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
                 rows.append(row)
     return rows
 
@@ -242,7 +252,11 @@ def fault_of(checkpoint):
         for name, expected in files.items():
             if digest(checkpoint / name) != expected:
                 raise ValueError(f"{name} is damaged")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        for file in checkpoint.iterdir():
+            if file.name not in (*files, "manifest.json"):
+                raise ValueError(f"{file.name} is not in its manifest")
+        read_metadata(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:
         return str(e) or type(e).__name__
 
 
@@ -262,6 +276,37 @@ def newest_whole(folder):
         raise RuntimeError(f"no checkpoint in {folder} is whole; to begin again choose another --name")
 
 
+PLAIN_MODULES = {"torch", "torch.serialization", "pathlib", "torch.distributed.checkpoint.metadata",
+                 "torch.distributed.checkpoint.filesystem"}
+PLAIN_NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+               "ChunkStorageMetadata", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING", "_get_layout",
+               "Size", "PosixPath"}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Makes nothing but what a checkpoint's .metadata is made of: a pickle from elsewhere could run code."""
+
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in PLAIN_MODULES and name in PLAIN_NAMES or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its .metadata asks for {module}.{name}, which is no part of a checkpoint")
+
+
+def read_metadata(checkpoint):
+    with open(checkpoint / ".metadata", "rb") as f:
+        return PlainUnpickler(f).load()
+
+
+class PlainReader(dcp.FileSystemReader):
+    """The reader of a checkpoint, by PlainUnpickler."""
+
+    def read_metadata(self, *rest, **options):
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
 def load_checkpoint(policy, folder):
     """Loads the newest whole checkpoint in place. -> steps done, 0 if there is none."""
     found = error = None
@@ -275,7 +320,7 @@ def load_checkpoint(policy, folder):
         raise RuntimeError(error)
     if found is None:
         return 0
-    dcp.load(policy.state(), checkpoint_id=found, no_dist=policy.processes.world == 1)
+    dcp.load(policy.state(), storage_reader=PlainReader(found), no_dist=policy.processes.world == 1)
     policy.check_finite()
     return int(found.name.rsplit("_", 1)[1])
 

@@ -9,10 +9,12 @@ A file holds one prompt's tokens without padding. Its name is a digest of prompt
 (name, size, time of change): another encoder never answers for this one. Left out: clearing the folder.
 """
 
+import contextlib
 import hashlib
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -34,8 +36,9 @@ class TextCache:
 
     @torch.no_grad()
     def encode(self, prompts, progress=False):
-        """Encodes and writes what is not on disk yet. The encoder is not loaded where nothing is missing."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if not self.file(prompt).exists()]
+        """Encodes and writes what is not on disk yet, or damaged. The encoder is not loaded where nothing is
+        missing."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if self.read(prompt) is None]
         if not missing:
             return
         encoder, tokenizer = load_text(self.model, self.device, self.dtype)
@@ -45,7 +48,14 @@ class TextCache:
             with written_whole(self.file(prompt)) as part:
                 save_file(dict(text=text[:tokens].contiguous()), part)
 
+    def read(self, prompt):
+        """-> (tokens, D), or None where the file holds none."""
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            text = load_file(self.file(prompt))["text"]
+            if text.dim() == 2 and len(text) <= TEXT_LENGTH and text.isfinite().all():
+                return text
+
     def __call__(self, prompt):
         self.encode([prompt])
-        text = load_file(self.file(prompt))["text"]  # (tokens, D)
+        text = self.read(prompt)  # (tokens, D)
         return F.pad(text, (0, 0, 0, TEXT_LENGTH - len(text)))[None]

@@ -312,6 +312,9 @@ def train(c, processes):
     folder = open_run(c, processes)
     policy = Policy(c, processes)
     steps_done = load_checkpoint(policy, folder / "checkpoints")
+    if steps_done > c.total_steps:
+        raise ValueError(f"{folder} has done {steps_done} steps already; "
+                         f"give a --total-steps above that, not {c.total_steps}, or another --name")
     if processes.rank == 0:
         gaps = missing_steps(drop_lines(folder / "metrics.jsonl", steps_done), steps_done)
         if gaps:
@@ -613,9 +616,9 @@ def warn_of_one_term(file, share=.7, steps=20):
     """Says so each time one term has decided more than `share` of the advantages for `steps` further main
     steps in a row: the others are then hardly trained on (HPSv3 raw, say, spans ten times what R_3D does)."""
     rows = read_lines(file)
-    if not rows or rows[-1]["phase"] != "main":
+    if not rows or rows[-1].get("phase") != "main":
         return
-    newest_first = [row for row in reversed(rows) if row["phase"] == "main"]
+    newest_first = [row for row in reversed(rows) if row.get("phase") == "main"]
     for name, term in TERMS.items():
         alone = itertools.takewhile(lambda row: row.get(f"share_{name}", 0.0) > share, newest_first)
         count = len(list(alone))

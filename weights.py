@@ -45,6 +45,8 @@ def written_whole(path):
     # In the same folder: a rename across disks would be a copy.
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
+        if path.is_dir():  # a link to one would be replaced
+            raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         # The bytes reach the disk before the name: else a power cut could leave the name of an empty file.
@@ -133,7 +135,7 @@ def model_folder(path, wanted, expected="the folder of the model, or its hub id 
 
     expected: what the error says should be given.
     """
-    if Path(path).exists():
+    if str(path) and Path(path).exists():  # an empty one would be the working folder
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"no model folder '{path}'; give {expected}")

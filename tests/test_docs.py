@@ -1,14 +1,47 @@
-"""README and docs point at what exists. `python tests/test_docs.py` brings their line numbers and counts up to date."""
+"""README and docs hold true: links, line numbers and counts, commands, figures.
 
+    python tests/test_docs.py     brings line numbers and counts up to date
+
+Commands in code blocks are run as they are printed, in a copy of the repository. One that takes longer or needs more
+says so in a comment at the end of its line, or in a comment line above it (`NOT_RUN`); it is then only read, as are
+commands inside a sentence: script and options must exist. A word in capitals stands for what a reader fills in.
+"""
+
+import argparse
+import importlib
+import json
+import os
 import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+sys.path.insert(0, str(ROOT))
+
+import ablate  # noqa: E402
+import bench  # noqa: E402
+
+README = ROOT / "README.md"
+REAL_SIZE = ROOT / "docs/real_size.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TO_FUNCTION = re.compile(r"\[`(\w+)`\]\(([\w./]+\.py)#L(\d+)\)")  # [`name`](file.py#L12)
 TO_FILE = re.compile(r"\]\(([^)#:]+)\)")
+TO_HEADING = re.compile(r"\]\(([\w./]*)#(?!L\d)([\w-]+)\)")  # [words](page.md#heading)
 LINES_OF = re.compile(r"^\| \[([\w./]+)\]\([\w./]+\) \| (\d+) \|", re.M)  # the reading order's rows
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+IN_PROSE = re.compile(r"`((?:python|torchrun|make) [^`]+)`")
+FILLED_IN = re.compile(r"\b[A-Z]{3,}\b|\[|\.\.\.")  # `--estimate PRESET [--gpus N]`
+NOT_RUN = re.compile(r"#.*\b(minutes?|hours?|GPUs?|downloads|needs|after|cluster)\b")
 
+
+# ------------------------------------------------------------------------------------------------------ links
 
 def line_of(name, file):
     """The line on which a function, class or constant begins; 0 if there is none."""
@@ -30,13 +63,22 @@ def updated(text, folder):
     return LINES_OF.sub(count, TO_FUNCTION.sub(function, text))
 
 
-def test_links_lead_to_files_functions_and_lines_that_exist():
+def headings(page):
+    """The names under which a page's headings can be linked to."""
+    titles = re.findall(r"^#+ (.+)", BLOCK.sub("", page.read_text()), re.M)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_links_lead_to_files_functions_lines_and_headings_that_exist():
     for page in PAGES:
         text = page.read_text()
         for target in TO_FILE.findall(text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
         for name, file, line in TO_FUNCTION.findall(text):
             assert int(line) == line_of(name, page.parent / file) > 0, f"{page.name}: {name} in {file}, line {line}"
+        for target, heading in TO_HEADING.findall(text):
+            there = page.parent / target if target else page
+            assert heading in headings(there), f"{page.name}: {target}#{heading}"
 
 
 def test_line_counts_are_those_of_the_files():
@@ -45,8 +87,224 @@ def test_line_counts_are_those_of_the_files():
 
 
 def test_the_readme_is_one_page():
-    words = [word for word in (ROOT / "README.md").read_text().split() if re.search(r"\w", word)]
+    words = [word for word in README.read_text().split() if re.search(r"\w", word)]
     assert len(words) <= 1000
+
+
+def test_what_a_diff_leaves_stands_in_the_code():
+    code = {line for file in ROOT.glob("*.py") for line in file.read_text().splitlines()}
+    code |= {line for file in ROOT.glob("tiny/*.py") for line in file.read_text().splitlines()}
+    for page in PAGES:
+        for language, block in BLOCK.findall(page.read_text()):
+            for line in block.splitlines() if language == "diff" else []:
+                kept = not line.startswith("+") and line.strip() not in ("", "...")
+                assert not kept or line[1:] in code, f"{page.name}: {line}"
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+def commands(text):
+    """The commands of a page's code blocks in order -> [(command, is it run)]. A comment line speaks for the lines
+    below it, up to an empty one."""
+    found = []
+    for language, block in BLOCK.findall(text):
+        if language not in ("", "bash"):
+            continue
+        above, variables = "", {}
+        for line in block.replace("\\\n", "").splitlines():
+            command, comment = re.fullmatch(r"(.*?)(#.*)?", line).groups("")
+            assignment = re.fullmatch(r'(\w+)="(.*)"', command.strip())
+            if assignment:
+                variables[assignment[1]] = string.Template(assignment[2]).safe_substitute(variables)
+            elif command.strip():
+                command = string.Template(command.strip()).safe_substitute(variables)
+                found.append((command, not NOT_RUN.search(above + comment)))
+            else:
+                above = above + line if line else ""
+    return found
+
+
+class Accepted(Exception):
+    """The command line was read without an error."""
+
+
+def accepted(*_):
+    raise Accepted
+
+
+@pytest.fixture
+def only_read(monkeypatch):
+    """Commands stop as soon as they have read their arguments."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(*arguments):
+        parse_args(*arguments)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(ablate, "run", accepted)  # its further options are the training's
+    monkeypatch.setattr(ablate, "write_tables", accepted)
+
+
+def check_command(command):
+    """Of a command of this repository: its script or target exists and takes these options."""
+    if command.startswith("make "):
+        target = command.split()[1]
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(), command
+        return
+    tests = re.search(r"-m pytest (.+)", command)
+    script = re.search(r"(?:^| )(\w+)\.py( .*|$)|-m (tiny)( .*|$)", command)
+    if tests:
+        for file in re.findall(r"\S+\.py", tests[1]):
+            assert (ROOT / file).exists(), command
+    elif script and re.search(r"\b(python|torchrun)\b", command):
+        name, options, _, lab_options = script.groups("")
+        module = importlib.import_module(name or "tiny.__main__")
+        options = options + lab_options
+        if options.count("'") % 2:  # the end of bash -c '...'
+            options = options.rstrip("'")
+        if options:  # without any, a program is named
+            with pytest.raises(Accepted):
+                module.main(shlex.split(options))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_scripts_and_options_that_exist(page, only_read):
+    text = page.read_text()
+    in_prose = [" ".join(command.split()) for command in IN_PROSE.findall(BLOCK.sub("", text))]
+    printed = [command for command, _ in commands(text)]
+    for command in [command for command in in_prose if not FILLED_IN.search(command)] + printed:
+        try:
+            check_command(command)
+        except (SystemExit, ModuleNotFoundError) as error:
+            raise AssertionError(f"{page.name}: {command}: not accepted") from error
+
+
+@pytest.fixture(scope="module")
+def copy():
+    """A copy of the repository with a .venv in which all is installed: this Python."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "nanoWorld-R1"
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "out")
+        shutil.copytree(ROOT, root, ignore=ignored)
+        (root / ".venv").mkdir()
+        for stamp in ("sample", "train", "test"):
+            (root / ".venv" / stamp).touch()
+        yield root
+
+
+RUN = [pytest.param(command, id=f"{page.stem}: {command}") for page in PAGES
+       for command, is_run in commands(page.read_text()) if is_run]
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_short_commands_run_as_they_are_printed(command, copy):
+    python = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{python}:{os.environ['PATH']}", "MAKEFLAGS": "e", "BIN": str(python)}
+    done = subprocess.run(["bash", "-ec", command], cwd=copy, env=environment, capture_output=True, text=True,
+                          timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+# README's tables that are not measured, or not yet; every other number of a table stands in results/.
+UNSOURCED = {
+    "The method": "formulas",
+    "Reading order": "lines are counted above",
+    "Does it learn?": "of a run from before results/ was kept; the text says so",
+    "The real Wan": "arithmetic: checked against bench.py below",
+}
+
+
+def tables(text):
+    """-> [(heading, header, rows)] of a page, cells as text."""
+    found = []
+    for section in re.split(r"^#+ ", BLOCK.sub("", text), flags=re.M):
+        heading = section.partition("\n")[0]
+        for table in re.findall(r"(?:^\|.*\n)+", section, re.M):
+            header, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+            found.append((heading, header, rows))
+    return found
+
+
+def numbers_in(value):
+    """All numbers of what a JSON file holds."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for part in value for number in numbers_in(part)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def numbers_without_source(text, values):
+    """The numbers in a page's tables, but for the first column, that are none of the values, as rounded there."""
+    missing = []
+    for heading, _, rows in tables(text):
+        if heading in UNSOURCED:
+            continue
+        for number in re.findall(r"-?\d*\.?\d+(?: %)?", "\n".join(" ".join(row[1:]) for row in rows)):
+            digits = number.removesuffix(" %")
+            scale = 100 if number.endswith("%") else 1
+            decimals = len(digits.partition(".")[2])
+            if float(digits) not in [round(value * scale, decimals) for value in values]:
+                missing.append(f"{heading}: {number}")
+    return missing
+
+
+def test_figures_of_the_readme_come_from_results():
+    values = [number for file in ROOT.glob("results/**/*.json") for number in numbers_in(json.loads(file.read_text()))]
+    assert not numbers_without_source(README.read_text(), values)
+    known = {heading for heading, _, _ in tables(README.read_text())}
+    assert set(UNSOURCED) <= known, "a section that is gone"
+
+
+def test_a_number_changed_by_hand_is_found():
+    page = "## New\n\n| | base | rose in |\n|---|---|---|\n| PSNR of 50 | 21.14 [-.71, 3] | 95 % |\n"
+    values = numbers_in({"psnr": {"mean": 21.1432, "interval": [-.7052, 3]}, "rose": .954})
+    assert numbers_without_source(page, values) == []
+    assert numbers_without_source(page.replace("21.14", "21.41"), values) == ["New: 21.41"]
+    assert numbers_without_source(page.replace("95 %", "59 %"), values) == ["New: 59 %"]
+
+
+def estimated(preset, gpus=None, options=()):
+    """What `bench.py --estimate` prints of a preset, under the headers of the tables."""
+    memory, seconds = bench.estimate(preset, gpus, options)
+    card, usual = bench.MACHINES[preset]
+    c = bench.training_arguments(["--preset", preset, *options])
+    gpus = gpus or usual
+    hours = seconds["run"] / 3600
+    peak = f"{memory['peak'] / 1e9:.1f}"
+    return {"size": f"{c.height}×{c.width}×{c.frames}", "videos": f"{c.frames} frames of {c.height}x{c.width}",
+            "GPUs": f"{gpus} {card['name']}", "machine": f"{gpus} {card['name']}", "s a step": f"{seconds['step']:.0f}",
+            f"hours for {c.total_steps} steps": f"{hours:.0f}", "hours": f"{hours:.0f}",
+            "GPU hours": f"{hours * gpus:,.0f}", "memory a GPU": f"{peak} GB", "peak GB": peak}
+
+
+def check_row(header, row, figures):
+    for name, cell in zip(header, row, strict=True):
+        if name in figures and cell:
+            assert cell.split(" (")[0] == figures[name], f"{row[0]}: {name}"
+
+
+def test_tables_of_presets_are_what_bench_estimates():
+    presets = [(header, row) for page in (README, REAL_SIZE) for _, header, rows in tables(page.read_text())
+               if header[0] == "preset" for row in rows]
+    assert len(presets) == 10
+    for header, row in presets:
+        preset, *gpus = re.search(r"`(.+)`", row[0])[1].split(" --gpus ")
+        figures = estimated(preset, *map(int, gpus))
+        check_row(header, row, figures)
+        assert "×" not in row[0] or figures["size"] in row[0], row[0]
+
+
+def test_the_table_of_savings_is_what_bench_estimates():
+    (header, rows), = [(header, rows) for _, header, rows in tables(REAL_SIZE.read_text()) if header[0] == "saving"]
+    usual = estimated("node")
+    assert header[2:4] == [f"{name} ({usual[name]})" for name in ("s a step", "peak GB")]
+    names = [name.split(" (")[0] for name in header]
+    for row in rows:
+        check_row(names, row, estimated("node", None, row[1].strip("`").split()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -91,6 +92,56 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(arguments, w
     assert_same_end(folder, whole)
 
 
+class Hostile:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_a_checkpoint_from_elsewhere_runs_no_code(arguments, whole, tmp_path):
+    """Its sums may be right: the manifest lies beside what it sums up. It is moved aside like a damaged
+    one."""
+    folder = shutil.copytree(whole, tmp_path / "hostile")
+    newest = newest_checkpoint(folder)
+    (newest / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"][".metadata"] = run.digest(newest / ".metadata")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    codes, err = run_jobs([dict(args=[*arguments, "--runs", str(tmp_path), "--total-steps", "5",
+                                      "--name", "hostile"])])
+    assert codes == [[0]]
+    assert "posix.mkdir, which is no part of a checkpoint" in err
+    assert not (tmp_path / "ran").exists()
+    assert_same_end(folder, whole)
+
+
+def test_a_file_that_no_manifest_lists_makes_a_checkpoint_damaged(whole, tmp_path):
+    newest = newest_checkpoint(shutil.copytree(whole, tmp_path / "more"))
+    assert fault_of(newest) is None
+    (newest / "__1_0.distcp").write_bytes(b"")
+    assert fault_of(newest) == "__1_0.distcp is not in its manifest"
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda folder: (folder / "config.json").unlink(), "has checkpoints and no config.json"),
+    (lambda folder: (folder / "config.json").write_text('{"weights": "x"}'), "entry weights: Expected object"),
+    (lambda folder: None, "has done 5 steps already")])
+def test_a_run_that_cannot_go_on_is_left_as_it_is(harm, message, arguments, whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "kept")
+    harm(folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+    total = "4" if "already" in message else "5"
+    assert train.main([*arguments, "--runs", str(tmp_path), "--name", "kept", "--total-steps", total]) == 2
+    assert message in capsys.readouterr().err
+    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+    assert {file.name for file in after} == {file.name for file in before}
+    assert after.items() >= {k: v for k, v in before.items() if k.name != "config.json"}.items()
+
+
 ON_A_FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -173,11 +224,12 @@ def test_means_and_spreads_leave_masked_samples_out():
 # ---------------------------------------------------------------------------------------- history is not lost
 
 def written_checkpoint(folder, step):
-    """A folder as save_checkpoint leaves it: a file and the manifest of its digest."""
+    """A folder as save_checkpoint leaves it: files, and the manifest of their digests."""
     checkpoint = folder / f"step_{step:06d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "a.distcp").write_bytes(b"weights")
-    files = {"a.distcp": run.digest(checkpoint / "a.distcp")}
+    (checkpoint / ".metadata").write_bytes(pickle.dumps({}))
+    files = {file.name: run.digest(file) for file in checkpoint.iterdir()}
     (checkpoint / "manifest.json").write_text(json.dumps(dict(step=step, files=files)))
     return checkpoint
 

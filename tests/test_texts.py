@@ -61,3 +61,10 @@ def test_another_encoder_or_dtype_does_not_answer(checkpoint, cache, tmp_path):
 def test_padding_is_not_kept_on_disk(cache):
     cache.encode([PROMPTS[0]])
     assert cache.file(PROMPTS[0]).stat().st_size < 512 * 32 * 4 / 4
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"\xff" * 300])
+def test_a_damaged_embedding_is_made_again(content, checkpoint, cache):
+    expected = cache(PROMPTS[0])
+    cache.file(PROMPTS[0]).write_bytes(content)
+    assert torch.equal(TextCache(checkpoint, cache.folder)(PROMPTS[0]), expected)
