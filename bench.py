@@ -569,6 +569,8 @@ def main(argv=None):
     a = parser.parse_args(argv)
     torch.manual_seed(0)
     try:
+        if a.repeat < 1:
+            raise ValueError(f"--repeat must be at least 1, got {a.repeat}")
         if a.peak:
             print(peak_growth(a.peak[0], int(a.peak[1])))
         elif a.estimate:

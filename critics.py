@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from weights import Positive, Size, described, fill, match_tensors, model_folder, read_json, weight_files
+from weights import (Positive, Size, described, fill, match_tensors, model_folder, open_tensors, read_json,
+                     weight_files)
 
 CRITIC_PROMPT = (
     "This picture is a 3D reconstruction, seen from a place where the camera that filmed the scene "
@@ -77,7 +78,9 @@ def load_processor(folder, model_type):
     found = read_json(folder / "config.json").get("model_type")
     if found != model_type:
         raise ValueError(f"its config's model_type is {found}, not {model_type}")
-    return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    chat_batch(processor, [torch.zeros(3, 64, 64, dtype=torch.uint8)], [""])  # a broken template fails here
+    return processor
 
 
 # --------------------------------------------------------------------------------- the vision-language critic
@@ -93,8 +96,10 @@ class Critic:
         with reading(folder, CRITIC):
             self.processor = load_processor(folder, "qwen3_vl")
             config = transformers.Qwen3VLConfig.from_pretrained(folder)
-            described(partial(kind._from_config, config), weight_files(folder, "model"),
-                      folder / "config.json")
+            files = weight_files(folder, "model")
+            described(partial(kind._from_config, config), files, folder / "config.json")
+            for _, read in open_tensors(files).values():
+                read()  # from_pretrained would take what is not finite, or no float
             self.model, found = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True,
                                                      output_loading_info=True)
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

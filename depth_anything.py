@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from noise_warp import draw_paths
-from sample import check_device, psnr, read_video, spread, write_video
+from sample import check_device, check_writable, psnr, read_video, spread, write_video
 from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh
 from weights import (TINY, Size, config_from, described, fill, match_tensors, model_folder, open_tensors,
                      read_json, weight_files, written_whole)
@@ -460,7 +460,7 @@ class DepthAnything3(nn.Module):
         if frames.dim() != 4 or frames.shape[1] != 3 or not len(frames):
             raise ValueError(f"frames must be (F, 3, H, W) with F >= 1, got {tuple(frames.shape)}")
         if views is not None and views < 1:
-            raise ValueError(f"views must be at least 1, got {views}")
+            raise ValueError(f"--views must be at least 1, got {views}")
         # Refused before anything is computed: the kernel would kill the process without a word.
         count = min(views or len(frames), len(frames))
         device = self.cam_dec.fc_t.weight.device
@@ -629,13 +629,14 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     try:
+        out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
         check_device(options.device)
+        check_writable(out / "depth.mp4")
         video, fps = read_video(options.video)
         rec = load_depth_anything(options.model, options.device)(video, options.views)
     except (ValueError, OSError) as error:
         print(f"depth_anything.py: {error}", file=sys.stderr)
         return 2
-    out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
     write_pictures(out, rec, max(1.0, fps * len(rec.frames) / len(video)))
     travel = (rec.camera_to_world[-1, :3, 3] - rec.camera_to_world[0, :3, 3]).norm() / rec.depth.median()
     written = ", ".join(sorted(file.name for file in out.iterdir()))

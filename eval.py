@@ -320,7 +320,7 @@ def new_folder(out):
     if whole.is_file() or whole.is_dir() and any(whole.iterdir()):
         raise ValueError(f"{out} is there already and is never replaced; choose another --out, or remove it")
     part = whole.with_name(f".{whole.name}.part")
-    check_writable(part / "summary.json")
+    check_writable(whole / "summary.json")
     shutil.rmtree(part, ignore_errors=True)
     yield part
     part.rename(whole)
@@ -573,7 +573,10 @@ def main(argv=None):
             return metrics(a)
         if not all("=" in run for run in a.runs):
             raise ValueError("--runs takes LABEL=FOLDER, such as base=results/base")
-        print(table(dict(run.split("=", 1) for run in a.runs)))
+        runs = dict(run.split("=", 1) for run in a.runs)
+        if len(runs) < len(a.runs):
+            raise ValueError("--runs holds a label twice; give each folder its own")
+        print(table(runs))
     except (ValueError, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 2

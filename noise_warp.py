@@ -440,6 +440,8 @@ def main(argv=None):
     try:
         if not 1 <= options.frames <= 1000:
             raise ValueError(f"--frames must be between 1 and 1000, got {options.frames}")
+        if options.show is not None and not options.show.endswith(".png"):
+            raise ValueError(f"--show must end in .png, got '{options.show}'")
         motions = parse_motion(usable_prompt(options.prompt))
         path = camera_path(motions, options.frames)
         print("motions:", ", ".join(motions))

@@ -567,8 +567,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="the picture, a PNG (default: beside the video)")
     add_reward_options(parser)
     a = parser.parse_args(argv)
-    out = a.out or Path(a.video).with_suffix(".rewards.png")
     try:
+        out = a.out or Path(a.video).with_suffix(".rewards.png")
         if out.suffix != ".png":
             raise ValueError(f"--out must end in .png, got '{out}'")
         check_writable(out)

@@ -73,6 +73,7 @@ def sampling_of(model, **given):
     file = Path(model) / "sampling.json"
     own = config_from(Sampling, read_json(file) if file.exists() else {}, file)
     check_limits(vars(own), f"{file}: ")
+    check_size(own.frames, own.height, own.width, f"{file}: ")
     check_limits(given)
     given = {name: value for name, value in given.items() if value is not None}
     sampling = dataclasses.replace(own, **given)
@@ -396,16 +397,16 @@ def psnr(a, b, per_frame=True):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-def check_size(frames, height, width):
+def check_size(frames, height, width, where="--"):
     """ValueError with one sentence if a video of this size cannot be made; None stands for the model's own
-    value."""
-    check_limits(dict(frames=frames, height=height, width=width))
+    value. where: what says so."""
+    check_limits(dict(frames=frames, height=height, width=width), where)
     if frames is not None and frames % 4 != 1:
-        raise ValueError(f"--frames must be 4k+1, got {frames}; try {frames // 4 * 4 + 1}")
+        raise ValueError(f"{where}frames must be 4k+1, got {frames}; try {frames // 4 * 4 + 1}")
     for name, value in (("height", height), ("width", width)):
         if value is not None and value % 16:
             nearest = max(16, round(value / 16) * 16)
-            raise ValueError(f"--{name} must be a multiple of 16, got {value}; try {nearest}")
+            raise ValueError(f"{where}{name} must be a multiple of 16, got {value}; try {nearest}")
 
 
 def check(a):
@@ -439,8 +440,8 @@ def check_device(device):
                          "use --device cpu")
 
 
-def check_writable(file):
-    """ValueError if a file could not be written there; makes no folder."""
+def check_writable(file, option="--out"):
+    """ValueError if a file could not be written there, where the option says; makes no folder."""
     folder = file.absolute().parent
     try:
         while not folder.exists():
@@ -450,7 +451,7 @@ def check_writable(file):
         # Named as the file is, for a name that is too long.
         tempfile.NamedTemporaryFile(dir=folder, prefix=file.name).close()
     except OSError as e:
-        raise ValueError(f"cannot write '{file}' ({e.strerror or e}); choose another --out") from None
+        raise ValueError(f"cannot write '{file}' ({e.strerror or e}); choose another {option}") from None
 
 
 def check_memory(wan, sampling, num):

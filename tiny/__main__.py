@@ -23,7 +23,7 @@ from pathlib import Path
 
 from depth_anything import load_depth_anything
 from rewards import add_reward_options, rewards_of
-from sample import LIMITS, check_limits, contact_sheet
+from sample import LIMITS, check_limits, check_writable, contact_sheet
 from tiny import judges, probe, train, validity, world
 from weights import TINY, write_text
 
@@ -57,6 +57,8 @@ def validate(num, seed, **options):
 
 def export(run, out):
     """Whatever RUN has trained, in bfloat16."""
+    if not any(run.glob("*/state.pt")):
+        raise ValueError(f"{run} holds nothing that is trained; give the --run of a training")
     for name, write, folder in (("dit", train.export_wan, "wan"),
                                 ("web", train.export_web, "web"),
                                 ("depth", judges.export_depth, "depth_anything"),
@@ -155,6 +157,8 @@ def check(options):
         values = options[name]
         for value in values if isinstance(values, list) else [values]:
             check_limits({name: value})
+    if options.get("run"):
+        check_writable(options["run"] / "state.pt", "--run")
 
 
 def main(argv=None):
