@@ -629,10 +629,10 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     try:
-        out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
         check_device(options.device)
-        check_writable(out / "depth.mp4")
         video, fps = read_video(options.video)
+        out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
+        check_writable(out / "depth.mp4")
         rec = load_depth_anything(options.model, options.device)(video, options.views)
     except (ValueError, OSError) as error:
         print(f"depth_anything.py: {error}", file=sys.stderr)

@@ -221,7 +221,7 @@ def folder_videos(folder, prompt_file):
     """
     names = [file.stem for file in sorted(folder.glob("*.mp4"))]
     if not names:
-        raise ValueError(f"{folder} holds no mp4")
+        raise ValueError(f"{folder} holds no mp4; give a folder of videos")
     rows = read_rows(prompt_file)
     by_id = {str(row["id"]).removesuffix(".mp4"): row["prompt"] for row in rows}
     by_order = {name: row["prompt"] for name, row in zip(names, rows)}

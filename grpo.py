@@ -65,7 +65,7 @@ def draw_window(generator, steps, size, noisy_steps):
     noisy_steps = min(noisy_steps, steps - 1)
     if not 1 <= size <= noisy_steps:
         raise ValueError(f"a window of {size} steps does not fit into "
-                         f"the first {noisy_steps} of {steps} steps")
+                         f"the first {noisy_steps} of {steps} steps; lower --window")
     start = int(torch.randint(noisy_steps - size + 1, (), generator=generator))
     return range(start, start + size)
 

@@ -892,7 +892,7 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
         raise ValueError(f"'{path}' is not a folder; give the folder that holds the checkpoint")
     if not (folder / "transformer").is_dir() and not (folder / ORIGINAL_VAE).exists():
         raise ValueError(f"'{path}' holds neither transformer/ (Diffusers layout) "
-                         f"nor {ORIGINAL_VAE} (original layout)")
+                         f"nor {ORIGINAL_VAE} (original layout); give {WAN}")
 
     # Check every part by its files' headers.
     checked = [_checked(*_dit_part(folder), device, dtype),

@@ -52,7 +52,7 @@ def read_rows(file):
     try:
         lines = read_bytes(file).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as e:
-        raise ValueError(f"the prompt file '{file}' cannot be read ({e})") from None
+        raise ValueError(f"the prompt file '{file}' cannot be read ({e}); give UTF-8 text") from None
     rows = []
     for number, text in enumerate(lines, 1):
         if not text.strip():

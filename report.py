@@ -530,7 +530,8 @@ def make_study(a, b, out):
     folders = dict(a=a, b=b)
     names = sorted({file.name for file in a.glob("*.mp4")} & {file.name for file in b.glob("*.mp4")})
     if not names:
-        raise ValueError(f"{a} and {b} share no mp4 of the same name")
+        raise ValueError(f"{a} and {b} share no mp4 of the same name; "
+                         "give the videos of two models for one list of prompts")
     prompts = prompts_of(a)
 
     with new_folder(out) as part:

@@ -568,12 +568,12 @@ def main(argv=None):
     add_reward_options(parser)
     a = parser.parse_args(argv)
     try:
+        prompt = usable_prompt(a.prompt)
+        video, _ = read_video(a.video)
         out = a.out or Path(a.video).with_suffix(".rewards.png")
         if out.suffix != ".png":
             raise ValueError(f"--out must end in .png, got '{out}'")
         check_writable(out)
-        prompt = usable_prompt(a.prompt)
-        video, _ = read_video(a.video)
         rewards = rewards_of(a).load()
     except (ValueError, OSError) as e:
         print(f"rewards.py: {e}", file=sys.stderr)

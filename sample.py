@@ -363,7 +363,7 @@ def read_video(path):
             frames = [torch.from_numpy(f.copy()) for f in reader]
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
-        raise ValueError(f"'{path}' cannot be read as a video ({lines[0][:120]})") from None
+        raise ValueError(f"'{path}' cannot be read as a video ({lines[0][:120]}); give an mp4") from None
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, fps
 
 
@@ -539,10 +539,10 @@ def make_videos(a):
     check(a)
     own = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
     sampling = sampling_of(a.model, **own)
-    paths = [read_path(a.path, sampling.frames)] * a.num if a.path else None
+    paths = [read_path(a.path, sampling.frames)] * a.num if a.path is not None else None
     wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
     check_memory(wan, sampling, a.num)
-    if a.lora:
+    if a.lora is not None:
         merge_lora(wan.dit, a.lora)
     if a.compile:
         wan.dit = torch.compile(wan.dit)

@@ -535,7 +535,7 @@ def before_and_after(w):
     change = (after - before).abs()
     last = "The last video is that of a trained adapter: many such steps."
     if "after a whole training" not in w.looks:
-        last = "For that of a whole training, train one (make train-tiny) and give it: --trained runs/tiny-0."
+        last = "For that of a whole training, train one (make train-tiny) and give it: --trained runs/full-0."
     return Stage(
         "One optimiser step, and many",
         "The same prompt and the same noise, sampled as in stage 5 by the model before and after the step "

@@ -285,7 +285,8 @@ def match_tensors(model, files, rename, device="cpu", unused=frozenset()):
     for key, name in names.items():
         shape, expected = found[name][0], tuple(parameters[key].shape)
         if shape != expected:
-            raise ValueError(f"{where}: tensor {name} has shape {shape}, the config asks for {expected}")
+            raise ValueError(f"{where}: tensor {name} has shape {shape}, the config asks for {expected}; "
+                             "download the checkpoint again")
     return {key: found[name][1] for key, name in names.items()}
 
 
