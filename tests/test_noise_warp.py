@@ -353,7 +353,7 @@ def test_picture(tmp_path, capsys):
                                ([" "], "the prompt is empty"),
                                (["push_in " * 20_000], "the prompt has 160000 characters"),
                                (["fixed", "--show", str(tmp_path / "file" / "a.png")], "cannot write"),
-                               (["fixed", "--show", str(tmp_path / "a.odd")], "'odd' is not supported")):
+                               (["fixed", "--show", str(tmp_path / "a.odd")], "--show must end in .png")):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error
