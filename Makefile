@@ -14,21 +14,14 @@ bench: .venv/test
 	$(BIN)/python bench.py
 
 # The learning proof: World-R1 on the tiny base (tiny/wan with tiny/web), then base and trained scored on the same unseen
-# prompts and seeds. make train-tiny SEED=1: another seed. Two processes of one thread are faster here than one of two.
+# prompts and noise. make train-tiny SEED=1: another seed. Two processes of one thread are faster here than one of two.
 SEED ?= 0
-RUN = runs/tiny-$(SEED)
-METRICS = $(BIN)/python eval.py metrics
-# what has been scored stays: a results folder is never replaced
-SCORED = test -f $(RUN)/$(1)/summary.json || $(METRICS) --out $(RUN)/$(1)
+RUN = runs/full-$(SEED)
 train-tiny: .venv/train
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 train.py --preset tiny --name tiny-$(SEED) --seed $(SEED)
-	$(call SCORED,base) --num 100 --lora tiny/web
-	$(call SCORED,trained) --num 100 --lora $(RUN)
-	$(call SCORED,base_dynamic) --num 50 --split dynamic --lora tiny/web
-	$(call SCORED,trained_dynamic) --num 50 --split dynamic --lora $(RUN)
-	$(BIN)/python eval.py table --runs base=$(RUN)/base trained=$(RUN)/trained
-	$(BIN)/python eval.py table --runs base=$(RUN)/base_dynamic trained=$(RUN)/trained_dynamic
-	$(BIN)/python -m tiny probe --run $(RUN) --prompts tiny/prompts.jsonl --num 100 --lora tiny/web $(RUN)
+	$(BIN)/python ablate.py run base full --seed $(SEED) --out runs/results
+	$(BIN)/python eval.py table --runs base=runs/base-0/test trained=$(RUN)/test
+	$(BIN)/python eval.py table --runs base=runs/base-0/dynamic trained=$(RUN)/dynamic
+	tail -n 3 runs/base-0/probe.txt $(RUN)/probe.txt
 	$(BIN)/python -m tiny compare --lora tiny/web $(RUN) --run $(RUN)
 	$(BIN)/python report.py run $(RUN)
 

@@ -1,108 +1,367 @@
+import dataclasses
 import json
-import math
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import ROOT
 
-from ablate import CELLS, main
+from ablate import CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, VALUES, Result, main, probe_scored, scorings
+from eval import interval
+from grpo import draw_window
+from sample import generator
 from train import parse_arguments as training_arguments
+from train import rollout_passes
+from weights import read_json, write_json
+
+PAGE = ROOT / "docs" / "learning_proof.md"
 
 
-@pytest.fixture
-def model(checkpoint, tmp_path):
-    """A small random model that is sampled at 5 frames of 32x32."""
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint, folder)
-    sampling = dict(frames=5, height=32, width=32, steps=2, guidance=2.0, fps=8)
-    (folder / "sampling.json").write_text(json.dumps(sampling))
-    return folder
+# ------------------------------------------------------------------------------------------------------ cells
 
-
-def test_a_sweep_trains_scores_and_does_nothing_twice(model, tmp_path, capsys):
-    out = tmp_path / "sweep"
-    command = ["run", "--out", str(out), "--cells", "no_3d", "--num", "2", "--also", "9",
-               "--model", str(model), "--groups", "1", "--members", "2", "--steps", "2", "--noisy-steps", "1",
-               "--window", "1", "--lora-rank", "2", "--total-steps", "1", "--eval-every", "0"]
-    assert main(command) == 0
-    text = (out / "table.md").read_text()
-    titles = [line for line in text.splitlines() if line.startswith("# ")]
-    assert titles == ["# Test prompts", "# Dynamic prompts", "# Test prompts, 9 frames", "# The paper"]
-    assert "| no_3d |" in text
-    assert "Change from base" in text
-
-    # every cell has been scored with its own weights; longer videos of base and full alone
-    scored = {}
-    for file in sorted(out.glob("*/*/summary.json")):
-        summary = json.loads(file.read_text())
-        scored[str(file.parent.relative_to(out))] = (summary["sizes"], summary["videos"], summary["lora"])
-    trained = str(out / "no_3d")
-    assert scored == {
-        "base/results": (["5x32x32"], 2, None),
-        "base/dynamic": (["5x32x32"], 1, None),
-        "base/9_frames": (["9x32x32"], 2, None),
-        "no_3d/results": (["5x32x32"], 2, trained),
-        "no_3d/dynamic": (["5x32x32"], 1, trained),
-    }
-
-    # the cell's term was left out of its training
-    step = json.loads((out / "no_3d" / "metrics.jsonl").read_text())
-    assert step["traj"] is None
-    assert math.isfinite(step["general"])
-
-    # again: nothing is written anew, and the tables are the same
-    written = {file: file.stat().st_mtime_ns for file in out.glob("*/*/metrics.jsonl")}
-    assert main(command) == 0
-    assert {file: file.stat().st_mtime_ns for file in out.glob("*/*/metrics.jsonl")} == written
-    assert (out / "table.md").read_text() == text
-    capsys.readouterr()
-    assert main(["table", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == text
+def config_of(name):
+    return training_arguments(CELLS[name].training.split())
 
 
 def test_every_cell_is_a_training_that_exists():
     """The cells' options are options of train.py, and each changes what it says it leaves out."""
-    full = training_arguments([])
-    for name, cell in CELLS.items():
-        config = training_arguments(cell.training.split())
-        assert (config == full) == (name == "full"), name
-    no_3d = training_arguments(CELLS["no_3d"].training.split())
-    assert [term for term, weight in no_3d.weights.items() if weight == 0] == ["meta", "recon", "traj"]
-    assert training_arguments(CELLS["no_transport"].training.split()).degradation == 1
+    full = config_of("full")
+    for name in CELLS:
+        assert (config_of(name) == full) == (name in ("base", "full")), name
+    assert [term for term, weight in config_of("no_3d").weights.items() if weight == 0] == ["meta", "recon", "traj"]
+    assert config_of("no_transport").degradation == 1
 
 
-@pytest.mark.parametrize("arguments, message", (
+def compute(c):
+    """-> videos and passes of the DiT of a training: of its rollouts, as drawn, and of its updates, a backward pass
+    counted as two; the KL takes a pass of the untouched model."""
+    sampled = 0
+    for step in range(400):
+        window = draw_window(generator(0, step), c.steps, c.window, c.noisy_steps)
+        before = window[0] if c.shared else 0
+        sampled += (before + c.members * (c.steps - before)) / 400
+    update = c.members * c.window * (3 + bool(c.kl))
+    groups = c.total_steps * c.groups * (1 if c.guidance == 1 else 2)
+    return c.total_steps * c.groups * c.members, groups * (sampled + update)
+
+
+def test_choices_are_compared_at_equal_compute():
+    """As many videos as the full cell, or as many passes of the DiT; and passes within what a window costs."""
+    videos_full, passes_full = compute(config_of("full"))
+    for name in CHOICES:
+        videos, passes = compute(config_of(name))
+        if name in ("steps_6", "steps_20"):
+            assert videos != videos_full
+            assert abs(passes / passes_full - 1) < .03, name
+        else:
+            assert videos == videos_full, name
+            assert abs(passes / passes_full - 1) < .27, name
+        if name == "guidance_2":
+            assert abs(passes / passes_full - 1) < .03
+
+
+def test_the_passes_of_a_rollout_are_those_that_training_counts():
+    """`compute` above counts videos, training counts batches: with a group a video they are the same."""
+    c = dataclasses.replace(config_of("full"), members=1, groups=1, total_steps=1, kl=0)
+    windows = [draw_window(generator(0, step), c.steps, c.window, c.noisy_steps) for step in range(400)]
+    mean = np.mean([rollout_passes(c, [window], [(0, range(1))]) for window in windows])
+    assert compute(c)[1] == pytest.approx(mean + c.window * 3)
+
+
+# ------------------------------------------------------------------------------------------------------ a run
+
+@pytest.fixture
+def model(checkpoint, tmp_path):
+    """A small random model that is sampled at 5 frames of 64x64, which the probe can read."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    sampling = dict(frames=5, height=64, width=64, steps=1, guidance=1.0, fps=8)
+    (folder / "sampling.json").write_text(json.dumps(sampling))
+    return folder
+
+
+def arguments(model, out):
+    return ["--num", "2", "--processes", "1", "--out", str(out / "results"), "--runs", str(out / "runs"),
+            "--model", str(model), "--groups", "1", "--members", "2", "--steps", "2", "--noisy-steps", "1",
+            "--window", "1", "--lora-rank", "2", "--total-steps", "2", "--main-steps", "1", "--eval-every", "2",
+            "--eval-prompts", "1", "--lr", ".1", "--ema-decay", "0", "--views", "2"]
+
+
+def test_a_cell_is_trained_scored_and_written_once(model, tmp_path, capfd):
+    command = ["run", "no_traj", *arguments(model, tmp_path), "--seed", "3"]
+    assert main(command) == 0
+    file = tmp_path / "results" / "no_traj" / "seed_3.json"
+    result = read_json(file, Result)
+
+    # what was trained, where, and for how long
+    folder = tmp_path / "runs" / "no_traj-3"
+    assert result.config["weights"]["traj"] == 0
+    assert result.config["seed"] == 3
+    assert result.config["total_steps"] == 2
+    assert "lr" in result.config
+    assert "eta" not in result.config, "the preset's"
+    assert "cores, PyTorch" in result.machine
+    assert len(result.commit.removesuffix("+changes")) == 40
+    assert all(minutes > 0 for minutes in result.minutes.values())
+    assert list(result.minutes) == ["training", "test", "dynamic", "probe"]
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert result.seconds["reward"] == pytest.approx(np.mean([s["machine"]["seconds"]["reward"] for s in steps]),
+                                                     rel=1e-3)
+    assert result.curve["recon"] == [pytest.approx(steps[0]["recon"], rel=1e-3), None], "a dynamic step has none"
+    assert result.curve["traj"] == [None, None]
+    assert [row["step"] for row in result.curve["evaluations"]] == [0, 2]
+
+    # what was scored: every video, by prompts and by what moves in them
+    assert result.failed == {"test": "0 failed", "dynamic": "0 failed"}
+    for way in ("test", "dynamic"):
+        rows = [json.loads(line) for line in (folder / way / "metrics.jsonl").read_text().splitlines()]
+        assert json.loads((folder / way / "summary.json").read_text())["lora"] == str(folder)
+        for name in VALUES:
+            found = np.array(result.scored[way].values[name], dtype=float)
+            true = np.array([row.get(name) for row in rows], dtype=float)
+            assert found == pytest.approx(true, rel=1e-3, nan_ok=True), name
+        assert result.scored[way].metrics["rot_err"] == list(interval([row["rot_err"] for row in rows]))
+        assert "cam_mc_rel" in result.scored[way].metrics
+    assert result.scored[KINDS[0]] == result.scored["test"]
+    moving = rows[0]["prompt"].count(" that ")
+    assert result.scored[KINDS[moving]] == result.scored["dynamic"]
+    assert set(result.scored) == {"test", "dynamic", KINDS[0], KINDS[moving], "probe"}
+    assert len(result.scored["probe"].metrics["motion"]) == 3
+
+    # again: nothing is done
+    written = file.read_text()
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*")}
+    capfd.readouterr()
+    assert main(command) == 0
+    assert capfd.readouterr().out == f"{file} is there already and is never replaced: skipped\n"
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*")} == times
+
+    # without its result: what is there is gathered again, by the same weights and scores
+    file.unlink()
+    assert main(command) == 0
+    again = read_json(file, Result)
+    assert dict.fromkeys(("test", "dynamic", "probe")).items() <= again.minutes.items()
+    assert json.loads(written)["scored"] == json.loads(file.read_text())["scored"]
+
+
+def test_every_cell_is_scored_by_its_own_weights():
+    """The base by the adapter that training starts from; longer videos of base and full alone; the probe reads the
+    tiny world's prompts alone; and without transport nothing is transported."""
+    c = training_arguments([])
+    ways = {name: scorings(name, c, Path("runs/x"), 100) for name in CELLS}
+    for name, commands in ways.items():
+        longer = ["longer"] if name in ("base", "full") else []
+        assert list(commands) == [*longer, "test", "dynamic", "probe"]
+        for command in commands.values():
+            adapter = command[command.index("--lora") + 1]
+            assert adapter == (c.lora if name == "base" else Path("runs/x"))
+            assert ("--no-transport" in command) == (name == "no_transport")
+    numbers = [command[command.index("--num") + 1] for command in ways["full"].values()]
+    assert numbers == [100, 100, 50, 100]
+    assert ways["base"]["longer"][-1] == 33
+    assert "probe" not in scorings("full", dataclasses.replace(c, prompts="prompts.jsonl"), Path("runs/x"), 100)
+    untouched = scorings("base", dataclasses.replace(c, lora=None), Path("runs/x"), 100)
+    assert not any("--lora" in command for command in untouched.values())
+
+
+def test_the_base_has_no_seed_and_a_result_is_never_replaced(tmp_path, capsys):
+    file = tmp_path / "base" / "seed_0.json"
+    write_json(file, {})
+    assert main(["run", "base", "--seed", "7", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{file} is there already and is never replaced: skipped\n"
+    assert read_json(file) == {}
+
+
+def test_a_training_that_is_not_at_its_end_is_not_scored(model, tmp_path, capfd):
+    """Prompts without a dynamic split are found by train.py alone."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("push_in a box\n" * 20)
+    assert main(["run", "full", *arguments(model, tmp_path), "--prompts", str(prompts)]) == 2
+    error = capfd.readouterr().err.splitlines()
+    assert "holds no dynamic prompts" in error[-2]
+    assert error[-1] == f"ablate.py: {tmp_path}/runs/full-0 is not trained to its end; see above, and give the " \
+                        "same command again"
+    assert not (tmp_path / "results").exists()
+    assert not list(tmp_path.glob("runs/*/test"))
+
+
+@pytest.mark.parametrize("wrong, message", (
     (["--num", "1"], "--num must be at least 2, got 1"),
     (["--processes", "0"], "--processes must be at least 1, got 0"),
-    (["--also", "1"], "--also must be at least 5, got 1"),
-    (["--also", "34"], "--also must be 4k+1, got 34; try 33"),
     (["--groups", "0"], "--groups must be at least 1, got 0"),
-    (["--general", "0", "--cells", "no_3d"], "weight"),
-    (["--out", "{tmp}/file/sweep"], "cannot write"),
+    (["no_3d", "--general", "0"], "weight"),
+    (["--out", "{tmp}/file/x"], "cannot write"),
 ))
-def test_a_sweep_that_cannot_work_does_not_begin(arguments, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_work_does_not_begin(wrong, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    assert main(["run", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
+    assert main(["run", "full", *(word.format(tmp=tmp_path) for word in wrong)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_damaged_results_are_one_sentence(tmp_path, capsys):
-    folder = tmp_path / "base" / "results"
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text('{"videos": 1}')
-    assert main(["table", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "base/results/summary.json" in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "table.md").exists()
+def test_user_errors_are_one_sentence(capsys):
+    for command, message in ((["run", "no_such"], "invalid choice: 'no_such' (choose from 'base'"),
+                             (["run"], "CELL"), (["table", "--lr", "1"], "unknown argument --lr")):
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+        assert message in capsys.readouterr().err
 
 
-def test_user_errors_are_one_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["run", "--cells", "no_such"])
-    assert "invalid choice: 'no_such' (choose from 'full'" in capsys.readouterr().err
-    assert main(["table", "--out", str(tmp_path)]) == 2
-    assert "holds no scored cell" in capsys.readouterr().err
+def test_the_probes_table_is_read(tmp_path):
+    """As `python -m tiny probe` prints it."""
+    file = tmp_path / "probe.txt"
+    file.write_text("| | wall | all | re-projection, 1 frame | 4 frames |\n|---|---|---|---|---|\n"
+                    "| lora runs/x-0.5 | 1.000 [0.963, 1.000] | 0.390 [0.300, 0.488] | 0.0092 | 0.0234 |\n"
+                    "\na prompt | with a bar\n")
+    found = probe_scored(file)
+    assert found.metrics == {"wall": [1, .963, 1], "all": [.39, .3, .488], "re-projection, 1 frame": [.0092],
+                             "4 frames": [.0234]}
+    assert found.values["all"] == [.39]
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+
+def made_up(name, seed, rng):
+    """A result with random metrics, one of them unknown."""
+    scored = {}
+    counts = {"test": 20, "dynamic": 10, KINDS[0]: 20, KINDS[1]: 6, KINDS[2]: 4}
+    for way, count in counts.items():
+        values = {metric: list(rng.normal(20, 1, count).round(3)) for metric in VALUES}
+        scored[way] = dict(metrics={}, values=values)
+    scored["test"]["values"]["psnr"][3] = None
+    scored["probe"] = dict(metrics={}, values={"all": [.5 + .1 * seed], "motion": [.25]})
+    return dict(config={}, commit="0", machine="m", minutes={}, seconds={}, failed={}, scored=scored, curve={})
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Results of base, two seeds of full, and cells: no_traj has lost PSNR and LPIPS, no_meta nothing for sure."""
+    rng = np.random.default_rng(0)
+    made = {(name, seed): made_up(name, seed, rng)
+            for name, seed in (("base", 0), ("full", 0), ("full", 2), ("no_traj", 0), ("no_meta", 1), ("cps", 0))}
+    for metric in ("psnr", "lpips"):
+        values = made["no_traj", 0]["scored"]["test"]["values"]
+        values[metric] = [value and value - 3 for value in values[metric]]
+    for (name, seed), result in made.items():
+        write_json(tmp_path / "results" / name / f"seed_{seed}.json", result)
+    return made
+
+
+def tables_of(tmp_path):
+    """-> {marker: [{column: cell}]} of the page that the command makes."""
+    page = tmp_path / "page.md"
+    shutil.copy(PAGE, page)
+    assert main(["table", "--out", str(tmp_path / "results"), "--page", str(page)]) == 0
+    found = {}
+    for part in page.read_text().split("<!-- table: ")[1:]:
+        name, _, rest = part.partition(" -->\n")
+        lines = [line[2:-2].split(" | ") for line in rest.partition("<!-- end -->")[0].splitlines() if "|" in line]
+        found[name] = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    return found
+
+
+def in_words(values, sign=""):
+    mean, low, high = (f"{round(number, 6):{sign}.4g}" for number in interval(values))
+    return f"{mean} [{low}, {high}]"
+
+
+def values_of(made, name, seed, way, metric):
+    return np.array(made[name, seed]["scored"][way]["values"][metric], dtype=float)
+
+
+def test_the_main_tables_show_base_seeds_their_mean_and_its_paired_change(results, tmp_path):
+    found = tables_of(tmp_path)
+    for table, title, way, metric in (("main", "PSNR", "test", "psnr"),
+                                      ("main", "motion, dynamic prompts", "dynamic", "motion"),
+                                      ("scenes", "PSNR, one moving object", KINDS[1], "psnr")):
+        row = found[table][title]
+        base, first, second = (values_of(results, name, seed, way, metric)
+                               for name, seed in (("base", 0), ("full", 0), ("full", 2)))
+        assert row["base"] == in_words(base)
+        assert row["full, seed 0"] == in_words(first)
+        assert row["full, seed 2"] == in_words(second)
+        assert row["full, 2 seeds"] == in_words((first + second) / 2)
+        assert row["change"] == in_words((first + second) / 2 - base, "+")
+    row = found["main"]["probe: all"]
+    assert [row[name] for name in ("base", "full, seed 2", "full, 2 seeds", "change")] == ["0.5", "0.7", "0.6", "+0.1"]
+    assert set(found["main"]["PSNR, longer videos"].values()) == {"PSNR, longer videos", ""}, "not scored"
+
+
+def test_cells_stand_beside_the_papers_changes(results, tmp_path):
+    found = tables_of(tmp_path)
+    assert [label.split(" ")[0] for label in found["ablations"]] == ["no_traj", "no_meta"], "in the order of CELLS"
+    assert found["data"] == {}
+    no_traj = found["ablations"]["no_traj (`--traj 0`), 1 of 1 seeds"]
+    no_meta = found["ablations"]["no_meta (`--meta 0`), 1 of 1 seeds"]
+
+    # change from the mean of full's seeds; the paper's own, and whether both go one way
+    for row, name, seed in ((no_traj, "no_traj", 0), (no_meta, "no_meta", 1)):
+        for title, metric in (("PSNR", "psnr"), ("LPIPS", "lpips"), ("S_traj", "reward_traj")):
+            full = (values_of(results, "full", 0, "test", metric) + values_of(results, "full", 2, "test", metric)) / 2
+            expected = in_words(values_of(results, name, seed, "test", metric) - full, "+")
+            assert row[title].split("<br>")[0] == expected
+    assert no_traj["PSNR"].endswith("<br>paper -1.360: agrees")  # both fell
+    assert no_traj["LPIPS"].endswith("<br>paper +0.036: disagrees")  # ours fell
+    assert no_meta["PSNR"].endswith("<br>paper -0.720: open")
+    assert "paper" not in no_traj["S_traj"], "the paper has no such number"
+    assert no_traj["probe: all"] == "-0.1"
+    cps = found["choices"]["cps (`--sde cps`), 1 of 1 seeds"]
+    assert list(cps)[1:] == list(COLUMNS)
+    assert not any("paper" in text for text in cps.values())
+
+
+def test_the_papers_changes_have_its_signs():
+    """Its Tables I, J and E: what is left out makes the re-render worse, but for decoupling."""
+    full = dict(zip(PAPER_METRICS, CELLS["full"].paper))
+    for name, cell in CELLS.items():
+        paper = dict(zip(PAPER_METRICS, cell.paper))
+        if name != "full" and paper:
+            worse = name != "no_decoupling"
+            assert (paper["psnr"] < full["psnr"]) == (paper["ssim"] < full["ssim"]) == worse, name
+            assert (paper["lpips"] > full["lpips"]) == worse, name
+
+
+def test_the_committed_tables_are_what_the_committed_results_make(tmp_path):
+    page = tmp_path / "page.md"
+    shutil.copy(PAGE, page)
+    assert main(["table", "--out", str(ROOT / "results"), "--page", str(page)]) == 0
+    assert page.read_text() == PAGE.read_text(), "run: python ablate.py table"
+
+
+def test_without_results_the_tables_are_empty(results, tmp_path):
+    page = tmp_path / "page.md"
+    empty = PAGE.read_text()
+    page.write_text(empty)
+    for out, same in (("nowhere", True), ("results", False), ("results", False), ("nowhere", True)):
+        before = page.read_text()
+        assert main(["table", "--out", str(tmp_path / out), "--page", str(page)]) == 0
+        assert (page.read_text() == empty) == same
+    assert before != empty
+
+
+def test_results_that_do_not_fit_are_one_sentence(results, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    shutil.copy(PAGE, page)
+    command = ["table", "--out", str(tmp_path / "results"), "--page", str(page)]
+    file = tmp_path / "results" / "no_traj" / "seed_0.json"
+    whole = json.loads(file.read_text())
+
+    fewer = json.loads(file.read_text())
+    for metric in VALUES:
+        fewer["scored"]["test"]["values"][metric].pop()
+    for content, message in ((fewer, "no_traj/seed_0.json has 19 videos of 'test', results before it have 20"),
+                             (dict(whole, minutes="many"), "no_traj/seed_0.json, entry minutes"),
+                             (None, "must hold the line '<!-- table: main -->'")):
+        write_json(file, content or whole)
+        if content is None:
+            page.write_text("# No markers\n")
+        before = page.read_text()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert page.read_text() == before
