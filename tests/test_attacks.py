@@ -1,8 +1,8 @@
 """Hostile calls of every command: exit status 2, one sentence that names what is wrong and says what to do,
 nothing written.
 
-An argument's @ stands for the folder of `places`; where a row breaks a file, the folder around it is copied as
-links to @broken, and the file replaced.
+An argument's @ stands for the folder of `places`; where a row breaks a file, the folder around it is copied
+as links to @broken, and the file replaced.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ from tiny import __main__ as tiny
 # ------------------------------------------------------------------------------------------------- the table
 
 TRAIN = [*short_run(Path("@wan"), Path("@twins")), "--prompts", "@prompts.jsonl"]
-JUDGES = shlex.split("--depth-anything @twins/depth_anything --critic @twins/qwen3_vl --preference @twins/hpsv3")
+JUDGES = ["--depth-anything", "@twins/depth_anything", "--critic", "@twins/qwen3_vl",
+          "--preference", "@twins/hpsv3"]
 COMMANDS = {  # name: main, arguments before a row's own
     "sample": (sample.main, ["push_in a box", "--model", "@wan"]),
     "lora": (sample.main, ["push_in a box", "--model", "@wan", "--lora", "@lora"]),
@@ -61,8 +62,8 @@ COMMANDS = {  # name: main, arguments before a row's own
     "noise": (noise_warp.main, ["push_in"]),
     "ablate": (ablate.main, ["run", "full", "--model", "@wan"]),
     "estimate": (bench.main, ["--estimate", "small"]),
-    **{name: (tiny.main, [name]) for name in ("probe", "compare", "score-vae", "score-depth", "validate", "vae",
-                                              "data")},
+    **{name: (tiny.main, [name]) for name in (
+        "probe", "compare", "score-vae", "score-depth", "validate", "vae", "data")},
     # without arguments of our own
     **{f"{module.__name__}.py": (module.main, []) for module in (
         sample, evaluation, rewards, depth_anything, report, ablate, noise_warp, bench, walkthrough)},
@@ -107,15 +108,14 @@ NUMERIC = {
     "ablate": "num processes", "estimate": "gpus", "bench.py": "repeat", "compare": "num frames",
     "score-vae": "num", "score-depth": "num", "validate": "num views", "vae": "minutes", "data": "clips"}
 FINE = {  # numbers that are no fault
-    "0": "seed guidance strength degradation traj-alpha traj-beta general-center max-masked lr decay beta1 beta2 "
-         "weight-decay clip kl adv-clip grad-clip max-skipped lora-alpha ema-decay dynamic-steps eval-every "
-         "meta recon traj general",
-    "-1": "seed general-center lora-alpha",
-    "1e99": ""}
+    "0": "seed guidance strength degradation traj-alpha traj-beta general-center max-masked lr decay beta1 "
+         "beta2 weight-decay clip kl adv-clip grad-clip max-skipped lora-alpha ema-decay dynamic-steps "
+         "eval-every meta recon traj general",
+    "-1": "seed general-center lora-alpha"}
 FINE_IN_TRAINING = {
     "-1": "strength",
-    "1e99": "guidance strength traj-alpha traj-beta general-center general-spread lr weight-decay clip kl adv-clip "
-            "grad-clip lora-alpha timeout meta recon traj general"}
+    "1e99": "guidance strength traj-alpha traj-beta general-center general-spread lr weight-decay clip kl "
+            "adv-clip grad-clip lora-alpha timeout meta recon traj general"}
 NUMBERS = [
     Row(command, [f"--{name}={value}"], f"--{name}")
     for command, names in NUMERIC.items() for name in names.split()
@@ -130,8 +130,8 @@ WORDS = [
       for command, before in (("sample.py", []), ("noise_warp.py", []), ("rewards.py", ["@video.mp4"]))],
     *[row for command in ("sample", "train", "metrics", "rewards", "depth", "validate")
       for row in each(command, "--device", ("gpu", "meta", "cuda:99", "cpu:x", "mps"), "--device")],
-    *[row for command in ("sample", "train", "metrics", "rewards", "depth", "noise", "estimate", "probe", "study")
-      for row in calls(command, "--nonsense=1 -> --nonsense")],
+    *[Row(command, ["--nonsense=1"], "--nonsense") for command in (
+        "sample", "train", "metrics", "rewards", "depth", "noise", "estimate", "probe", "study")],
     *[row for command, option in (
         ("sample", "--solver"), ("sample", "--dtype"), ("train", "--sde"), ("train", "--lpips"),
         ("train", "--parallel"), ("train", "--dtype"), ("train", "--preset"), ("metrics", "--split"),
@@ -145,15 +145,18 @@ WORDS = [
     *calls("train", "--frames 6 -> --frames", "--height 24 -> --height", "--batch 3 -> --batch",
            "--updates 3 -> --updates", "--eta 0 -> --eta", "--window 99 -> window", "--lora @nowhere"),
     *calls("sample.py", " -> prompt"), *calls("rewards.py", " -> video", "'' x -> ''", "'' '' -> empty"),
-    *calls("depth_anything.py", " -> video", "'' -> ''"), *calls("walkthrough.py", " -> prompt", "'' -> empty"),
+    *calls("depth_anything.py", " -> video", "'' -> ''"),
+    *calls("walkthrough.py", " -> prompt", "'' -> empty"),
     *calls("eval.py", " -> command", "nonsense", "metrics --videos @videos -> --prompts", "table -> --runs",
            "metrics --videos @wan --prompts @prompts.jsonl -> @wan", "table --runs x -> LABEL=FOLDER",
-           "metrics --videos @nowhere --prompts @prompts.jsonl -> @nowhere", "table --runs a=@nowhere -> @nowhere",
-           "table --runs a= -> summary.json", "table --runs a=@results a=@results -> twice"),
+           "metrics --videos @nowhere --prompts @prompts.jsonl -> @nowhere",
+           "table --runs a=@nowhere -> @nowhere", "table --runs a= -> summary.json",
+           "table --runs a=@results a=@results -> twice"),
     *calls("report.py", " -> command", "run @nowhere", "run @plain", "run @wan", "run '' -> metrics.jsonl",
            "study --a @nowhere --b @videos -> @nowhere", "study --a @wan --b @videos -> @wan",
            "score @nowhere -> study", "score @nowhere --out @study -> @nowhere"),
-    *calls("estimate", "--with --full", "--with --lr nan -> --lr", "--with --nonsense", "--with --frames 6 -> --frames"),
+    *calls("estimate", "--with --full", "--with --lr nan -> --lr", "--with --nonsense",
+           "--with --frames 6 -> --frames"),
     *calls("bench.py", "nonsense"),
     *calls("ablate.py", " -> command", "run -> CELL", "run nonsense", "run full --lr nan -> --lr",
            "run full --frames 6 -> --frames", "table --page @nowhere", "table --page @plain",
@@ -167,8 +170,8 @@ WORDS = [
 
 # ------------------------------------------------------------------- files and folders of the wrong kind
 
-FOLDERS = ["@wan", "@twins/depth_anything", "@twins/qwen3_vl", "@twins/hpsv3", "@plain", "@hollow", "@nowhere",
-           "@fifo", "", "a/b/c"]
+FOLDERS = ["@wan", "@twins/depth_anything", "@twins/qwen3_vl", "@twins/hpsv3", "@plain", "@hollow",
+           "@nowhere", "@fifo", "", "a/b/c"]
 NOT_WRITABLE = ["@plain", "@plain/x", "/proc/x"]
 NO_FILES = ["@nowhere", "@hollow", "@bytes", "@fifo", "@hollow.txt", "@wan"]
 WRONG_KINDS = [
@@ -180,8 +183,8 @@ WRONG_KINDS = [
     *[row for command in ("metrics", "depth", "ablate", "study", "probe")
       for row in each(command, "--run" if command == "probe" else "--out", NOT_WRITABLE)],
     *[row for command in ("sample", "rewards")
-      for row in each(command, "--out", ["", "x", "x.gif", "@link", "@plain/x.mp4", "@plain/x.png", "/proc/x.mp4",
-                                         "x" * 300 + ".mp4"], "--out")],
+      for row in each(command, "--out", ["", "x", "x.gif", "@link", "@plain/x.mp4", "@plain/x.png",
+                                         "/proc/x.mp4", "x" * 300 + ".mp4"], "--out")],
     *each("study", "--out", ["@videos"]),
     *each("noise", "--show", ["@plain/x.png", "/proc/x.png", "@link", "x.nonsense"]),
     *calls("noise", "--show= -> --show"), *calls("tiny", "captions --out @link", "captions --out @plain/x"),
@@ -220,16 +223,18 @@ def a_folder(new, _):
     new.mkdir()
 
 
-def entries(*changes):
-    """The JSON of the old file with other entries, a content for each change."""
+def entries(changes):
+    """Contents from "frames=6 steps=true": each is the old file's JSON with one other entry."""
     def content_of(change):
-        def content(new, old):
-            new.write_text(json.dumps(json.loads(old.read_text()) | change))
+        name, _, value = change.partition("=")
 
-        content.__name__ = str(change)[:60]
+        def content(new, old):
+            new.write_text(json.dumps(json.loads(old.read_text()) | {name: json.loads(value)}))
+
+        content.__name__ = change
         return content
 
-    return [content_of(change) for change in changes]
+    return [content_of(change) for change in changes.split()]
 
 
 def tensors(name, change):
@@ -266,28 +271,23 @@ INDICES = lines(*(json.dumps(dict(weight_map=dict(a=name)))
 OBJECT = lines("{}")
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 TWINS = ("twins/depth_anything", "twins/qwen3_vl", "twins/hpsv3")
-BREAKS = [  # command, place, file, contents; and the word where it is not the file's name
+# Command, place, file, contents; and the word (default: the file where it is no JSON, else the folder).
+BREAKS = [
     ("sample", "wan", "sampling.json", [*NO_JSON, *entries(
-        dict(frames=6), dict(frames="5"), dict(height=0), dict(width=10 ** 30), dict(steps=-1), dict(steps=True),
-        dict(guidance=[]), dict(shift=0), dict(fps=0), dict(degradation=2), dict(guidance=1e300))]),
-    ("train", "wan", "sampling.json", [a_pipe, cut, *entries(dict(frames=6))]),
+        'frames=6 frames="5" height=0 width=1000000000000 steps=-1 steps=true guidance=[] shift=0 fps=0 '
+        'degradation=2 guidance=1e300')], "sampling.json"),
+    ("train", "wan", "sampling.json", [a_pipe, cut, *entries("frames=6")], "sampling.json"),
     ("sample", "wan", "scheduler/scheduler_config.json", [*NO_JSON, *entries(
-        dict(flow_shift=0), dict(flow_shift="3"), dict(flow_shift=-1), dict(flow_shift=1e300), dict(shift=[]))]),
-    ("sample", "wan", "transformer/config.json", [*NO_JSON, *OBJECT]),
-    ("sample", "wan", "transformer/config.json", entries(
-        dict(num_layers=10 ** 9), dict(num_layers=0), dict(num_layers=10 ** 40), dict(num_attention_heads="2"),
-        dict(attention_head_dim=25), dict(ffn_dim=10 ** 6), dict(in_channels=-4), dict(text_dim=10 ** 5),
-        dict(patch_size=[1, 2]), dict(patch_size=[0, 2, 2]), dict(freq_dim=255)), "@broken"),
-    ("sample", "wan", "vae/config.json", NO_JSON),
-    ("sample", "wan", "vae/config.json", [*OBJECT, *entries(
-        dict(z_dim=10 ** 5), dict(base_dim="x"), dict(dim_mult=[]), dict(latents_mean=[0]),
-        dict(latents_std=[0, 0, 0, 0]), dict(latents_std=["a"] * 4), dict(num_res_blocks=10 ** 6),
-        dict(temperal_downsample=[True]), dict(dim_mult=[10 ** 6] * 4))], "@broken"),
-    ("sample", "wan", "text_encoder/config.json", NO_JSON),
-    ("sample", "wan", "text_encoder/config.json", [*OBJECT, *entries(
-        dict(d_model=10 ** 9), dict(num_layers=10 ** 6), dict(vocab_size=-1), dict(num_heads=0), dict(d_ff="x"),
-        dict(dense_act_fn="x"), dict(d_kv=[]), dict(vocab_size=10 ** 18), dict(layer_norm_epsilon="x"))],
-     "@broken"),
+        'flow_shift=0 flow_shift="3" flow_shift=-1 flow_shift=1e300 shift=[]')], "scheduler_config.json"),
+    ("sample", "wan", "transformer/config.json", [*NO_JSON, *OBJECT, *entries(
+        'num_layers=1000000 num_layers=0 num_layers=1e99 num_attention_heads="2" attention_head_dim=25 '
+        'ffn_dim=1000000 in_channels=-4 text_dim=100000 patch_size=[1,2] patch_size=[0,2,2] freq_dim=255')]),
+    ("sample", "wan", "vae/config.json", [*NO_JSON, *OBJECT, *entries(
+        'z_dim=100000 base_dim="x" dim_mult=[] latents_mean=[0] latents_std=[0,0,0,0] latents_std=["a"] '
+        'num_res_blocks=1000000 temperal_downsample=[true] dim_mult=[1000000,1000000,1000000,1000000]')]),
+    ("sample", "wan", "text_encoder/config.json", [*NO_JSON, *OBJECT, *entries(
+        'd_model=1000000000 num_layers=1000000 vocab_size=-1 num_heads=0 d_ff="x" dense_act_fn="x" d_kv=[] '
+        'vocab_size=1000000000000000000 layer_norm_epsilon="x"')]),
     ("sample", "wan", "tokenizer/tokenizer.json", [*NO_JSON, *OBJECT, None], "@broken/tokenizer"),
     ("sample", "wan", "tokenizer/tokenizer_config.json", [*NO_JSON, *OBJECT], "@broken/tokenizer"),
     ("sample", "wan", TRANSFORMER, NO_WEIGHTS, "@broken/transformer"),
@@ -295,55 +295,57 @@ BREAKS = [  # command, place, file, contents; and the word where it is not the f
     ("sample", "wan", "vae/diffusion_pytorch_model.safetensors", NO_WEIGHTS, "@broken/vae"),
     ("sample", "wan", "text_encoder/model.safetensors", NO_WEIGHTS, "@broken/text_encoder"),
     ("depth", TWINS[0], "config.json", [*NO_JSON, *OBJECT, *entries(
-        dict(dim=0), dict(depth=10 ** 9), dict(heads=7), dict(out_layers=[]), dict(out_layers=[9, 1]),
-        dict(process_res=10 ** 5), dict(process_res=0), dict(dim="x"))], "@broken"),
-    ("depth", TWINS[0], "model.safetensors", NO_WEIGHTS, "@broken"),
-    *[("train", TWINS[1], file, contents, "@broken") for file, contents in (
-        ("config.json", NO_JSON[:8]), ("tokenizer.json", [*NO_JSON[:4], cut]),
-        ("processor_config.json", [*NO_JSON[:4], cut]), ("chat_template.jinja", [a_pipe, a_folder, None, cut]),
-        ("model.safetensors", NO_WEIGHTS))],
-    *[("preference", TWINS[2], file, contents, "@broken") for file, contents in (
-        ("config.json", NO_JSON[:8]), ("tokenizer.json", [a_pipe, cut]), ("processor_config.json", [a_pipe, cut]),
-        ("chat_template.jinja", [a_pipe, a_folder, None, cut]), ("HPSv3.safetensors", NO_WEIGHTS),
-        ("hpsv3.json", [*NO_JSON, *entries(dict(instruction="x"), dict(spread=0), dict(image_pixels="x"),
-                                           dict(center=None), dict(image_pixels=10 ** 9))]))],
-    ("lora", "lora", "lora.safetensors", [*NO_WEIGHTS, *NO_ADAPTER]),
-    ("peft", "peft", "adapter_config.json", NO_JSON),
-    ("peft", "peft", "adapter_config.json", entries(
-        dict(use_dora=True), dict(peft_type="LOKR"), dict(r="x"), dict(r=0), dict(lora_alpha=[]),
-        dict(init_lora_weights="pissa"), dict(rank_pattern=[])), "@broken"),
+        'dim=0 depth=1000000 heads=7 out_layers=[] out_layers=[9,1] process_res=100000 process_res=0 '
+        'dim="x"')]),
+    ("depth", TWINS[0], "model.safetensors", NO_WEIGHTS, "model.safetensors"),
+    *[(command, twin, file, contents, "@broken")
+      for command, twin, of_weights in (("train", TWINS[1], "model.safetensors"),
+                                        ("preference", TWINS[2], "HPSv3.safetensors"))
+      for file, contents in (("config.json", NO_JSON), ("tokenizer.json", [a_pipe, a_folder, cut]),
+                             ("processor_config.json", [a_pipe, a_folder, cut]),
+                             ("chat_template.jinja", [a_pipe, a_folder, None, cut]),
+                             (of_weights, NO_WEIGHTS))],
+    ("preference", TWINS[2], "hpsv3.json", [*NO_JSON, *entries(
+        'instruction="x" spread=0 image_pixels="x" image_pixels=1000000000 center=null')], "@broken"),
+    ("lora", "lora", "lora.safetensors", [*NO_WEIGHTS, *NO_ADAPTER], "lora.safetensors"),
+    ("peft", "peft", "adapter_config.json", [*NO_JSON, *entries(
+        'use_dora=true peft_type="LOKR" r="x" r=0 lora_alpha=[] init_lora_weights="pissa" rank_pattern=[]')]),
     ("report", "run", "config.json", [*NO_JSON, *entries(
-        dict(groups="x"), dict(weights=[]), dict(frames="x"), dict(model=3), dict(groups=[]))]),
+        'groups="x" weights=[] frames="x" model=3 groups=[]')], "config.json"),
     ("report", "run", "metrics.jsonl", [*NO_JSON, None, *lines(
-        '{"step": "x"}', '{"step": 0, "total": "x"}', '{"total": 1}', '{"step": 0, "grad": 3}', '{"step": NaN}')]),
-    ("report", "run", "eval.jsonl", [*NO_LINE, *lines('{"step": "x"}')]),
+        '{"step": "x"}', '{"step": 0, "total": "x"}', '{"total": 1}', '{"step": 0, "grad": 3}')],
+     "metrics.jsonl"),
+    ("report", "run", "eval.jsonl", [*NO_LINE, *lines('{"step": "x"}')], "eval.jsonl"),
     ("report", "run", "results/summary.json", NO_JSON),
     ("table", "results", "summary.json", [*NO_JSON, None, *entries(
-        dict(videos="x"), dict(sizes=3), dict(seed=None), dict(summary=[]), dict(summary=dict(psnr=[1])),
-        dict(summary=dict(vbench=[1, 2, 3])), dict(failed_terms=[]), dict(summary=dict(vbench=dict(AVG="x"))))]),
-    ("table", "results", "metrics.jsonl", [*NO_LINE, None, *lines('{"psnr": "x"}', '{"video": 3}')]),
-    ("score", "study", "study_key.json", [*NO_JSON, None, *entries(
-        dict(pairs=3), dict(pairs=[{"a": "c"}]), dict(study=1))]),
-    ("score", "study", "answers.json", [*NO_JSON, None, *entries(dict(answers=3), dict(participant=[]))]),
+        'videos="x" sizes=3 seed=null summary=[] summary={"psnr":[1]} summary={"vbench":[1,2,3]} '
+        'failed_terms=[] summary={"vbench":{"AVG":"x"}}')], "summary.json"),
+    ("table", "results", "metrics.jsonl", [*NO_LINE, None, *lines('{"psnr": "x"}', '{"video": 3}')],
+     "metrics.jsonl"),
+    ("score", "study", "study_key.json", [*NO_JSON, *entries('pairs=3 pairs=[{"a":"c"}] study=1')],
+     "study_key.json"),
+    ("score", "study", "answers.json", [*NO_JSON, None, *entries('answers=3 participant=[]')],
+     "answers.json"),
     ("score", "study", "answers.json", entries(
-        dict(study="another"), dict(answers=[]), dict(answers=[None, 3, "x", {}, {"pair": 10 ** 30}]),
-        dict(answers=[{"pair": 0, "left": "x", "right": "y"}])), "no answer"),
+        'study="another" answers=[] answers=[null,3,"x",{},{"pair":1e30}] answers=[{"pair":0,"left":"x"}]'),
+     "no answer"),
 ]
 ROWS = [*NUMBERS, *WORDS, *WRONG_KINDS, *(
-    Row(command, [], word[0] if word else Path(file).name, source, file, content)
+    Row(command, [], word[0] if word else Path(file).name if content in NO_JSON else "@broken", source, file,
+        content)
     for command, source, file, contents, *word in BREAKS for content in contents)]
 
 
 # ------------------------------------------------------------------------------------------------- the places
 
 POSE = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-PATHS = [[], [POSE] * 4, [POSE[:3]] * 5, "x", [[[2, 0, 0, 0], *POSE[1:]]] * 5, [[*POSE[:3], [0, 0, 0, 2]]] * 5,
-         [[[1, 0, 0, 1e9], *POSE[1:]]] * 5]
+PATHS = [[], [POSE] * 4, [POSE[:3]] * 5, "x", [[[2, 0, 0, 0], *POSE[1:]]] * 5,
+         [[*POSE[:3], [0, 0, 0, 2]]] * 5, [[[1, 0, 0, 1e9], *POSE[1:]]] * 5]
 SUMMARY = dict(videos=1, failed=0, sizes=["5x32x32"], seed=0, lpips="x", summary=dict(vbench="not measured"))
 
 
 def make_places(root, checkpoint, twins):
-    """Fills the folder that @ stands for: small models, whole folders of each command, files that are none."""
+    """Fills the folder that @ stands for: models, a folder of each kind, and files that are none."""
     for name, target in dict(wan=checkpoint, twins=twins, link="hollow").items():
         (root / name).symlink_to(target)
     os.mkfifo(root / "fifo")
@@ -357,13 +359,13 @@ def make_places(root, checkpoint, twins):
         "run/metrics.jsonl": '{"step": 0, "total": 1.0}\n',
         "run/eval.jsonl": '{"step": 0, "total": 1.0}\n',
         "run/config.json": '{"name": "run"}',
-        "study/study_key.json": json.dumps(dict(study="s", a="a", b="b", pairs=[{"x.mp4": "a", "y.mp4": "b"}])),
+        "study/study_key.json": '{"study": "s", "a": "a", "b": "b", "pairs": [{"x.mp4": "a", "y.mp4": "b"}]}',
         "study/answers.json": '{"study": "s", "participant": "p", "answers": []}',
         "peft/adapter_config.json": '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}'}
     files |= {f"path_{i}.json": json.dumps(path) for i, path in enumerate(PATHS)}
     for folder in ("results", "others", "run/results"):
         files |= {f"{folder}/summary.json": json.dumps(SUMMARY),
-                  f"{folder}/metrics.jsonl": '{"video": "0000", "prompt": "x", "size": "5x32x32", "psnr": 1.0}\n'}
+                  f"{folder}/metrics.jsonl": '{"video": "0000", "prompt": "x", "size": "5x32x32"}\n'}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("/"):
@@ -376,8 +378,9 @@ def make_places(root, checkpoint, twins):
     (root / "cut.mp4").write_bytes((root / "video.mp4").read_bytes()[:200])
     (root / "lora").mkdir()
     for file, prefix in (("lora/lora", "transformer"), ("peft/adapter_model", "base_model.model")):
-        save_file({f"{prefix}.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 48),
-                   f"{prefix}.blocks.0.attn1.to_q.lora_B.weight": torch.ones(48, 2)}, root / f"{file}.safetensors")
+        layer = f"{prefix}.blocks.0.attn1.to_q"
+        save_file({f"{layer}.lora_A.weight": torch.ones(2, 48), f"{layer}.lora_B.weight": torch.ones(48, 2)},
+                  root / f"{file}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -444,27 +447,25 @@ def test_a_hostile_call_is_refused(row, places, tmp_path, monkeypatch, capsys):
     assert fault(*attack(row, places), capsys.readouterr().err) is None
 
 
-@pytest.mark.parametrize("command, source, files", [
-    ("sample", "wan", ("tokenizer/tokenizer_config.json", "text_encoder/config.json")),
-    ("train", TWINS[1], ("config.json", "processor_config.json", "tokenizer_config.json")),
-    ("preference", TWINS[2], ("config.json", "processor_config.json", "tokenizer_config.json"))])
-def test_no_code_of_a_model_folder_is_run(command, source, files, places, tmp_path, monkeypatch, capsys):
-    """auto_map names classes of the folder; they are not imported, and nobody is asked whether they may be."""
+@pytest.mark.parametrize("command, source, file", [
+    ("sample", "wan", "tokenizer/tokenizer_config.json"), ("sample", "wan", "text_encoder/config.json"),
+    *[("rewards", twin, f"{name}config.json")
+      for twin in TWINS[1:] for name in ("", "processor_", "tokenizer_")]])
+def test_no_code_of_a_model_folder_is_run(command, source, file, places, tmp_path, monkeypatch, capsys):
+    """auto_map names classes of the folder: they are not imported, and nobody is asked."""
     monkeypatch.chdir(tmp_path)
     classes = dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor"), "evil.Evil")
     classes |= dict(AutoTokenizer=["evil.Evil", "evil.Evil"])
 
     def evil(new, old):
-        new.with_name("evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+        new.with_name("evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
         new.write_text(json.dumps(json.loads(old.read_text()) | dict(
             auto_map=classes, model_type="evil", tokenizer_class="Evil", processor_class="Evil")))
 
-    for file in files:
-        status, written, _ = attack(Row(command, [], "", source, file, evil), places)
-        assert Path("run") not in written
-        assert "Traceback" not in capsys.readouterr().err
-        assert status == 2 or command == "sample"
-        shutil.rmtree("broken")
+    status, written, _ = attack(Row(command, [], "", source, file, evil), places)
+    assert Path("marker") not in written
+    assert "Traceback" not in capsys.readouterr().err
+    assert status in (0, 2)
 
 
 # --------------------------------------------------------------------------------------------- random configs
@@ -479,7 +480,10 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
                       max_leaves=8)
 
 
-@given(st.sampled_from(KINDS), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6) | VALUES | st.binary())
+CONFIGS = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6) | VALUES | st.binary()
+
+
+@given(st.sampled_from(KINDS), CONFIGS)
 @settings(max_examples=500, deadline=None, database=None)
 def test_a_random_config_is_read_or_refused_in_one_line(kind, value):
     text = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -493,7 +497,7 @@ def test_a_random_config_is_read_or_refused_in_one_line(kind, value):
             assert MEND.search(str(e))
 
 
-# ----------------------------------------------------------------------------------------- files, written whole
+# --------------------------------------------------------------------------------------- files, written whole
 
 OLD, NEW = b"old" * 1000, [b"new" * 1000, b"er" * 1000]
 
