@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from weights import read_json, to_disk, write_json, write_text
+from weights import config_from, read_json, to_disk, write_json, write_text
 
 # -------------------------------------------------------------------------------------------------- processes
 
@@ -98,35 +98,51 @@ def flat(config):
 
 
 def open_run(c, processes):
-    """Makes runs/NAME, or finds it with the same configuration. -> its folder."""
+    """-> the folder runs/NAME, locked if it is there. Nothing is written yet: `begin_run` does. ValueError if
+    it holds another configuration, or more steps than are asked for."""
     folder = Path(c.runs) / c.name
-    may_change = MAY_CHANGE
-    if c.decay:  # which depends on the run's length
-        may_change = MAY_CHANGE - {"total_steps"}
-    now = dataclasses.asdict(c)
-    if not (folder / "config.json").exists() and checkpoints_of(folder / "checkpoints"):
+    config, checkpoints = folder / "config.json", checkpoints_of(folder / "checkpoints")
+    if checkpoints and not config.exists():
         raise ValueError(f"{folder} has checkpoints and no config.json, so nobody knows what was trained; "
                          "put the file back, or choose another --name")
-    if (folder / "config.json").exists():
+    if checkpoints and steps_of(checkpoints[-1]) > c.total_steps:
+        raise ValueError(f"{folder} has done {steps_of(checkpoints[-1])} steps already; "
+                         f"give a --total-steps above that, not {c.total_steps}, or another --name")
+    if config.exists():
+        may_change = MAY_CHANGE
+        if c.decay:  # which depends on the run's length
+            may_change = MAY_CHANGE - {"total_steps"}
         # what an older run did not know: an option had its default, a term no weight
         defaults = {f.name: f.default for f in dataclasses.fields(c) if f.default is not dataclasses.MISSING}
-        read_json(folder / "config.json", ConfigJson)
-        before = defaults | flat(read_json(folder / "config.json"))
-        for name, value in flat(now).items():
+        before = read_json(config)
+        config_from(ConfigJson, before, config)
+        before = defaults | flat(before)
+        for name, value in flat(dataclasses.asdict(c)).items():
             was = before.get(name, 0.0)
             if name not in may_change and was != value:
                 raise ValueError(f"{folder} was started with --{name.replace('_', '-')} {was}, not {value}; "
                                  "choose another --name, or keep its settings")
-    error = None
+    lock(folder, processes)
+    return folder
+
+
+def begin_run(c, folder, processes):
+    """Makes a run's folder, if it is new, and writes its configuration."""
     if processes.rank == 0:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    lock(folder, processes)
+    if processes.rank == 0:
+        write_json(folder / "config.json", dataclasses.asdict(c))
+
+
+def lock(folder, processes):
+    """Rank 0 locks a run's folder, if there is one; ValueError on all if another run holds it."""
+    error = None
+    if processes.rank == 0 and folder.exists() and processes.lock is None:
         error = own(folder, processes)
     error = processes.gather(error)[0]
     if error:
         raise ValueError(error)
-    if processes.rank == 0:
-        write_json(folder / "config.json", now)
-    return folder
 
 
 def own(folder, processes):
@@ -243,6 +259,10 @@ def checkpoints_of(folder):
     return sorted(folder.glob("step_" + 6 * "[0-9]"))
 
 
+def steps_of(checkpoint):
+    return int(checkpoint.name.rsplit("_", 1)[1])
+
+
 def fault_of(checkpoint):
     """-> what is not as it was written in a checkpoint, None if all of it is."""
     try:
@@ -278,9 +298,9 @@ def newest_whole(folder):
 
 PLAIN_MODULES = {"torch", "torch.serialization", "pathlib", "torch.distributed.checkpoint.metadata",
                  "torch.distributed.checkpoint.filesystem"}
-PLAIN_NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
-               "ChunkStorageMetadata", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING", "_get_layout",
-               "Size", "PosixPath"}
+PLAIN_NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
+               "TensorProperties", "ChunkStorageMetadata", "StorageMeta", "_StorageInfo",
+               "_MEM_FORMAT_ENCODING", "_get_layout", "Size", "PosixPath"}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -290,7 +310,8 @@ class PlainUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if module in PLAIN_MODULES and name in PLAIN_NAMES or is_dtype:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its .metadata asks for {module}.{name}, which is no part of a checkpoint")
+        raise pickle.UnpicklingError(f"its .metadata asks for {module}.{name}, "
+                                     "which is no part of a checkpoint")
 
 
 def read_metadata(checkpoint):
@@ -322,7 +343,7 @@ def load_checkpoint(policy, folder):
         return 0
     dcp.load(policy.state(), storage_reader=PlainReader(found), no_dist=policy.processes.world == 1)
     policy.check_finite()
-    return int(found.name.rsplit("_", 1)[1])
+    return steps_of(found)
 
 
 # -------------------------------------------------------------------------------------- the clock and the log

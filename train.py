@@ -38,10 +38,11 @@ from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
-from run import (Clock, Processes, append_line, drop_lines, in_words, load_checkpoint, mean_of, metrics_row,
-                 missing_steps, open_run, read_lines, save_checkpoint, wandb_log)
-from sample import (check_device, check_size, contact_sheet, decode_videos, euler, generator, initial_noise,
-                    log_prob, sample_latents, sampling_of, sigmas, spread, transition, unchanged, write_video)
+from run import (Clock, Processes, append_line, begin_run, drop_lines, in_words, load_checkpoint, mean_of,
+                 metrics_row, missing_steps, open_run, read_lines, save_checkpoint, wandb_log)
+from sample import (check_device, check_size, check_writable, contact_sheet, decode_videos, euler, generator,
+                    initial_noise, log_prob, sample_latents, sampling_of, sigmas, spread, transition,
+                    unchanged, write_video)
 from weights import TINY, write_text
 
 ROOT = Path(__file__).parent
@@ -49,7 +50,7 @@ ROOT = Path(__file__).parent
 
 # ---------------------------------------------------------------------------------------------------- options
 
-def option(section, default, text="", least=None, most=math.inf, choices=None):
+def option(section, default, text="", least=None, most=10 ** 6, choices=None):
     """A field of Config that is an option of the command line, in a section of its help, with its range."""
     return field(default=default, metadata=dict(section=section, help=text, least=least, most=most,
                                                 choices=choices))
@@ -67,7 +68,7 @@ class Config:
     frames: int | None = option("what", None, "4k+1 (default: the model's, as for height and width)")
     height: int | None = option("what", None)
     width: int | None = option("what", None)
-    seed: int = option("what", 0)
+    seed: int = option("what", 0, most=math.inf)
 
     groups: int = option("rollout", 6, "prompts a step, over all processes", least=1)
     members: int = option("rollout", 8, "videos a prompt (G); advantages compare them", least=2)
@@ -79,7 +80,8 @@ class Config:
     noisy_steps: int = option("rollout", 5, "the window lies within the first so many steps", least=1)
     shared: bool = option("rollout", False, "members share the steps before the window")
     common_window: bool = option("rollout", False, "one window for all groups of a step: no process waits")
-    strength: float = option("rollout", 1.0, "of the camera path, asked for and transporting")
+    strength: float = option("rollout", 1.0, "of the camera path, asked for and transporting",
+                             least=0, most=10)
     degradation: float | None = option("rollout", None, "fresh noise mixed in (default: the model's)",
                                        least=0, most=1)
     released: bool = option("rollout", False, "transport as the release does: pushed in step by step")
@@ -263,14 +265,14 @@ def check(c, world):
         option_name = "--" + name.replace("_", "-")
         if not math.isfinite(value):
             raise ValueError(f"{option_name} must be a finite number, got {value}")
-        least, most = ranges.get(name, (0, math.inf))  # of a term's weight
+        least, most = ranges.get(name, (0, 10 ** 6))  # of a term's weight
         if least is not None and value < least:
             raise ValueError(f"{option_name} must be at least {least}, got {value}")
         if value > most:
             raise ValueError(f"{option_name} must be at most {most}, got {value}")
     if c.eta == 0:
         raise ValueError("--eta must be above 0: without noise there is nothing to compare")
-    if not c.name or c.name.startswith(".") or Path(c.name).name != c.name:
+    if not c.name.isprintable() or not c.name or c.name.startswith(".") or Path(c.name).name != c.name:
         raise ValueError(f"--name must name a folder in --runs, without '/' and not beginning with '.', "
                          f"got '{c.name}'")
 
@@ -289,6 +291,7 @@ def check(c, world):
         if world % min(c.shard_size or world, world):
             raise ValueError(f"--shard-size must divide the {world} processes, got {c.shard_size}")
     check_device(c.device)
+    check_writable(Path(c.runs) / c.name / "config.json", "--runs or --name")
     own_rewards(c)
     draw_window(generator(0), c.steps, c.window, c.noisy_steps)
     if c.lora:
@@ -307,14 +310,12 @@ def train(c, processes):
         raise ValueError(f"{c.prompts} holds no dynamic prompts for the dynamic phase; "
                          "add some (split dynamic), or leave the phase out: --dynamic-steps 0")
     rewards = own_rewards(c, processes.device).load()
-
-    # A run goes on from its newest whole checkpoint.
     folder = open_run(c, processes)
     policy = Policy(c, processes)
+
+    # A run goes on from its newest whole checkpoint.
+    begin_run(c, folder, processes)
     steps_done = load_checkpoint(policy, folder / "checkpoints")
-    if steps_done > c.total_steps:
-        raise ValueError(f"{folder} has done {steps_done} steps already; "
-                         f"give a --total-steps above that, not {c.total_steps}, or another --name")
     if processes.rank == 0:
         gaps = missing_steps(drop_lines(folder / "metrics.jsonl", steps_done), steps_done)
         if gaps:

@@ -38,6 +38,7 @@ from model import VAE, Block, DiT, clean_prompt, encode_text, load_text
 from noise_warp import (camera_path, draw_paths, latent_noise, parse_motion, path_flow, rotation_angle,
                         transport_noise)
 from policy import Policy
+from prompts import usable_prompt
 from report import GREY, PAGE, PLAY, STYLE, figure, html_table, inline, inline_svg, inline_video
 from rewards import TERMS, Clip, combine, paths_in_depths
 from run import Processes
@@ -782,8 +783,7 @@ def options_of(argv):
 def check_options(a, c):
     """Raises ValueError with one sentence for the first setting that cannot work; writes nothing."""
     check(c, 1)
-    if not a.prompt.strip():
-        raise ValueError('the prompt is empty; say what to show, e.g. "push_in a red sphere"')
+    usable_prompt(a.prompt)
     if not all(c.weights.values()):
         raise ValueError("the page shows every reward; give none of them weight 0")
     if a.trained:

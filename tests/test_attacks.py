@@ -112,22 +112,18 @@ FINE = {  # numbers that are no fault
          "beta2 weight-decay clip kl adv-clip grad-clip max-skipped lora-alpha ema-decay dynamic-steps "
          "eval-every meta recon traj general",
     "-1": "seed general-center lora-alpha"}
-FINE_IN_TRAINING = {
-    "-1": "strength",
-    "1e99": "guidance strength traj-alpha traj-beta general-center general-spread lr weight-decay clip kl "
-            "adv-clip grad-clip lora-alpha timeout meta recon traj general"}
 NUMBERS = [
     Row(command, [f"--{name}={value}"], f"--{name}")
     for command, names in NUMERIC.items() for name in names.split()
     for value in ("0", "-1", "nan", "inf", "-inf", "1e99", "", "many")
-    if name not in FINE.get(value, "").split()
-    and not (command == "train" and name in FINE_IN_TRAINING.get(value, "").split())]
+    if name not in FINE.get(value, "").split()]
 
 NO_PROMPTS = {"": "empty", " \n\t ": "empty", "a\x00": "control character", "\x1b[2J": "control character",
               "\ud800": "control character", "a" * 180_000: "180000 characters"}
 WORDS = [
     *[Row(command, [*before, prompt], word) for prompt, word in NO_PROMPTS.items()
-      for command, before in (("sample.py", []), ("noise_warp.py", []), ("rewards.py", ["@video.mp4"]))],
+      for command, before in (("sample.py", []), ("noise_warp.py", []), ("rewards.py", ["@video.mp4"]),
+                              ("walkthrough.py", []))],
     *[row for command in ("sample", "train", "metrics", "rewards", "depth", "validate")
       for row in each(command, "--device", ("gpu", "meta", "cuda:99", "cpu:x", "mps"), "--device")],
     *[Row(command, ["--nonsense=1"], "--nonsense") for command in (
@@ -137,7 +133,8 @@ WORDS = [
         ("train", "--parallel"), ("train", "--dtype"), ("train", "--preset"), ("metrics", "--split"),
         ("metrics", "--lpips"), ("rewards", "--lpips"), ("bench.py", "--estimate"))
       for row in each(command, option, ["nonsense"], option)],
-    *each("train", "--name", ("", "a/b", "..", ".x", "/tmp/x", "a/"), "--name"),
+    *each("train", "--name", ("", "a/b", "..", ".x", "/tmp/x", "a/", "a\x00b"), "--name"),
+    *each("train", "--runs", ["@plain", "/proc/x"]),
     *calls("sample", "--released --no-transport -> --released", "--frames 6 -> --frames",
            "--height 24 -> --height", "--width 33 -> --width", "--negative '\x07' -> control character",
            "--frames 9997 --height 9984 --width 9984 -> --frames",
@@ -177,6 +174,7 @@ NO_FILES = ["@nowhere", "@hollow", "@bytes", "@fifo", "@hollow.txt", "@wan"]
 WRONG_KINDS = [
     *[row for command, option, right in (
         ("sample", "--model", "@wan"), ("sample", "--lora", None), ("metrics", "--model", "@wan"),
+        ("train", "--model", "@wan"),
         ("train", "--depth-anything", "@twins/depth_anything"), ("train", "--critic", "@twins/qwen3_vl"),
         ("preference", "--preference", "@twins/hpsv3"), ("depth", "--model", "@twins/depth_anything"))
       for folder in FOLDERS if folder != right for row in each(command, option, [folder], folder or "'")],
@@ -282,6 +280,8 @@ BREAKS = [
     ("sample", "wan", "transformer/config.json", [*NO_JSON, *OBJECT, *entries(
         'num_layers=1000000 num_layers=0 num_layers=1e99 num_attention_heads="2" attention_head_dim=25 '
         'ffn_dim=1000000 in_channels=-4 text_dim=100000 patch_size=[1,2] patch_size=[0,2,2] freq_dim=255')]),
+    ("train", "wan", "transformer/config.json", [a_pipe, cut]),
+    ("train", "wan", TRANSFORMER, [a_pipe, cut], "@broken/transformer"),
     ("sample", "wan", "vae/config.json", [*NO_JSON, *OBJECT, *entries(
         'z_dim=100000 base_dim="x" dim_mult=[] latents_mean=[0] latents_std=[0,0,0,0] latents_std=["a"] '
         'num_res_blocks=1000000 temperal_downsample=[true] dim_mult=[1000000,1000000,1000000,1000000]')]),
