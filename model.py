@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video (arXiv 2503.20314): causal 3D VAE, diffusion transformer, UMT5 text encoder.
+"""Wan2.1 text-to-video (arXiv 2503.20314): causal 3D VAE, diffusion transformer, and the loading of both.
 
     wan = load_wan("tiny/wan")                # or a hub id, or a folder in either published layout
     x0 = wan.vae.encode(video)                # (B, F, 3, H, W) in [0, 1] -> (B, 16, T, h, w), T = 1 + (F-1)/4
@@ -9,27 +9,26 @@ Module names follow the Diffusers checkpoints; `original_dit_key` and its like m
 original release, so both layouts load. What is Wan's keeps Wan's names (patch_embedding, scale_shift_table =
 modulation). What makes these models fast, apart from what they are, stands in fast.py.
 
-Left out: image-to-video branches (img_emb, add_k_proj), Wan2.2's residual VAE, tiling (decoding streams over
-time instead). The text encoder is transformers' UMT5EncoderModel: it is frozen here and well kept there.
+The text encoder stands in texts.py. Left out: image-to-video branches (img_emb, add_k_proj), Wan2.2's
+residual VAE, tiling (decoding streams over time instead).
 """
 
 import functools
-import html
 import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Callable
 
-import ftfy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from fast import conv3d, padding_bias, rms_norm, upsampled_conv
-from weights import (Positive, Size, config_from, described, fill, match_tensors, model_folder, open_tensors,
-                     read_json, weight_files)
+from texts import WAN, WAN_FILES, encode_text, load_text, text_part, tokenizer_folder
+from weights import (Positive, Size, checked, config_from, described, fill, model_folder, read_json, renamed,
+                     weight_files)
 
 # ============================================================================================================
 # Causal 3D VAE.  Stride 4x8x8 in (time, height, width), 16 channels.
@@ -609,14 +608,7 @@ class DiT(nn.Module):
 # Models are built on the meta device and filled tensor by tensor, each read into its device and dtype.
 # ============================================================================================================
 
-WAN = "a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B"
 ORIGINAL_VAE = "Wan2.1_VAE.pth"
-ORIGINAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
-TEXT_LENGTH = 512  # tokens the text is padded to; it matters, as cross-attention sees the padding
-UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                relative_attention_num_buckets=32, relative_attention_max_distance=128,
-                feed_forward_proj="gated-gelu", dropout_rate=0.0, layer_norm_epsilon=1e-6)
-
 # Pattern in our name (= Diffusers' or transformers'): what the original release has there. Applied in order.
 ORIGINAL_DIT_NAMES = {
     r"^condition_embedder\.(time|text)_embedder\.linear_1": r"\1_embedding.0",
@@ -649,26 +641,6 @@ ORIGINAL_VAE_NAMES = {
     r"(\.\d+)\.norm2\.": r"\1.residual.3.",
     r"(samples\.\d+|middle\.\d+)\.conv2\.": r"\1.residual.6.",
 }
-ORIGINAL_TEXT_NAMES = {
-    r"^shared\.weight": "token_embedding.weight",
-    r"^encoder\.final_layer_norm": "norm",
-    r"^encoder\.block": "blocks",
-    r"layer\.0\.layer_norm": "norm1",
-    r"layer\.1\.layer_norm": "norm2",
-    r"layer\.0\.SelfAttention\.relative_attention_bias": "pos_embedding.embedding",
-    r"layer\.0\.SelfAttention": "attn",
-    r"layer\.1\.DenseReluDense\.wi_0": "ffn.gate.0",
-    r"layer\.1\.DenseReluDense\.wi_1": "ffn.fc1",
-    r"layer\.1\.DenseReluDense\.wo": "ffn.fc2",
-}
-
-
-def renamed(names, key):
-    for ours, theirs in names.items():
-        key = re.sub(ours, theirs, key)
-    return key
-
-
 def original_vae_key(key):
     """A VAE parameter's name in the original release, where the decoder's levels are one flat list."""
     def index(match):
@@ -680,9 +652,8 @@ def original_vae_key(key):
     return renamed(ORIGINAL_VAE_NAMES, key)
 
 
-# A DiT or UMT5 parameter's name in the original release, from ours.
+# A DiT parameter's name in the original release, from ours.
 original_dit_key = functools.partial(renamed, ORIGINAL_DIT_NAMES)
-original_text_key = functools.partial(renamed, ORIGINAL_TEXT_NAMES)
 
 
 def _inside(folder, name):
@@ -742,88 +713,16 @@ def _vae_part(folder):
     return described(functools.partial(VAE, config), files, file), files, rename
 
 
-def _text_part(folder):
-    """-> (config, its file, weight files, rename) of the text encoder in a model folder of either layout."""
-    diffusers = folder / "text_encoder"
-    if diffusers.is_dir():
-        file, rename = diffusers / "config.json", str
-        config, files = read_json(file), weight_files(diffusers, "model")
-    else:
-        config, file, rename = UMT5_XXL, folder / ORIGINAL_TEXT, original_text_key
-        files = [file]
-    open_tensors(files)  # broken files are named before the slow import
-    return config, file, files, rename
-
-
-def _tokenizer_folder(folder):
-    name = "tokenizer" if (folder / "text_encoder").is_dir() else "google/umt5-xxl"
-    if not (folder / name).is_dir():
-        raise ValueError(f"{folder} lacks the tokenizer folder {name}; download the checkpoint again")
-    return folder / name
-
-
-def _tokenizer(folder, words):
-    """The tokenizer in a folder, for an encoder of so many words. No code in the folder is run."""
-    import transformers
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
-                                                               local_files_only=True)
-    except Exception as e:
-        reason = str(e).strip().split("\n")[0][:160]
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); "
-                         "download the checkpoint again") from None
-    if len(tokenizer) > words or tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer in {folder} has {len(tokenizer)} words, padding "
-                         f"{tokenizer.pad_token}, the text encoder {words}; they are not of one checkpoint: "
-                         "download it again")
-    return tokenizer
-
-
-def _checked(model, files, rename, device, dtype):
-    """The arguments for `fill`, once every tensor is known to be there."""
-    return model, match_tensors(model, files, rename, device), device, dtype
-
-
 def load_dit(path, device="cpu", dtype=torch.float32):
     """DiT from a model folder (either layout), its transformer folder, or a hub id."""
     part = _dit_part(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"], WAN))
-    return fill(*_checked(*part, device, dtype))
+    return fill(*checked(*part, device, dtype))
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """VAE from a model folder (either layout), its vae folder, a .pth file, or a hub id."""
     part = _vae_part(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE], WAN))
-    return fill(*_checked(*part, device, dtype))
-
-
-def clean_prompt(text):
-    """Wan's text cleaning: ftfy, HTML entities twice, white space collapsed."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def spelled_out(tokenizer, text):
-    """-> the text with a space in what is a special token: "</s>" in a prompt is not the prompt's end.
-
-    The tokenizers' own split_special_tokens would not do: UMT5's vocabulary holds these words as well.
-    """
-    marks = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values())
-    return re.sub(f"(?i)(?=(?:{marks})).", r"\g<0> ", text)
-
-
-@torch.no_grad()
-def encode_text(text_encoder, tokenizer, prompts):
-    """Prompts (a list of B strings) -> embeddings (B, 512, D), padding zeroed.
-
-    The encoder runs at the longest prompt's length: masked padding cannot change the tokens before it.
-    """
-    texts = [spelled_out(tokenizer, clean_prompt(prompt)) for prompt in prompts]
-    tokens = tokenizer(texts, padding="longest", truncation=True, max_length=TEXT_LENGTH,
-                       return_attention_mask=True, return_tensors="pt")
-    device = text_encoder.device
-    mask = tokens.attention_mask.to(device)  # (B, L)
-    text = text_encoder(tokens.input_ids.to(device), mask).last_hidden_state * mask.unsqueeze(-1)
-    return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
+    return fill(*checked(*part, device, dtype))
 
 
 @dataclass
@@ -849,30 +748,6 @@ class Wan:
         return text.to(self.device)
 
 
-WAN_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"]
-
-
-def text_files(path):
-    """-> the files that decide what a prompt's embedding is: the text encoder's and the tokenizer's."""
-    folder = model_folder(path, WAN_FILES, WAN)
-    _, _, files, _ = _text_part(folder)
-    return [*files, *(file for file in _tokenizer_folder(folder).iterdir() if file.is_file())]
-
-
-def load_text(path, device="cpu", dtype=torch.float32):
-    """-> text encoder and tokenizer of a model folder (either layout), or a hub id."""
-    folder = model_folder(path, WAN_FILES, WAN)
-    config, file, files, rename = _text_part(folder)
-    import transformers
-
-    def encoder():
-        return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
-
-    part = _checked(described(encoder, files, file), files, rename, device, dtype)
-    tokenizer = _tokenizer(_tokenizer_folder(folder), part[0].config.vocab_size)
-    return fill(*part), tokenizer
-
-
 @dataclass
 class Scheduler:
     """scheduler_config.json: the noise schedule's shift, by the name that UniPC or flow matching gives it."""
@@ -895,11 +770,11 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
                          f"nor {ORIGINAL_VAE} (original layout); give {WAN}")
 
     # Check every part by its files' headers.
-    checked = [_checked(*_dit_part(folder), device, dtype),
-               _checked(*_vae_part(folder), device, torch.float32)]
-    text_config, *_ = _text_part(folder)
-    _tokenizer_folder(folder)
-    (dit, *_), (vae, *_) = checked
+    parts = [checked(*_dit_part(folder), device, dtype),
+             checked(*_vae_part(folder), device, torch.float32)]
+    text_config, *_ = text_part(folder)
+    tokenizer_folder(folder)
+    (dit, *_), (vae, *_) = parts
     for entry, takes, given in (("in_channels", dit.config.in_channels, vae.config.z_dim),
                                 ("text_dim", dit.config.text_dim, text_config.get("d_model"))):
         if takes != given:
@@ -910,6 +785,6 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json", Scheduler)
 
     # Read the weights.
-    parts = load_text(folder, device, dtype) if text else (None, None)
-    dit, vae = [fill(*part) for part in checked]
-    return Wan(dit, vae, *parts, scheduler.flow_shift or scheduler.shift)
+    encoder, tokenizer = load_text(folder, device, dtype) if text else (None, None)
+    dit, vae = [fill(*part) for part in parts]
+    return Wan(dit, vae, encoder, tokenizer, scheduler.flow_shift or scheduler.shift)

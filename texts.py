@@ -1,26 +1,152 @@
-"""Prompts' embeddings, encoded once and kept on disk: training needs the text encoder (11 GB for Wan2.1) for
-minutes, not for days.
+"""Prompts become embeddings: Wan2.1's UMT5 text encoder, loaded from either layout, and what it said kept on
+disk.
+
+    encoder, tokenizer = load_text("tiny/wan")
+    text = encode_text(encoder, tokenizer, prompts)      # (B, 512, D)
 
     texts = TextCache("Wan-AI/Wan2.1-T2V-1.3B", Path("runs/.texts"), "cuda", torch.bfloat16)
     texts.encode(prompts)            # those that are not there: the encoder is loaded for them, and dropped
     wan.texts = texts                # then wan.encode_text(prompts) reads them
 
-A file holds one prompt's tokens without padding. Its name is a digest of prompt, dtype and the encoder's files
-(name, size, time of change): another encoder never answers for this one. Left out: clearing the folder.
+Training needs the encoder (11 GB for Wan2.1) for minutes, not for days. A file of the cache holds one
+prompt's tokens without padding. Its name is a digest of prompt, dtype and the encoder's files (name, size,
+time of change): another encoder never answers for this one. The encoder is transformers' UMT5EncoderModel: it
+is frozen here and well kept there. Left out: clearing the cache.
 """
 
 import contextlib
+import functools
 import hashlib
+import html
+import re
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model import TEXT_LENGTH, encode_text, load_text, text_files
-from weights import written_whole
+from weights import (checked, described, fill, model_folder, open_tensors, read_json, renamed, weight_files,
+                     written_whole)
 
+WAN = "a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B"
+WAN_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"]
+ORIGINAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
+TEXT_LENGTH = 512  # tokens the text is padded to; it matters, as cross-attention sees the padding
+UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                relative_attention_num_buckets=32, relative_attention_max_distance=128,
+                feed_forward_proj="gated-gelu", dropout_rate=0.0, layer_norm_epsilon=1e-6)
+
+# Pattern in our name (= transformers'): what the original release has there. Applied in order.
+ORIGINAL_TEXT_NAMES = {
+    r"^shared\.weight": "token_embedding.weight",
+    r"^encoder\.final_layer_norm": "norm",
+    r"^encoder\.block": "blocks",
+    r"layer\.0\.layer_norm": "norm1",
+    r"layer\.1\.layer_norm": "norm2",
+    r"layer\.0\.SelfAttention\.relative_attention_bias": "pos_embedding.embedding",
+    r"layer\.0\.SelfAttention": "attn",
+    r"layer\.1\.DenseReluDense\.wi_0": "ffn.gate.0",
+    r"layer\.1\.DenseReluDense\.wi_1": "ffn.fc1",
+    r"layer\.1\.DenseReluDense\.wo": "ffn.fc2",
+}
+original_text_key = functools.partial(renamed, ORIGINAL_TEXT_NAMES)
+
+
+# ----------------------------------------------------------------------------------------------------- loading
+
+def text_part(folder):
+    """-> (config, its file, weight files, rename) of the text encoder in a model folder of either layout."""
+    diffusers = folder / "text_encoder"
+    if diffusers.is_dir():
+        file, rename = diffusers / "config.json", str
+        config, files = read_json(file), weight_files(diffusers, "model")
+    else:
+        config, file, rename = UMT5_XXL, folder / ORIGINAL_TEXT, original_text_key
+        files = [file]
+    open_tensors(files)  # broken files are named before the slow import
+    return config, file, files, rename
+
+
+def tokenizer_folder(folder):
+    name = "tokenizer" if (folder / "text_encoder").is_dir() else "google/umt5-xxl"
+    if not (folder / name).is_dir():
+        raise ValueError(f"{folder} lacks the tokenizer folder {name}; download the checkpoint again")
+    return folder / name
+
+
+def _tokenizer(folder, words):
+    """The tokenizer in a folder, for an encoder of so many words. No code in the folder is run."""
+    import transformers
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
+                                                               local_files_only=True)
+    except Exception as e:
+        reason = str(e).strip().split("\n")[0][:160]
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); "
+                         "download the checkpoint again") from None
+    if len(tokenizer) > words or tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer in {folder} has {len(tokenizer)} words, padding "
+                         f"{tokenizer.pad_token}, the text encoder {words}; they are not of one checkpoint: "
+                         "download it again")
+    return tokenizer
+
+
+def text_files(path):
+    """-> the files that decide what a prompt's embedding is: the text encoder's and the tokenizer's."""
+    folder = model_folder(path, WAN_FILES, WAN)
+    _, _, files, _ = text_part(folder)
+    return [*files, *(file for file in tokenizer_folder(folder).iterdir() if file.is_file())]
+
+
+def load_text(path, device="cpu", dtype=torch.float32):
+    """-> text encoder and tokenizer of a model folder (either layout), or a hub id."""
+    folder = model_folder(path, WAN_FILES, WAN)
+    config, file, files, rename = text_part(folder)
+    import transformers
+
+    def encoder():
+        return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
+
+    part = checked(described(encoder, files, file), files, rename, device, dtype)
+    tokenizer = _tokenizer(tokenizer_folder(folder), part[0].config.vocab_size)
+    return fill(*part), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+def clean_prompt(text):
+    """Wan's text cleaning: ftfy, HTML entities twice, white space collapsed."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def spelled_out(tokenizer, text):
+    """-> the text with a space in what is a special token: "</s>" in a prompt is not the prompt's end.
+
+    The tokenizers' own split_special_tokens would not do: UMT5's vocabulary holds these words as well.
+    """
+    marks = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values())
+    return re.sub(f"(?i)(?=(?:{marks})).", r"\g<0> ", text)
+
+
+@torch.no_grad()
+def encode_text(text_encoder, tokenizer, prompts):
+    """Prompts (a list of B strings) -> embeddings (B, 512, D), padding zeroed.
+
+    The encoder runs at the longest prompt's length: masked padding cannot change the tokens before it.
+    """
+    texts = [spelled_out(tokenizer, clean_prompt(prompt)) for prompt in prompts]
+    tokens = tokenizer(texts, padding="longest", truncation=True, max_length=TEXT_LENGTH,
+                       return_attention_mask=True, return_tensors="pt")
+    device = text_encoder.device
+    mask = tokens.attention_mask.to(device)  # (B, L)
+    text = text_encoder(tokens.input_ids.to(device), mask).last_hidden_state * mask.unsqueeze(-1)
+    return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
+
+
+# ------------------------------------------------------------------------------------------------ kept on disk
 
 class TextCache:
     """prompt -> embedding (1, 512, D), padding zeroed, as the encoder gives it: to the bit."""

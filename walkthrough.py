@@ -34,7 +34,7 @@ import splat
 from depth_anything import DepthAnything3, colour_depth, gaussians_of
 from grpo import Batch, advantages, kl, rollout, standardise, surrogate
 from lora import LoRALinear, lora_file
-from model import VAE, Block, DiT, clean_prompt, encode_text, load_text
+from model import VAE, Block, DiT
 from noise_warp import (camera_path, draw_paths, latent_noise, parse_motion, path_flow, rotation_angle,
                         transport_noise)
 from policy import Policy
@@ -44,6 +44,7 @@ from rewards import TERMS, Clip, combine, paths_in_depths
 from run import Processes
 from sample import (as_bytes, check_writable, decode_videos, euler, initial_noise, log_prob, sigmas, spread,
                     transition, write_video)
+from texts import clean_prompt, encode_text, load_text
 from train import (Config, check, compare, drawn, learning_rate, own_rewards, own_sampling, parse_arguments,
                    policy_loss, roll_out, step_window)
 from weights import TINY, write_text, written_whole

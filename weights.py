@@ -179,6 +179,13 @@ def weight_files(folder, stem):
 
 # ----------------------------------------------------------------------------- tensors, checked and then read
 
+def renamed(names, key):
+    """A tensor's name after all replacements {pattern: text}, in order."""
+    for ours, theirs in names.items():
+        key = re.sub(ours, theirs, key)
+    return key
+
+
 def open_tensors(files, device="cpu"):
     """{name: (shape, read)} of safetensors or .pth files, by their headers alone; read() loads one tensor."""
     tensors = {}
@@ -288,6 +295,11 @@ def match_tensors(model, files, rename, device="cpu", unused=frozenset()):
             raise ValueError(f"{where}: tensor {name} has shape {shape}, the config asks for {expected}; "
                              "download the checkpoint again")
     return {key: found[name][1] for key, name in names.items()}
+
+
+def checked(model, files, rename, device, dtype):
+    """The arguments for `fill`, once every tensor is known to be there."""
+    return model, match_tensors(model, files, rename, device), device, dtype
 
 
 def fill(model, reads, device, dtype):

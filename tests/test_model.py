@@ -9,6 +9,7 @@ from conftest import DIT, ROOT, VAE_, randomise
 from safetensors.torch import save_file
 
 import model
+import texts
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
 
 
@@ -219,7 +220,7 @@ def test_original_vae_layout_is_accounted_for():
 def test_original_text_layout_is_accounted_for():
     import transformers
     with torch.device("meta"):
-        text = transformers.UMT5EncoderModel(transformers.UMT5Config(**model.UMT5_XXL))
+        text = transformers.UMT5EncoderModel(transformers.UMT5Config(**texts.UMT5_XXL))
     names = {"token_embedding.weight": (256384, 4096), "norm.weight": (4096,)}
     for i in range(24):
         for part in "qkvo":
@@ -231,7 +232,7 @@ def test_original_text_layout_is_accounted_for():
         names[f"blocks.{i}.ffn.fc1.weight"] = (10240, 4096)
         names[f"blocks.{i}.ffn.fc2.weight"] = (4096, 10240)
     state = {k: v for k, v in text.state_dict().items() if k != "encoder.embed_tokens.weight"}
-    assert {model.original_text_key(k): tuple(v.shape) for k, v in state.items()} == names
+    assert {texts.original_text_key(k): tuple(v.shape) for k, v in state.items()} == names
 
 
 def as_original(checkpoint, folder, monkeypatch):
@@ -249,13 +250,13 @@ def as_original(checkpoint, folder, monkeypatch):
 
     save_file(state(wan.dit, model.original_dit_key), folder / "diffusion_pytorch_model.safetensors")
     torch.save(state(wan.vae, model.original_vae_key), folder / "Wan2.1_VAE.pth")
-    torch.save(state(wan.text_encoder, model.original_text_key), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(state(wan.text_encoder, texts.original_text_key), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     shutil.copytree(checkpoint / "tokenizer", folder / "google" / "umt5-xxl")
 
     # The original layout has no config of its VAE and text encoder: they are the released ones, here small.
     small = wan.text_encoder.config.to_dict()
     make = VAEConfig.__init__
-    monkeypatch.setattr(model, "UMT5_XXL", {k: small[k] for k in model.UMT5_XXL})
+    monkeypatch.setattr(texts, "UMT5_XXL", {k: small[k] for k in texts.UMT5_XXL})
     monkeypatch.setattr(model.VAEConfig, "__init__", lambda self, **k: make(self, **{**VAE_, **k}))
     return wan
 
@@ -279,7 +280,7 @@ def test_text_embedding_is_padded_with_zeros_and_cleaned(checkpoint):
     lengths = text.abs().sum(-1).ne(0).sum(-1).tolist()
     assert lengths == [4, 8]  # words and </s>; the unknown '&' vanishes at the tokenizer's split
     assert torch.allclose(wan.encode_text(["a red & box"])[0], text[0], atol=1e-5)
-    assert model.clean_prompt("a &amp;lt;b \n  c ") == "a <b c"
+    assert texts.clean_prompt("a &amp;lt;b \n  c ") == "a <b c"
 
 
 @pytest.mark.parametrize("special, spelled", [
@@ -287,7 +288,7 @@ def test_text_embedding_is_padded_with_zeros_and_cleaned(checkpoint):
 def test_special_tokens_in_a_prompt_are_text(checkpoint, special, spelled):
     """A prompt cannot end itself early, nor be padded from within."""
     wan = load_wan(checkpoint)
-    text = model.spelled_out(wan.tokenizer, f"a red {special} box")
+    text = texts.spelled_out(wan.tokenizer, f"a red {special} box")
     assert text == f"a red {spelled} box"
     ids = wan.tokenizer(text).input_ids
     assert wan.tokenizer.pad_token_id not in ids

@@ -92,5 +92,6 @@ def test_what_is_not_trained_yet_is_an_error_by_name(tmp_path, capsys):
         trained(tmp_path, "vae")
     assert main(["data", "--run", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("tiny: ")
-    assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds nothing that is trained" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

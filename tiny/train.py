@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lora import add_lora, lora_weights
-from model import (TEXT_LENGTH, VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan,
-                   load_wan)
+from model import VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
 from sample import contact_sheet, generator, psnr, sample
+from texts import TEXT_LENGTH
 from tiny.world import caption, corrupt, random_motions, random_scene, random_scenes, render, render_all
 from weights import TINY, read_json, write_json, written_whole
 
