@@ -54,7 +54,7 @@ ORIGINAL_TEXT_NAMES = {
 original_text_key = functools.partial(renamed, ORIGINAL_TEXT_NAMES)
 
 
-# ----------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------- loading
 
 def text_part(folder):
     """-> (config, its file, weight files, rename) of the text encoder in a model folder of either layout."""
@@ -114,7 +114,7 @@ def load_text(path, device="cpu", dtype=torch.float32):
     return fill(*part), tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
+# --------------------------------------------------------------------------------------------------- encoding
 
 def clean_prompt(text):
     """Wan's text cleaning: ftfy, HTML entities twice, white space collapsed."""
@@ -146,7 +146,7 @@ def encode_text(text_encoder, tokenizer, prompts):
     return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
 
 
-# ------------------------------------------------------------------------------------------------ kept on disk
+# ----------------------------------------------------------------------------------------------- kept on disk
 
 class TextCache:
     """prompt -> embedding (1, 512, D), padding zeroed, as the encoder gives it: to the bit."""
