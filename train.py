@@ -172,7 +172,7 @@ PRESETS = {  # "ours" in the tiny one: measured, docs/learning_proof.md
         lora=str(TINY / "web"),  # ours: a base with the faults of web videos
         groups=4, shared=True, noisy_steps=3,  # ours
         standardise=True, pooled=True, weights=dict(recon=2.0),  # ours: the paper sums plainly
-        lr=5e-4, ema_decay=.95, ema_every=1,  # ours
+        lr=5e-4, decay=.5, ema_decay=.95, ema_every=1,  # ours
         total_steps=96, main_steps=20, dynamic_steps=4, eval_every=24),  # ours
     "small": REAL,
     "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers",  # paper
