@@ -86,7 +86,7 @@ CELLS |= {name: Cell("choices", options) for name, options in CHOICES.items()}
 
 # -------------------------------------------------------------------------------------------------- a result
 
-VALUES = ("psnr", "ssim", "lpips", "psnr_held_out", "rot_err", "trans_err", *REWARDS)
+VALUES = ("psnr", "ssim", "lpips", "psnr_held_out", "rot_err", "trans_err", "epipolar", *REWARDS)
 KINDS = ("no moving object", "one moving object", "two moving objects")
 
 
@@ -259,6 +259,7 @@ COLUMNS = {  # title -> set, metric
     "TransErr": ("test", "trans_err"),
     **{term.label: ("test", f"reward_{name}") for name, term in TERMS.items()},
     "R_3D": ("test", "three_d"),
+    "epipolar error": ("test", "epipolar"),
     "motion, dynamic prompts": ("dynamic", "motion"),
     **{f"probe: {name}": ("probe", name) for name in ("objects", "motion", "all")},
     "re-projection": ("probe", "4 frames"),

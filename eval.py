@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import shutil
@@ -42,7 +43,8 @@ from noise_warp import camera_path, parse_motion, relative_to_first, rotation_an
 from prompts import SPLITS, read_prompts, read_rows
 from rewards import (MASKED, TERMS, add_reward_options, is_fault, lpips_distance, motion_magnitude,
                      native_intrinsics, rewards_of)
-from sample import check_size, check_writable, psnr, read_video, sample_videos, sampling_of, write_video
+from sample import (as_bytes, check_size, check_writable, psnr, read_video, sample_videos, sampling_of,
+                    write_video)
 from weights import TINY, from_json, read_bytes, read_json, write_json
 
 
@@ -165,6 +167,62 @@ def rerender(rec, video, shown=None):
     return reconstructed, (rendered.cpu(), video[middle])
 
 
+# ------------------------------------------------------------------ rigidity, by a judge of no reward's kind
+
+def epipolar_error(video, gap=4, size=256, reach=8.0):
+    """How far points move off the epipolar lines of one rigid world; video (F, 3, H, W) in [0, 1] -> float.
+
+    In pixels of a video `size` high, 0 to `reach`. Needs no prompt, no path and no model, and shares nothing
+    with the rewards: corners of every second frame t are tracked to t + gap and back (OpenCV's pyramidal
+    Lucas-Kanade), RANSAC fits a fundamental matrix F to the tracks, and each point costs its Sampson distance
+    |q' F p| / |(F p, F' q)|, at most `reach`. A track that is lost inside the picture, or does not come back
+    to within a pixel, costs `reach`: what vanishes or dissolves cannot be tracked. A camera that stands still
+    makes it small, so compare videos of the same camera motion. Mean over the pairs; a pair with fewer than
+    12 corners is left out. NaN where fewer than two pairs are left. ImportError without OpenCV.
+    """
+    import cv2  # only here: nothing else needs it
+    scale = size / video.shape[2]
+    pictures = []
+    for frame in as_bytes(video):  # (H, W, 3)
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        pictures.append(cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC))
+
+    errors = []
+    for t in range(0, len(pictures) - gap, 2):
+        here, there = pictures[t], pictures[t + gap]
+        corners = cv2.goodFeaturesToTrack(here, 400, qualityLevel=.005, minDistance=3)  # (N, 1, 2)
+        if corners is None or len(corners) < 12:
+            continue
+        window = dict(winSize=(15, 15), maxLevel=3)
+        moved, found, _ = cv2.calcOpticalFlowPyrLK(here, there, corners, None, **window)
+        back, found_again, _ = cv2.calcOpticalFlowPyrLK(there, here, moved, None, **window)
+        returned = np.linalg.norm(back - corners, axis=2)[:, 0] < 1
+        kept = found[:, 0].astype(bool) & found_again[:, 0].astype(bool) & returned
+        # what ends within half a tracking window of the border may have left the picture
+        low, high = 8, np.array(there.shape[::-1]) - 8
+        inside = ((moved[:, 0] > low) & (moved[:, 0] < high)).all(1)
+        lost = (inside & ~kept).sum()
+        if kept.sum() < 12:  # too few for a matrix
+            errors.append(reach)
+            continue
+        p, q = corners[kept, 0], moved[kept, 0]  # (n, 2)
+
+        cv2.setRNGSeed(0)  # of RANSAC: the same video has the same error
+        matrix, _ = cv2.findFundamentalMat(p, q, cv2.FM_RANSAC, 1.0, .999, 1000)
+        if matrix is None:  # no world explains the tracks
+            errors.append(reach)
+            continue
+        matrix = matrix[:3]  # of as few as seven points OpenCV gives up to three
+        p, q = (np.concatenate([points, np.ones((len(points), 1))], 1) for points in (p, q))
+        line_there, line_here = p @ matrix.T, q @ matrix  # (n, 3)
+        slopes = np.concatenate([line_there[:, :2], line_here[:, :2]], 1)
+        distance = np.abs((q * line_there).sum(1)) / np.linalg.norm(slopes, axis=1).clip(1e-12)
+        errors.append((distance.clip(max=reach).sum() + reach * lost) / (len(distance) + lost))
+    return float(np.mean(errors)) if len(errors) > 1 else math.nan
+
+
+# ---------------------------------------------------------------------------------------- all of one video
+
 @torch.no_grad()
 def measure(clip, rewards):
     """Every metric of a scored Clip beside its rewards -> {name: float}, NaN where it needs a failed term."""
@@ -193,6 +251,8 @@ def measure(clip, rewards):
     # the plain sum of the 3D terms, and how much moves by itself: a frozen scene is easy to reconstruct
     row["three_d"] = sum(clip.scores[name] for name, term in TERMS.items() if term.three_d)
     row["motion"] = motion_magnitude(video)
+    with contextlib.suppress(ImportError):  # OpenCV is optional
+        row["epipolar"] = epipolar_error(video)
     row["frames"] = len(rec.frames)
     return row
 
@@ -356,6 +416,8 @@ def metrics(a):
             print(f"{name:20} {value}")
         else:
             print(f"{name:20} {value[0]:10.4f}  [{value[1]:.4f}, {value[2]:.4f}]")
+    if importlib.util.find_spec("cv2") is None:
+        print("epipolar             not measured: it needs OpenCV, pip install opencv-python-headless")
     return 1 if about.failed or about.failed_terms else 0
 
 
@@ -435,9 +497,9 @@ TABLES = {  # title -> columns
     "3D consistency (re-render of the reconstruction)":
         ("psnr", "ssim", "lpips", "mvcs", "psnr_held_out", "ssim_held_out", "lpips_held_out"),
     "Camera control": ("rot_err", "trans_err", "cam_mc", "trans_err_rel", "cam_mc_rel"),
-    "Rewards and motion": REWARDS,
+    "Rewards, motion, epipolar error": (*REWARDS, "epipolar"),
 }
-CHANGES = ("psnr", "psnr_held_out", *REWARDS)
+CHANGES = ("psnr", "psnr_held_out", "epipolar", *REWARDS)
 MEAN = "{0[0]:.3f} [{0[1]:.3f}, {0[2]:.3f}]"  # mean, low, high
 CHANGE = "{0[0]:+.3f} [{0[1]:+.3f}, {0[2]:+.3f}] ({0[3]:.0%})"  # and the share that rose
 

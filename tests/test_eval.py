@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from eval import (camera_errors, changes, folder_videos, halfway, interval, main, measured_row, mvcs,
-                  new_folder, psnr, ssim, table, vbench)
+from eval import (camera_errors, changes, epipolar_error, folder_videos, halfway, interval, main,
+                  measured_row, mvcs, new_folder, psnr, ssim, table, vbench)
 from noise_warp import camera_path
 from prompts import read_prompts
 from rewards import TERMS
 from sample import sample_videos, sampling_of, write_video
-from tiny.world import intrinsics, random_scene, render
+from tiny.world import corrupt, intrinsics, random_scene, render
 from weights import TINY
 
 
@@ -190,6 +190,27 @@ def scored(judges, tmp_path_factory):
     prompts = str(folder / "prompts.txt")
     code = main(["metrics", "--videos", str(folder), "--prompts", prompts, "--out", str(out), *judges])
     return code, out, read_rows(out)
+
+
+@pytest.mark.parametrize("kind", ["warp", "morph", "swap"])
+def test_the_epipolar_error_rises_where_the_world_is_not_rigid(kind):
+    scenes = [random_scene("epipolar", "static", i) for i in range(4)]
+    errors = [[epipolar_error(corrupt(scene, kind, strength, i)) for i, scene in enumerate(scenes)]
+              for strength in (0, .5, 1)]
+    whole, half, broken = np.mean(errors, 1)
+    assert whole < half
+    assert whole < broken
+
+
+def test_the_epipolar_error_needs_no_camera_and_repeats():
+    video = render(random_scene("epipolar", "static", 1))["video"]
+    error = epipolar_error(video)
+    assert 0 < error < 8
+    assert epipolar_error(video.clone()) == error
+    assert epipolar_error(torch.rand(17, 3, 64, 64, generator=torch.Generator().manual_seed(0))) > 6
+    assert math.isnan(epipolar_error(torch.zeros(17, 3, 64, 64)))  # nothing to track
+    assert math.isnan(epipolar_error(video[:5]))  # one pair
+
 
 
 def test_bad_videos_are_rows_that_say_why(scored):
