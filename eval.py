@@ -1,9 +1,9 @@
 """Evaluation: the metrics of any folder of videos, and the paper's tables.
 
-    python eval.py metrics --num 100 --out results/base                       the tiny model's samples, scored
-    python eval.py metrics --num 100 --lora runs/tiny --out results/rl        same prompts and seeds, trained
-    python eval.py metrics --videos DIR --prompts FILE --out results/x        anybody's mp4s
-    python eval.py table --runs base=results/base rl=results/rl               the paper's tables
+    python eval.py metrics --num 100 --out runs/scores/base                   the tiny model's samples, scored
+    python eval.py metrics --num 100 --lora runs/tiny --out runs/scores/rl    same prompts and seeds, trained
+    python eval.py metrics --videos DIR --prompts FILE --out runs/scores/x    anybody's mp4s
+    python eval.py table --runs base=runs/scores/base rl=runs/scores/rl       the paper's tables
 
 A results folder holds metrics.jsonl (a row a video), summary.json (means with intervals) and, of a sampled
 model, videos/. It is whole or not there: a call works in .NAME.part beside it, which it renames at its end,
@@ -371,7 +371,7 @@ def check(a):
 
 @contextlib.contextmanager
 def new_folder(out):
-    """with new_folder("results/x") as part: the folder `part` that the block makes is at `out` when it ends.
+    """with new_folder("runs/x") as part: the folder `part` that the block makes is at `out` when it ends.
 
     What is at `out` before is never replaced: ValueError, as where nothing can be written. A stopped block
     leaves `part`, .NAME.part beside `out`, and the next one begins it anew.
@@ -623,7 +623,7 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     add("--frames", type=int, help="4k+1; default: the model's")
     add("--no-transport", dest="transport", action="store_false", help="noise that follows no camera path")
-    add("--out", type=Path, default=Path("results"), help="the results folder, which must be new")
+    add("--out", type=Path, default=Path("runs/metrics"), help="the results folder, which must be new")
     add_reward_options(metrics_parser, views=9)
 
     table_parser = commands.add_parser("table", help="the paper's tables from results folders")
@@ -634,7 +634,7 @@ def main(argv=None):
         if a.command == "metrics":
             return metrics(a)
         if not all("=" in run for run in a.runs):
-            raise ValueError("--runs takes LABEL=FOLDER, such as base=results/base")
+            raise ValueError("--runs takes LABEL=FOLDER, such as base=runs/scores/base")
         runs = dict(run.split("=", 1) for run in a.runs)
         if len(runs) < len(a.runs):
             raise ValueError("--runs holds a label twice; give each folder its own")
