@@ -442,6 +442,9 @@ def estimate(preset, gpus=None, options=()):
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     c = training_arguments(["--preset", preset, *options])
+    batches = c.groups * c.members // (c.batch or c.members)
+    if gpus > batches:  # it would count idle GPUs, for hours where there are millions
+        raise ValueError(f"--gpus must be at most {batches}, the batches of a step, got {gpus}")
     check_training(c, gpus)
     if c.full:
         raise ValueError("the estimate counts LoRA training alone; leave out --full")

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from weights import config_from, read_json, to_disk, write_json, write_text
+from prompts import SPLITS
+from weights import config_from, read_bytes, read_json, to_disk, write_json, write_text
 
 # -------------------------------------------------------------------------------------------------- processes
 
@@ -99,7 +100,7 @@ def flat(config):
 
 def open_run(c, processes):
     """-> the folder runs/NAME, locked if it is there. Nothing is written yet: `begin_run` does. ValueError if
-    it holds another configuration, or more steps than are asked for."""
+    it holds another configuration, other prompts, or more steps than are asked for."""
     folder = Path(c.runs) / c.name
     config, checkpoints = folder / "config.json", checkpoints_of(folder / "checkpoints")
     if checkpoints and not config.exists():
@@ -122,6 +123,10 @@ def open_run(c, processes):
             if name not in may_change and was != value:
                 raise ValueError(f"{folder} was started with --{name.replace('_', '-')} {was}, not {value}; "
                                  "choose another --name, or keep its settings")
+        # an older run did not keep it
+        if before.get("prompts_sha256", prompts_digest(c.prompts)) != prompts_digest(c.prompts):
+            raise ValueError(f"{c.prompts} has changed since {folder} was started with it, so --prompts would "
+                             "draw others; put the old contents back, or choose another --name")
     lock(folder, processes)
     return folder
 
@@ -132,7 +137,20 @@ def begin_run(c, folder, processes):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     lock(folder, processes)
     if processes.rank == 0:
-        write_json(folder / "config.json", dataclasses.asdict(c))
+        kept = dict(prompts_sha256=prompts_digest(c.prompts))
+        write_json(folder / "config.json", dataclasses.asdict(c) | kept)
+
+
+def prompts_digest(path):
+    """-> SHA-256 (hex) of a prompt file's bytes, or of the files that `read_prompts` reads in a folder."""
+    files = [Path(path)]
+    if files[0].is_dir():
+        names = [split + kind for split in SPLITS for kind in (".jsonl", ".txt")]
+        files = [files[0] / name for name in names if (files[0] / name).exists()]
+    sums = [hashlib.sha256(read_bytes(file)).hexdigest() for file in files]
+    if Path(path).is_dir():  # whose splits may not change places
+        sums = [hashlib.sha256(f"{[file.name for file in files]} {sums}".encode()).hexdigest()]
+    return sums[0]
 
 
 def lock(folder, processes):
@@ -189,10 +207,15 @@ def in_words(stretches):
 
 
 def drop_lines(file, steps):
-    """Drops the lines of steps that are to be done again, and what is no line. -> the rows that are left."""
+    """Drops the lines of steps that are to be done again, and what is no line; of a step that is there twice
+    the last line is kept, and that is said. -> the rows that are left."""
     if not file.exists():
         return []
-    kept = [row for row in read_lines(file) if row["step"] < steps]
+    rows = [row for row in read_lines(file) if row["step"] < steps]
+    kept = list({row["step"]: row for row in rows}.values())
+    if len(kept) < len(rows):
+        print(f"train.py: {file} had {len(rows) - len(kept)} further lines of steps that it has already; "
+              "the last of each step is kept", file=sys.stderr)
     write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
@@ -221,24 +244,35 @@ def digest(file):
 
 def save_checkpoint(policy, folder, step):
     """folder/step_N, N steps done: written under another name, checksummed, then renamed; only then are old
-    ones deleted."""
-    c, processes = policy.c, policy.processes
+    ones deleted. RuntimeError if that fails, as on a full disk; nothing half-written is left."""
     policy.check_finite()
-    final = folder / f"step_{step:06d}"
     part = folder / f".part_{step:06d}"
+    try:
+        write_checkpoint(policy, folder, part, step)
+    except (OSError, dcp.CheckpointException) as e:
+        if policy.processes.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        # torch keeps (error, stack) of each process, Ctrl-C too
+        error = next((error for error, _ in getattr(e, "failures", {}).values()), e)
+        if isinstance(error, KeyboardInterrupt):
+            raise error from None
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise RuntimeError(f"the checkpoint after step {step} could not be written to {folder} "
+                           f"({reason.splitlines()[0][:160]}); free some space: older ones are untouched, "
+                           "and the run goes on from them") from None
+
+
+def write_checkpoint(policy, folder, part, step):
+    """The work of `save_checkpoint`; part: the name it is written under."""
+    c, processes = policy.c, policy.processes
+    final = folder / f"step_{step:06d}"
     if processes.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     processes.wait()  # until the folder is there
 
     # every process writes its part
-    try:
-        dcp.save(policy.state(), checkpoint_id=part, no_dist=processes.world == 1)
-    except (OSError, dcp.CheckpointException) as e:
-        errors = [str(x) for x in (*getattr(e, "failures", {}).values(), e)]
-        reason = next((text for text in errors if text), type(e).__name__).splitlines()[0]
-        raise RuntimeError(f"the checkpoint after step {step} could not be written to {folder} ({reason}); "
-                           "older ones are untouched") from None
+    dcp.save(policy.state(), checkpoint_id=part, no_dist=processes.world == 1)
     processes.wait()  # until all files are written
 
     # sums and the new name come last, and older checkpoints go only then: a kill leaves the ones before

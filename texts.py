@@ -9,9 +9,9 @@ disk.
     wan.texts = texts                # then wan.encode_text(prompts) reads them
 
 Training needs the encoder (11 GB for Wan2.1) for minutes, not for days. A file of the cache holds one
-prompt's tokens without padding. Its name is a digest of prompt, dtype and the encoder's files (name, size,
-time of change): another encoder never answers for this one. The encoder is transformers' UMT5EncoderModel: it
-is frozen here and well kept there. Left out: clearing the cache.
+prompt's tokens without padding, and their checksum. Its name is a digest of prompt, dtype and the encoder's
+files (name, size, time of change): another encoder never answers for this one. The encoder is transformers'
+UMT5EncoderModel: it is frozen here and well kept there. Left out: clearing the cache.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ import re
 import ftfy
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from weights import (checked, described, fill, model_folder, open_tensors, read_json, renamed, weight_files,
@@ -171,17 +171,26 @@ class TextCache:
         for prompt in tqdm(missing, desc="encode prompts", unit="prompt", disable=not progress):
             text = encode_text(encoder, tokenizer, [prompt])[0]  # (512, D)
             tokens = int(text.ne(0).any(1).sum())
+            text = text[:tokens].contiguous()
             with written_whole(self.file(prompt)) as part:
-                save_file(dict(text=text[:tokens].contiguous()), part)
+                save_file(dict(text=text), part, metadata=dict(sha256=self.checksum(prompt, text)))
 
     def read(self, prompt):
-        """-> (tokens, D), or None where the file holds none."""
+        """-> (tokens, D), or None where the file holds none, or another than was written."""
         with contextlib.suppress(OSError, SafetensorError, KeyError):
-            text = load_file(self.file(prompt))["text"]
-            if text.dim() == 2 and len(text) <= TEXT_LENGTH and text.isfinite().all():
+            with safe_open(self.file(prompt), framework="pt") as file:
+                text, known = file.get_tensor("text"), (file.metadata() or {}).get("sha256")
+            if text.dim() == 2 and len(text) <= TEXT_LENGTH and known == self.checksum(prompt, text):
                 return text
 
+    def checksum(self, prompt, text):
+        """-> SHA-256 (hex) of an embedding (tokens, D) and of whose it is."""
+        whose = f"{self.file(prompt).stem} {text.dtype} {tuple(text.shape)} "
+        return hashlib.sha256(whose.encode() + text.cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+
     def __call__(self, prompt):
-        self.encode([prompt])
         text = self.read(prompt)  # (tokens, D)
+        if text is None:
+            self.encode([prompt])
+            text = self.read(prompt)
         return F.pad(text, (0, 0, 0, TEXT_LENGTH - len(text)))[None]

@@ -225,7 +225,8 @@ def parse_arguments(argv=None):
     sampling = own_sampling(c)
     for name in ("frames", "height", "width", "degradation"):
         setattr(c, name, getattr(sampling, name))
-    c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if c.device is None:
+        c.device = "cuda" if torch.cuda.is_available() else "cpu"
     c.dtype = c.dtype or ("bfloat16" if c.device.startswith("cuda") else "float32")
     return c
 
@@ -275,6 +276,8 @@ def check(c, world):
     if not c.name.isprintable() or not c.name or c.name.startswith(".") or Path(c.name).name != c.name:
         raise ValueError(f"--name must name a folder in --runs, without '/' and not beginning with '.', "
                          f"got '{c.name}'")
+    if len(os.fsencode(c.name)) > 255:  # file systems know no longer one
+        raise ValueError(f"--name must be at most 255 bytes long, got {len(os.fsencode(c.name))}; shorten it")
 
     # what must fit together
     check_size(c.frames, c.height, c.width)
@@ -693,6 +696,23 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
     return [row for _, row in rows]
 
 
+def ending(error, rank, world):
+    """What a process ends with after an error. -> exit status, and its line, None where rank 0 says it."""
+    status, reason = 2, str(error)
+    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if isinstance(error, KeyboardInterrupt):
+        status, reason = 130, "interrupted; start it again to go on from its newest checkpoint"
+    elif no_memory or "can't allocate memory" in reason:  # torch has no class for the CPU's
+        reason = ("out of memory; run fewer videos at once with a smaller --batch, or add "
+                  "--checkpointing or --offload")
+    if rank == 0:
+        return status, f"train.py: {reason}"
+    # a bad setting and Ctrl-C come to every process
+    if isinstance(error, (ValueError, KeyboardInterrupt)):
+        return status, None
+    return status, f"train.py: process {rank} of {world}: {reason}"
+
+
 def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     processes = None
@@ -701,13 +721,11 @@ def main(argv=None):
         check(c, world)
         processes = Processes(c.device, c.timeout)
         finished = train(c, processes)
-    except (ValueError, RuntimeError, OSError) as e:
-        # a bad setting is found by every process, and said once; write: not glued to the progress bar
-        if rank == 0:
-            tqdm.write(f"train.py: {e}", file=sys.stderr)
-        elif not isinstance(e, ValueError):
-            tqdm.write(f"train.py: process {rank} of {world}: {e}", file=sys.stderr)
-        return 2
+    except (ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as e:
+        status, line = ending(e, rank, world)
+        if line:
+            tqdm.write(line, file=sys.stderr)  # print would be glued to the progress bar
+        return status
     finally:
         if processes is not None:
             processes.close()

@@ -19,6 +19,7 @@ import functools
 import json
 import os
 import re
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,8 +43,8 @@ def written_whole(path):
     OSError is one sentence that names the file.
     """
     path = Path(path)
-    # In the same folder: a rename across disks would be a copy.
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    # In the same folder: a rename across disks would be a copy. Its own name: two runs share a text cache.
+    part = path.with_name(f".{path.stem}.part-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         if path.is_dir():  # a link to one would be replaced
             raise IsADirectoryError("it is a folder")

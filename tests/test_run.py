@@ -315,3 +315,47 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_left_out_on_all(argumen
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["skipped"] for row in metrics(tmp_path / "x")] == [0, 1, 0]
     assert all(values.isfinite().all() for values in weights(tmp_path / "x").values())
+
+
+def test_a_step_that_is_logged_twice_is_kept_once_and_said(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    for step, value in ((0, 1.0), (1, 2.0), (1, 3.0), (2, 4.0)):
+        append_line(file, dict(step=step, total=value))
+    assert [row["total"] for row in drop_lines(file, 3)] == [1.0, 3.0, 4.0]
+    assert "1 further lines" in capsys.readouterr().err
+    assert [row["step"] for row in read_lines(file)] == [0, 1, 2]
+
+
+def test_a_digest_of_prompts_knows_contents_not_names(tmp_path):
+    for name, text in (("a.txt", "one\n"), ("b.txt", "one\n"), ("c.txt", "two\n")):
+        (tmp_path / name).write_text(text)
+    one, same, other = [run.prompts_digest(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt")]
+    assert one == same != other
+
+    # of a folder: its splits, which may not change places
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.txt").write_text("one\n")
+    (folder / "test.txt").write_text("two\n")
+    before = run.prompts_digest(folder)
+    (folder / "train.txt").write_text("two\n")
+    (folder / "test.txt").write_text("one\n")
+    assert run.prompts_digest(folder) != before
+
+
+def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
+    """A run that was begun before digests were kept does."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("push_in one\n")
+    c = train.parse_arguments(["--name", "a", "--runs", str(tmp_path), "--prompts", str(prompts)])
+    alone = run.Processes("cpu", 1.0)
+    run.begin_run(c, tmp_path / "a", alone)
+    run.open_run(c, alone)
+    prompts.write_text("push_in two\n")
+    with pytest.raises(ValueError, match="has changed since"):
+        run.open_run(c, alone)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    del config["prompts_sha256"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    run.open_run(c, alone)
+    alone.close()

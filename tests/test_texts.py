@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import texts
 from model import load_wan
@@ -67,4 +68,12 @@ def test_padding_is_not_kept_on_disk(cache):
 def test_a_damaged_embedding_is_made_again(content, checkpoint, cache):
     expected = cache(PROMPTS[0])
     cache.file(PROMPTS[0]).write_bytes(content)
+    assert torch.equal(TextCache(checkpoint, cache.folder)(PROMPTS[0]), expected)
+
+
+def test_an_embedding_with_other_values_is_made_again(checkpoint, cache):
+    """A file that can be read, but is not what was written."""
+    expected = cache(PROMPTS[0])
+    changed = load_file(cache.file(PROMPTS[0]))["text"] + 1
+    save_file(dict(text=changed), cache.file(PROMPTS[0]))
     assert torch.equal(TextCache(checkpoint, cache.folder)(PROMPTS[0]), expected)

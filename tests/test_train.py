@@ -400,3 +400,25 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(arguments, t
     assert "holds NaN or infinite values" in capsys.readouterr().err
     assert not list((tmp_path / "ruined" / "checkpoints").glob("step_*"))
     assert not (tmp_path / "ruined" / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("error, rank, status, said", [
+    (ValueError("--lr must be ..."), 0, 2, "--lr must be"),
+    (ValueError("--lr must be ..."), 1, 2, None),  # rank 0 says it
+    (RuntimeError("lost"), 1, 2, "process 1 of 2: lost"),
+    (KeyboardInterrupt(), 0, 130, "start it again"),
+    (MemoryError(), 0, 2, "--batch"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, 2, "process 1 of 2: out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 0, 2, "--checkpointing")])
+def test_an_error_ends_in_one_line(error, rank, status, said):
+    found, line = train.ending(error, rank, 2)
+    assert found == status
+    assert line is None if said is None else said in line
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--name", "n" * 300], "at most 255 bytes"),
+    (["--device", ""], "--device")])
+def test_a_name_or_device_that_cannot_be_is_said(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        check(parse_arguments(arguments), 1)
