@@ -212,7 +212,6 @@ def test_short_commands_run_as_they_are_printed(command, copy):
 UNSOURCED = {
     "The method": "formulas",
     "Reading order": "lines are counted above",
-    "Does it learn?": "of a run from before results/ was kept; the text says so",
     "The real Wan": "arithmetic: checked against bench.py below",
 }
 
