@@ -125,8 +125,8 @@ def open_run(c, processes):
                                  "choose another --name, or keep its settings")
         # an older run did not keep it
         if before.get("prompts_sha256", prompts_digest(c.prompts)) != prompts_digest(c.prompts):
-            raise ValueError(f"{c.prompts} has changed since {folder} was started with it, so --prompts would "
-                             "draw others; put the old contents back, or choose another --name")
+            raise ValueError(f"{c.prompts} has changed since {folder} was started with it, so --prompts would"
+                             " draw others; put the old contents back, or choose another --name")
     lock(folder, processes)
     return folder
 
