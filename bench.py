@@ -442,10 +442,10 @@ def estimate(preset, gpus=None, options=()):
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     c = training_arguments(["--preset", preset, *options])
+    check_training(c, gpus)
     batches = c.groups * c.members // (c.batch or c.members)
     if gpus > batches:  # it would count idle GPUs, for hours where there are millions
         raise ValueError(f"--gpus must be at most {batches}, the batches of a step, got {gpus}")
-    check_training(c, gpus)
     if c.full:
         raise ValueError("the estimate counts LoRA training alone; leave out --full")
     config = DIT_SIZES["14B" if "14B" in c.model else "1.3B"]

@@ -142,3 +142,25 @@ def test_an_estimate_says_what_the_whole_run_takes(capsys, monkeypatch):
 def test_gpus_that_a_preset_cannot_use_are_one_sentence(gpus, message, capsys):
     assert bench.main(["--estimate", "large", "--gpus", gpus]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpus", ["-1", "0", "129", "100000000"])
+def test_more_gpus_than_batches_or_none_are_refused_at_once(gpus, capsys):
+    assert bench.main(["--estimate", "node", "--gpus", gpus]) == 2
+    most = "at least 1" if int(gpus) < 1 else "at most 128, the batches of a step"
+    assert capsys.readouterr().err == f"bench.py: --gpus must be {most}, got {gpus}\n"
+
+
+@pytest.mark.parametrize("gpus", ["1e8", "nan", "inf", "1.5"])
+def test_gpus_that_are_no_whole_number_are_an_argument_error(gpus, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--estimate", "node", "--gpus", gpus])
+    assert ended.value.code == 2
+    assert f"argument --gpus: invalid int value: '{gpus}'" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_is_said_before_batches_are_counted():
+    with pytest.raises(ValueError, match="--batch must be at least 1, got 0"):
+        bench.estimate("node", 8, ["--batch", "0"])
+    with pytest.raises(ValueError, match="--members must be a multiple of --batch"):
+        bench.estimate("node", 8, ["--batch", "500"])

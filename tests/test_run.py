@@ -4,9 +4,12 @@ import math
 import os
 import pickle
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from runs import largest_difference, metrics, newest_checkpoint, run_jobs, short
 
 import run
 import train
-from run import (append_line, checkpoints_of, drop_lines, fault_of, mean_of, newest_whole, read_lines,
-                 spread_in_groups)
+from run import (Processes, append_line, checkpoints_of, drop_lines, fault_of, mean_of, newest_whole,
+                 read_lines, save_checkpoint, spread_in_groups)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,48 @@ def test_a_full_disk_loses_no_older_checkpoint(arguments, whole, tmp_path):
     assert done.returncode == 2, done.stderr[-2000:]
     assert "train.py: the checkpoint after step 6 could not be written" in done.stderr, done.stderr[-2000:]
     assert all(file.exists() and file.read_bytes() == content for file, content in before.items())
+    assert not list((folder / "checkpoints").glob(".part*"))
+
+
+@pytest.mark.parametrize("limit", [100, 2000])
+def test_what_a_full_disk_leaves_of_a_checkpoint_is_removed(limit, tmp_path):
+    """The weights do not fit, or the manifest alone does not. One sentence; the next one can be written."""
+    state = dict(a=torch.zeros(10 if limit == 100 else 2000))
+    policy = SimpleNamespace(c=SimpleNamespace(keep=2), processes=Processes("cpu"), state=lambda: state,
+                             check_finite=lambda: None)
+    save_checkpoint(policy, tmp_path, 1)
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, allowed[1]))
+    try:
+        with pytest.raises(RuntimeError) as error:
+            save_checkpoint(policy, tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert str(error.value).startswith(f"the checkpoint after step 2 could not be written to {tmp_path} (")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["step_000001"]
+    save_checkpoint(policy, tmp_path, 2)
+    assert newest_whole(tmp_path).name == "step_000002"
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_full_disk(tmp_path):
+    """torch wraps it like any other error."""
+    def state():
+        return dict(a=Interrupting())
+
+    policy = SimpleNamespace(c=SimpleNamespace(keep=2), processes=Processes("cpu"), state=state,
+                             check_finite=lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(policy, tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Interrupting:
+    """Ctrl-C comes when it is pickled."""
+
+    def __reduce__(self):
+        signal.raise_signal(signal.SIGINT)
 
 
 DIES_ONCE = """

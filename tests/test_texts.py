@@ -2,11 +2,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import texts
 from model import load_wan
 from texts import TextCache
+from weights import written_whole
 
 PROMPTS = ["push_in a red sphere", "", "orbit_left a blue box on a green floor"]
 
@@ -71,9 +73,35 @@ def test_a_damaged_embedding_is_made_again(content, checkpoint, cache):
     assert torch.equal(TextCache(checkpoint, cache.folder)(PROMPTS[0]), expected)
 
 
-def test_an_embedding_with_other_values_is_made_again(checkpoint, cache):
-    """A file that can be read, but is not what was written."""
-    expected = cache(PROMPTS[0])
-    changed = load_file(cache.file(PROMPTS[0]))["text"] + 1
-    save_file(dict(text=changed), cache.file(PROMPTS[0]))
-    assert torch.equal(TextCache(checkpoint, cache.folder)(PROMPTS[0]), expected)
+def test_another_embedding_in_a_whole_file_is_made_again(checkpoint, cache):
+    """One number changed under the old checksum, no checksum at all, another prompt's file."""
+    expected, file = cache(PROMPTS[0]), cache.file(PROMPTS[0])
+    cache.encode(PROMPTS)
+    with safe_open(file, framework="pt") as opened:
+        text, known = opened.get_tensor("text"), opened.metadata()
+    text[0, 0] += 1
+    for metadata in (known, None):
+        save_file(dict(text=text), file, metadata=metadata)
+        assert cache.read(PROMPTS[0]) is None
+        assert torch.equal(TextCache(checkpoint, cache.folder)(PROMPTS[0]), expected)
+    shutil.copy(cache.file(PROMPTS[2]), file)
+    assert torch.equal(cache(PROMPTS[0]), expected)
+
+
+def test_bfloat16_embeddings_are_read_again(checkpoint, tmp_path, monkeypatch):
+    loads = encoder_loads(monkeypatch)
+    cache = TextCache(checkpoint, tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(cache(PROMPTS[0]), cache(PROMPTS[0]))
+    assert len(loads) == 1
+
+
+def test_two_writers_of_one_embedding_do_not_meet(cache):
+    """Each has its own temporary file, and whoever ends last has the name."""
+    file = cache.file(PROMPTS[0])
+    with written_whole(file) as first:
+        first.write_bytes(b"first")
+        with written_whole(file) as second:
+            second.write_bytes(b"second")
+        assert file.read_bytes() == b"second"
+    assert file.read_bytes() == b"first"
+    assert list(file.parent.iterdir()) == [file]

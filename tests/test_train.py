@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import shlex
+import signal
 
 import pytest
 import torch
@@ -109,6 +110,8 @@ BAD = {
     "--name .x": "--name must name a folder in --runs",
     "--name /tmp/x": "--name must name a folder in --runs",
     "--name ''": "--name must name a folder in --runs",
+    "--name " + 100 * "世": "--name must be at most 255 bytes long, got 300",
+    "--device ''": "--device must be cpu or cuda, got ''",
     "--timeout 0": "--timeout must be at least 0.1",
     "--prompts bad.jsonl": "bad.jsonl, line 2: the prompt is empty",
     "--prompts none.txt": "cannot be read",
@@ -422,3 +425,37 @@ def test_an_error_ends_in_one_line(error, rank, status, said):
 def test_a_name_or_device_that_cannot_be_is_said(arguments, said):
     with pytest.raises(ValueError, match=said):
         check(parse_arguments(arguments), 1)
+
+
+# ----------------------------------------------------------------------------------------------- how it ends
+
+OUT_OF_MEMORY = ("out of memory; run fewer videos at once with a smaller --batch, or add --checkpointing or "
+                 "--offload")
+
+
+def interrupted(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+def too_much(*_):
+    bytearray(2 ** 62)
+
+
+def too_much_for_torch(*_):
+    torch.empty(2 ** 50)
+
+
+def too_much_for_cuda(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")
+
+
+@pytest.mark.parametrize("happens, status, line", [
+    (interrupted, 130, "interrupted; start it again to go on from its newest checkpoint"),
+    (too_much, 2, OUT_OF_MEMORY),
+    (too_much_for_torch, 2, OUT_OF_MEMORY),
+    (too_much_for_cuda, 2, OUT_OF_MEMORY)])
+def test_ctrl_c_and_too_little_memory_end_with_one_line(happens, status, line, arguments, tmp_path,
+                                                        monkeypatch, capsys):
+    monkeypatch.setattr(train, "read_prompts", happens)
+    assert train.main([*arguments, "--runs", str(tmp_path), "--name", "x"]) == status
+    assert capsys.readouterr().err.strip() == "train.py: " + line
