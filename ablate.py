@@ -3,7 +3,7 @@
     python ablate.py run full --seed 1     trains runs/full-1 and scores it -> results/full/seed_1.json
     python ablate.py run base no_3d        several cells, one after the other; base is scored untrained
     python ablate.py run full --total-steps 48 --out runs/results    further arguments go to train.py
-    python ablate.py table                 docs/learning_proof.md's tables, from what is in results/
+    python ablate.py table                 README's and docs/learning_proof.md's tables, from what is in results/
 
 A result is never replaced, and a stopped call goes on when it is made again. All cells and seeds are scored
 on the same noise, so differences are taken video by video. An interval is a bootstrap over prompts of the
@@ -265,6 +265,17 @@ COLUMNS = {  # title -> set, metric
     "re-projection": ("probe", "4 frames"),
 }
 LONGER = {"PSNR, longer videos": ("longer", "psnr")}
+MARKS = "<!-- table: {} -->\n{}<!-- end -->"
+MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!--).)*<!-- end -->", re.DOTALL)
+RISEN = ("PSNR", "S_traj", "R_3D", "epipolar error")  # the share of prompts is told too
+SUMMARY = {  # README's rows
+    "re-render PSNR, dB": COLUMNS["PSNR"],
+    "S_traj": COLUMNS["S_traj"],
+    "R_3D": COLUMNS["R_3D"],
+    "motion, 50 dynamic prompts": COLUMNS["motion, dynamic prompts"],
+    "epipolar error, px of 256": COLUMNS["epipolar error"],
+    "prompts whose scene and camera are read right": COLUMNS["probe: all"],
+}
 SCENES = {f"{title}, {kind}": (kind, metric) for title, metric in (("PSNR", "psnr"), ("motion", "motion"))
           for kind in KINDS}
 
@@ -300,17 +311,32 @@ def shown(values, sign=""):
     return f"{mean} [{', '.join(ends)}]" if len(values) > 1 else mean
 
 
-def main_table(found, columns):
+def seeds_of(full):
+    """-> {label: results} of every seed by itself."""
+    return {f"full, seed {seed}": {seed: result} for seed, result in full.items()}
+
+
+def main_table(found, columns, every=seeds_of):
     """Base, every seed of full, and their mean; what it changes."""
     full = found["full"]
-    groups = {"base": found["base"]}
-    groups |= {f"full, seed {seed}": {seed: result} for seed, result in full.items()}
-    groups[f"full, {len(full)} seeds"] = full
+    groups = {"base": found["base"]} | every(full) | {f"full, {len(full)} seeds": full}
     rows = []
     for title, column in columns.items():
         means = [over_seeds(results, column) for results in groups.values()]
         rows.append([title, *map(shown, means), shown(means[-1] - means[0], "+")])
     return markdown("Base and full", [*groups, "change"], rows)
+
+
+def risen_table(found):
+    """On what share of the prompts a metric rose, in every seed and in their mean."""
+    full = found["full"]
+    groups = seeds_of(full) | {f"full, {len(full)} seeds": full}
+    rows = []
+    for title in RISEN:
+        base = over_seeds(found["base"], COLUMNS[title])
+        changes = [over_seeds(results, COLUMNS[title]) - base for results in groups.values()]
+        rows.append([title, *(f"{(change[~np.isnan(change)] > 0).mean():.0%}" for change in changes)])
+    return markdown("Prompts on which it rose", groups, rows)
 
 
 def cells_table(found, table):
@@ -335,24 +361,31 @@ def cells_table(found, table):
     return markdown("Change from full", COLUMNS, rows) if rows else ""
 
 
-def write_tables(out, page):
-    """Puts the tables of the results in `out` between the page's markers; none where there are none."""
+def tables_of(out):
+    """-> {marker: table, or nothing where there are no results} of a folder."""
     found = read_results(out)
-    parts = dict.fromkeys(("main", "scenes", "ablations", "data", "choices"), "")
+    made = dict.fromkeys(("summary", "main", "risen", "scenes", "ablations", "data", "choices"), "")
     if "base" in found and "full" in found:
-        parts |= dict(main=main_table(found, COLUMNS | LONGER), scenes=main_table(found, SCENES))
+        made |= dict(summary=main_table(found, SUMMARY, lambda full: {}), main=main_table(found, COLUMNS | LONGER),
+                     risen=risen_table(found), scenes=main_table(found, SCENES))
     if "full" in found:
-        parts |= {table: cells_table(found, table) for table in ("ablations", "data", "choices")}
+        made |= {table: cells_table(found, table) for table in ("ablations", "data", "choices")}
+    return {name: table and table + "\n" for name, table in made.items()}
 
-    text = read_bytes(page).decode()
-    for name, part in parts.items():
-        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
-        before, marker, rest = text.partition(start)
-        if not marker or end not in rest:
-            raise ValueError(f"{page} must hold the line '{start.strip()}' and, below it, '{end}'")
-        text = before + start + (part and part + "\n") + end + rest.partition(end)[2]
-    write_text(page, text)
-    print(f"{page}: {sum(map(len, found.values()))} results of {out}")
+
+def write_tables(out, pages):
+    """Puts the tables of the results in `out` between the pages' markers."""
+    made = tables_of(out)
+    texts = {page: read_bytes(page).decode() for page in pages}
+    for page, text in texts.items():
+        places = MARKED.findall(text)
+        if not places or set(places) - set(made) or len(places) < text.count("<!-- table"):
+            raise ValueError(f"{page} must hold lines like '<!-- table: main -->', each with '<!-- end -->' below; "
+                             f"tables: {', '.join(made)}")
+        texts[page] = MARKED.sub(lambda place: MARKS.format(place[1], made[place[1]]), text)
+    for page, text in texts.items():
+        write_text(page, text)
+    print(f"{', '.join(map(str, pages))}: the results of {out}")
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -368,7 +401,8 @@ def main(argv=None):
     add("--num", type=int, default=100, help="test prompts that are scored; half as many dynamic ones")
     add("--processes", type=int, default=2, help="of a training; scorings at a time")
     table_parser = commands.add_parser("table", help="the tables of what is there")
-    table_parser.add_argument("--page", type=Path, default=Path("docs/learning_proof.md"))
+    pages = [Path("README.md"), Path("docs/learning_proof.md")]
+    table_parser.add_argument("--pages", type=Path, nargs="+", default=pages)
     for command in (run_parser, table_parser):
         command.add_argument("--out", type=Path, default=Path("results"), help="folder of results")
     a, rest = parser.parse_known_args(argv)
@@ -378,7 +412,7 @@ def main(argv=None):
         if a.command == "run":
             run(a, rest)
         else:
-            write_tables(a.out, a.page)
+            write_tables(a.out, a.pages)
     except (ValueError, OSError) as e:
         print(f"ablate.py: {e}", file=sys.stderr)
         return 2

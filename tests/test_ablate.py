@@ -15,7 +15,7 @@ from train import parse_arguments as training_arguments
 from train import rollout_passes
 from weights import read_json, write_json
 
-PAGE = ROOT / "docs" / "learning_proof.md"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "learning_proof.md"]
 
 
 # ------------------------------------------------------------------------------------------------------ cells
@@ -251,13 +251,20 @@ def results(tmp_path):
     return made
 
 
+def copied_pages(tmp_path):
+    return [Path(shutil.copy(page, tmp_path)) for page in PAGES]
+
+
+def table_command(tmp_path, pages, out="results"):
+    return ["table", "--out", str(tmp_path / out), "--pages", *map(str, pages)]
+
+
 def tables_of(tmp_path):
-    """-> {marker: [{column: cell}]} of the page that the command makes."""
-    page = tmp_path / "page.md"
-    shutil.copy(PAGE, page)
-    assert main(["table", "--out", str(tmp_path / "results"), "--page", str(page)]) == 0
+    """-> {marker: [{column: cell}]} of the pages that the command makes."""
+    pages = copied_pages(tmp_path)
+    assert main(table_command(tmp_path, pages)) == 0
     found = {}
-    for part in page.read_text().split("<!-- table: ")[1:]:
+    for part in "".join(page.read_text() for page in pages).split("<!-- table: ")[1:]:
         name, _, rest = part.partition(" -->\n")
         lines = [line[2:-2].split(" | ") for line in rest.partition("<!-- end -->")[0].splitlines() if "|" in line]
         found[name] = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
@@ -286,6 +293,10 @@ def test_the_main_tables_show_base_seeds_their_mean_and_its_paired_change(result
         assert row["full, seed 2"] == in_words(second)
         assert row["full, 2 seeds"] == in_words((first + second) / 2)
         assert row["change"] == in_words((first + second) / 2 - base, "+")
+    change = values_of(results, "full", 2, "test", "psnr") - values_of(results, "base", 0, "test", "psnr")
+    assert found["risen"]["PSNR"]["full, seed 2"] == f"{sum(change > 0) / 19:.0%}", "one of 20 has no PSNR"
+    assert found["summary"]["re-render PSNR, dB"] == {
+        "": "re-render PSNR, dB", **{name: found["main"]["PSNR"][name] for name in ("base", "full, 2 seeds", "change")}}
     row = found["main"]["probe: all"]
     assert [row[name] for name in ("base", "full, seed 2", "full, 2 seeds", "change")] == ["0.5", "0.7", "0.6", "+0.1"]
     assert set(found["main"]["PSNR, longer videos"].values()) == {"PSNR, longer videos", ""}, "not scored"
@@ -326,29 +337,31 @@ def test_the_papers_changes_have_its_signs():
 
 
 def test_the_committed_tables_are_what_the_committed_results_make(tmp_path):
-    page = tmp_path / "page.md"
-    shutil.copy(PAGE, page)
-    assert main(["table", "--out", str(ROOT / "results"), "--page", str(page)]) == 0
-    assert page.read_text() == PAGE.read_text(), "run: python ablate.py table"
+    pages = copied_pages(tmp_path)
+    assert main(table_command(ROOT, pages)) == 0
+    for page, committed in zip(pages, PAGES, strict=True):
+        assert page.read_text() == committed.read_text(), "run: python ablate.py table"
 
 
 def test_without_results_the_tables_are_empty(results, tmp_path):
-    page = tmp_path / "page.md"
-    shutil.copy(PAGE, page)
-    main(["table", "--out", str(tmp_path / "nowhere"), "--page", str(page)])
-    empty = page.read_text()
-    assert empty.count(" -->\n<!-- end -->") == 5
-    for out, same in (("nowhere", True), ("results", False), ("results", False), ("nowhere", True)):
-        before = page.read_text()
-        assert main(["table", "--out", str(tmp_path / out), "--page", str(page)]) == 0
-        assert (page.read_text() == empty) == same
-    assert before != empty
+    pages = copied_pages(tmp_path)
+
+    def made(out):
+        assert main(table_command(tmp_path, pages, out)) == 0
+        return [page.read_text() for page in pages]
+
+    empty = made("nowhere")
+    assert [text.count(" -->\n<!-- end -->") for text in empty] == [1, 6]
+    filled = made("results")
+    assert all(text != before for text, before in zip(filled, empty, strict=True))
+    assert made("results") == filled
+    assert made("nowhere") == empty
 
 
 def test_results_that_do_not_fit_are_one_sentence(results, tmp_path, capsys):
-    page = tmp_path / "page.md"
-    shutil.copy(PAGE, page)
-    command = ["table", "--out", str(tmp_path / "results"), "--page", str(page)]
+    pages = copied_pages(tmp_path)
+    page = pages[1]
+    command = table_command(tmp_path, pages)
     file = tmp_path / "results" / "no_traj" / "seed_0.json"
     whole = json.loads(file.read_text())
 
@@ -357,10 +370,10 @@ def test_results_that_do_not_fit_are_one_sentence(results, tmp_path, capsys):
         fewer["scored"]["test"]["values"][metric].pop()
     for content, message in ((fewer, "no_traj/seed_0.json has 19 videos of 'test', results before it have 20"),
                              (dict(whole, minutes="many"), "no_traj/seed_0.json, entry minutes"),
-                             (None, "must hold the line '<!-- table: main -->'")):
+                             (None, "must hold lines like '<!-- table: main -->'")):
         write_json(file, content or whole)
         if content is None:
-            page.write_text("# No markers\n")
+            page.write_text(page.read_text().replace("<!-- end -->", "", 1))
         before = page.read_text()
         assert main(command) == 2
         error = capsys.readouterr().err
