@@ -18,10 +18,12 @@ Definitions and sources stand in each function. Left out: FVD and metrics that n
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -307,9 +309,7 @@ def sampled_videos(a, folder):
     if not file:
         is_tiny = Path(a.model).resolve() == (TINY / "wan").resolve()
         file = (TINY if is_tiny else TINY.parent) / "prompts.jsonl"
-    prompts = read_prompts(file)[a.split][:a.num]
-    if not prompts:
-        raise ValueError(f"{file} holds no {a.split} prompt; choose another --split")
+    prompts = read_prompts(file, a.split)[a.split][:a.num]
 
     # which model, at what size
     sampling = sampling_of(a.model, frames=a.frames)
@@ -357,8 +357,17 @@ def measured_row(name, prompt, load, rewards):
             for key, value in row.items()}
 
 
-def check(a):
-    """Raises ValueError with one sentence for the first argument that cannot work."""
+# Options of sampling, idle where videos are given.
+OF_SAMPLING = ("model", "lora", "split", "num", "seed", "frames", "transport")
+
+
+def check(a, default):
+    """Raises ValueError with one sentence for the first argument that cannot work. default: the options
+    before the command line changed them."""
+    idle = [name for name in OF_SAMPLING if getattr(a, name) != default(name)]
+    if a.videos and idle:
+        option = "no-transport" if idle[0] == "transport" else idle[0]
+        raise ValueError(f"--{option} changes how videos are sampled, and --videos gives them; leave one out")
     if a.num < 1:
         raise ValueError(f"--num must be at least 1, got {a.num}")
     check_size(a.frames, None, None)
@@ -369,37 +378,54 @@ def check(a):
                          "or jsonl with ids")
 
 
-@contextlib.contextmanager
-def new_folder(out):
-    """with new_folder("runs/x") as part: the folder `part` that the block makes is at `out` when it ends.
-
-    What is at `out` before is never replaced: ValueError, as where nothing can be written. A stopped block
-    leaves `part`, .NAME.part beside `out`, and the next one begins it anew.
-    """
+def part_of(out):
+    """-> .NAME.part beside the folder `out`, where it is made. ValueError if `out` is there, or cannot be."""
     whole = out.resolve()
     if whole.is_file() or whole.is_dir() and any(whole.iterdir()):
         raise ValueError(f"{out} is there already and is never replaced; choose another --out, or remove it")
-    part = whole.with_name(f".{whole.name}.part")
     check_writable(whole / "summary.json")
-    shutil.rmtree(part, ignore_errors=True)
-    yield part
-    part.rename(whole)
+    return whole.with_name(f".{whole.name}.part")
 
 
-def metrics(a):
+@contextlib.contextmanager
+def new_folder(out):
+    """with new_folder("runs/x") as part: the folder `part` that the block fills is at `out` when it ends.
+
+    What is at `out` before is never replaced: ValueError, as where nothing can be written, or another process
+    is at it. A stopped block leaves `part`, .NAME.part beside `out`, and the next one begins it anew.
+    """
+    part = part_of(out)
+    part.mkdir(parents=True, exist_ok=True)
+    owner = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process does not keep it
+        for left in part.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        yield part
+        part.rename(out.resolve())
+    except BlockingIOError:
+        raise ValueError(f"another process is making {out}; wait for it, or choose another --out") from None
+    finally:
+        os.close(owner)
+
+
+def metrics(a, default):
     """Scores every video and writes the results folder -> exit status, 1 if a video or a term failed."""
-    check(a)
+    check(a, default)
     rewards = rewards_of(a)
-    with new_folder(a.out) as part:
-        # videos and models: what is wrong with their files is found here
-        if a.videos:
-            prompts, load = folder_videos(a.videos, a.prompts)
-        else:
-            prompts, load = sampled_videos(a, part / "videos")
-        rewards.load()
+    # videos and models: what is wrong with their files is found here
+    videos = part_of(a.out) / "videos"
+    if a.videos:
+        prompts, load = folder_videos(a.videos, a.prompts)
+    else:
+        prompts, load = sampled_videos(a, videos)
+    rewards.load()
 
+    with new_folder(a.out) as part:
         # one row a video; written at once, so that what a stopped call has done can be looked at
-        part.mkdir(parents=True)
         rows = []
         with open(part / "metrics.jsonl", "w") as log:
             for name, prompt in tqdm(prompts.items(), desc="metrics", unit="video"):
@@ -433,6 +459,8 @@ class Summary:
     failed_terms: dict[str, int] = field(default_factory=dict)  # on how many videos a term failed
     model: str = ""
     lora: str | None = None
+    transport: bool = True  # of the noise that was sampled from
+    settings: dict[str, str | int] = field(default_factory=dict)  # what judged the videos
 
 
 def summarise(a, rows, folder):
@@ -444,8 +472,10 @@ def summarise(a, rows, folder):
     means["vbench"] = vbench(a.videos or folder / "videos", folder)
     failed_terms = Counter(term for row in rows for term in row.get("failed_terms", ()))
     lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
+    settings = {name: Path(getattr(a, name)).name for name in ("depth_anything", "critic", "preference")}
+    settings |= dict(lpips=a.lpips, views=a.views)
     return Summary(len(good), len(rows) - len(good), sorted({row["size"] for row in good}), a.seed, lpips,
-                   means, dict(failed_terms), str(a.videos or a.model), a.lora)
+                   means, dict(failed_terms), str(a.videos or a.model), a.lora, a.transport, settings)
 
 
 def failures(about):
@@ -539,6 +569,7 @@ def changes(before, after):
 def markdown(title, columns, rows):
     """A titled Markdown table. rows: lists of text, a label and a cell for every column."""
     lines = ["", *columns], ["---"] * (len(columns) + 1), *rows
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -564,10 +595,17 @@ def read_summary(file):
     return about
 
 
+def unlike(about, base):
+    """In what two Summaries differ that makes their videos' figures no pairs, in words; "" if in nothing."""
+    mine, theirs = (one.settings | dict(seed=one.seed) for one in (about, base))
+    return ", ".join(f"{name} {mine.get(name)} instead of {theirs.get(name)}"
+                     for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name))
+
+
 def table(runs):
     """Markdown in the paper's layout, the paper's own rows marked as such. runs: {label: results folder}.
 
-    Runs on the first one's prompts and seed are also compared with it video by video.
+    Runs on the first one's prompts and seed, judged alike, are also compared with it video by video.
     """
     found = {label: read_summary(Path(folder) / "summary.json") for label, folder in runs.items()}
     parts = []
@@ -579,14 +617,18 @@ def table(runs):
 
     # differences from the first, over the videos that both have
     base, *others = runs
-    rows = []
+    rows, notes = [], []
     for label in others:
         change = changes(runs[base], runs[label])
-        if change and found[label].seed == found[base].seed:
+        difference = unlike(found[label], found[base])
+        if difference:
+            notes.append(f"Not compared with {base}: {label}, made with {difference}.")
+        elif change:
             rows.append(table_row(label, change, CHANGES, CHANGE))
     if rows:
         title = f"Change from {base}, same prompts and seeds (share of videos that rose)"
         parts.append(markdown(title, CHANGES, rows))
+    parts += notes
 
     # VBench, or why it was not measured
     rows = []
@@ -600,7 +642,8 @@ def table(runs):
 
     # what was measured
     sources = [f"{label}: {about.videos} videos of {', '.join(about.sizes)}, {failures(about)}, "
-               f"seed {about.seed}, LPIPS {about.lpips}" for label, about in found.items()]
+               f"seed {about.seed}, LPIPS {about.lpips}" + (", noise not transported" * (not about.transport))
+               for label, about in found.items()]
     parts.append(f"Mean and bootstrap 95 % interval over videos. {'; '.join(sources)}. The paper's rows are "
                  "its own numbers, on its own models and videos: not comparable in value.")
     return "\n\n".join(parts)
@@ -632,7 +675,7 @@ def main(argv=None):
     a = parser.parse_args(argv)
     try:
         if a.command == "metrics":
-            return metrics(a)
+            return metrics(a, metrics_parser.get_default)
         if not all("=" in run for run in a.runs):
             raise ValueError("--runs takes LABEL=FOLDER, such as base=runs/scores/base")
         runs = dict(run.split("=", 1) for run in a.runs)

@@ -10,10 +10,11 @@ PREFIXES and ENDINGS list the forms. Left out: dropout, training adapters on oth
 """
 
 import contextlib
-import re
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -270,11 +271,11 @@ def by_pattern(patterns, layer, default):
     """The value of the first pattern that the end of the layer's name matches, as PEFT does it."""
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", layer):
+            if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=1):
                 return value
-        except re.error as e:
+        except (regex.error, TimeoutError) as e:
             raise ValueError(f"the LoRA's configuration holds the pattern '{pattern}', which is no regular "
-                             f"expression ({e}); correct it") from None
+                             f"expression, or takes too long ({e}); correct it") from None
     return default
 
 
@@ -316,6 +317,8 @@ def merge_lora(dit, path, strength=1.0):
             alphas[name] = tensors[keys["alpha"]]
         elif "A" in keys:
             alphas[name] = configured_alpha(scale, path, keys["A"], len(tensors[keys["A"]]))
+        if "A" in keys and not 0 < float(alphas[name]) < math.inf:
+            raise ValueError(f"{path}: the alpha of {name} is {float(alphas[name])}; it must be above 0")
 
     pairs = {}
     for name, keys in matched.items():
@@ -323,8 +326,11 @@ def merge_lora(dit, path, strength=1.0):
         if "A" in keys:
             A = tensors[keys["A"]].float()  # (r, in, ...)
             B = strength * float(alphas[name]) / len(A) * tensors[keys["B"]].float()  # (out, r, ...)
-            product = B.flatten(1) @ A.flatten(1)
-            weight.add_(product.view(weight.shape).to(weight))
+            merged = weight + (B.flatten(1) @ A.flatten(1)).view(weight.shape).to(weight)
+            if not merged.isfinite().all():
+                raise ValueError(f"{path}: '{keys['B']}' times '{keys['A']}' overflows {weight.dtype}; "
+                                 "give another LoRA")
+            weight.copy_(merged)
             pairs[name.removesuffix(".weight")] = A, B
         if "difference" in keys:
             weight.add_((strength * tensors[keys["difference"]].float()).to(weight))

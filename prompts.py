@@ -10,6 +10,7 @@ where split and id may be absent. Any other file is text, one prompt a line.
 """
 
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def read_rows(file):
         lines = read_bytes(file).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as e:
         raise ValueError(f"the prompt file '{file}' cannot be read ({e}); give UTF-8 text") from None
+    if str(file).endswith(".json"):
+        raise ValueError(f"the prompt file '{file}' would be read as text; "
+                         "give one object a line and name it .jsonl")
     rows = []
     for number, text in enumerate(lines, 1):
         if not text.strip():
@@ -69,14 +73,18 @@ def read_rows(file):
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
         rows.append(dict(prompt=prompt, split=line.split, id=line.video if line.id is None else line.id))
+    ids = Counter(str(row["id"]) for row in rows if row["id"] is not None)
+    doubled = [name for name, count in ids.items() if count > 1]
+    if doubled:
+        raise ValueError(f"{file} gives the id '{doubled[0]}' to {ids[doubled[0]]} prompts; an id is of one")
     return rows
 
 
-def read_prompts(file):
+def read_prompts(file, needed="train"):
     """-> {"train": [...], "dynamic": [...], "test": [...]} of prompt strings.
 
-    A folder holds SPLIT.jsonl or SPLIT.txt. A file without test prompts gives its last tenth, at least one,
-    as test. ValueError if it holds no training prompt.
+    A folder holds SPLIT.jsonl or SPLIT.txt. Without test prompts the last tenth of the training prompts, at
+    least one, is test. ValueError if there is no prompt of the split that is needed.
     """
     prompts = {split: [] for split in SPLITS}
     if Path(file).is_dir():
@@ -84,16 +92,16 @@ def read_prompts(file):
             for part in (Path(file) / f"{split}.jsonl", Path(file) / f"{split}.txt"):
                 if part.exists():
                     prompts[split] += [row["prompt"] for row in read_rows(part)]
-        needed = "; it needs a train.jsonl or train.txt"
+        mend = f"a {needed}.jsonl or {needed}.txt"
     else:
         for row in read_rows(file):
             prompts[row["split"]].append(row["prompt"])
-        needed = '; it needs a line whose split is "train"'
+        mend = f'a line whose split is "{needed}"'
     train = prompts["train"]
-    if not train:
-        raise ValueError(f"{file} holds no training prompt{needed}")
-    if not prompts["test"]:
+    if train and not prompts["test"]:
         held_out = max(1, len(train) // 10)
         prompts["test"] = train[-held_out:]
         prompts["train"] = train[:-held_out] or train
+    if not prompts[needed]:
+        raise ValueError(f"{file} holds no {needed} prompt; it needs {mend}")
     return prompts

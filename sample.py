@@ -353,14 +353,25 @@ def write_video(path, video, fps=16):
 
 
 def read_video(path):
-    """A video file -> (F, 3, H, W) in [0, 1], frames a second."""
+    """A video file, mp4 or mov -> (F, 3, H, W) in [0, 1], frames a second. ValueError if it is damaged or
+    cut."""
     import imageio.v2 as iio
     try:
         if not Path(path).is_file():
             raise FileNotFoundError("there is no such file")  # a pipe would hang
-        with iio.get_reader(path, format="FFMPEG") as reader:
-            fps = reader.get_meta_data()["fps"]
+        # one container, as a playlist could name other files; a frame that is damaged ends the reading
+        strict = ["-f", "mov", "-xerror", "-err_detect", "explode"]
+        with iio.get_reader(path, format="FFMPEG", input_params=strict) as reader:
+            meta = reader.get_meta_data()
+            fps = meta["fps"]
+            width, height = meta["size"]
+            promised = meta["duration"] * fps
+            check_limits(dict(frames=promised, height=height, width=width), "its ")
             frames = [torch.from_numpy(f.copy()) for f in reader]
+        # sound may go on for longer than the pictures
+        missing = promised - len(frames)
+        if missing > (fps / 2 if "audio_codec" in meta else 1):
+            raise ValueError(f"it holds {len(frames)} of its {promised:.0f} frames")
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ValueError(f"'{path}' cannot be read as a video ({lines[0][:120]}); give an mp4") from None

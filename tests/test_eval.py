@@ -311,11 +311,13 @@ def test_a_results_folder_is_whole_and_never_replaced(one_video, judges, tmp_pat
     # a call that is stopped leaves no folder, and the next one begins anew
     part = tmp_path / ".out.part"
     with pytest.raises(KeyboardInterrupt), new_folder(out) as folder:
-        folder.mkdir()
         (folder / "metrics.jsonl").write_text("{}\n")
+        # nobody else may begin meanwhile
+        assert main(command) == 2
+        assert "another process is making" in capsys.readouterr().err
         raise KeyboardInterrupt
     assert not out.exists()
-    assert (part / "metrics.jsonl").exists()
+    (part / "left over").mkdir()
     assert main(command) == 0
     assert not part.exists()
     assert sorted(file.name for file in out.iterdir()) == ["metrics.jsonl", "summary.json"]
@@ -416,6 +418,23 @@ def test_runs_on_the_same_prompts_are_compared_video_by_video(scored, tmp_path):
     assert "Change from" not in table(dict(base=out, rl=better))  # other seeds are other videos
 
 
+def test_figures_that_are_no_pairs_are_not_compared(scored, tmp_path):
+    """Other views, another judge, another seed; and a label is one cell of the table."""
+    for name, entry, value, word in (("views", "settings", dict(views=3), "views 3 instead of 9"),
+                                     ("critic", "settings", dict(critic="x"), "critic x instead of"),
+                                     ("seed", "seed", 7, "seed 7 instead of 0")):
+        other = tmp_path / name
+        shutil.copytree(scored[1], other)
+        about = json.loads((other / "summary.json").read_text())
+        about[entry] = value if entry == "seed" else about[entry] | value
+        (other / "summary.json").write_text(json.dumps(about))
+        text = table({"a|b": scored[1], "other": other})
+        assert "Not compared with a|b: other, made with " + word in text
+        assert "Change from" not in text
+        assert "| a\\|b | " in text
+    assert "Change from" in table(dict(base=scored[1], same=scored[1]))
+
+
 def test_a_model_is_sampled_and_scored(judges, checkpoint, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(checkpoint, model)
@@ -510,6 +529,9 @@ def test_a_damaged_row_is_named(line, scored, tmp_path, capsys):
     (["metrics", "--out", "{tmp}/p.txt"], "p.txt is there already"),
     (["metrics", "--out", "{tmp}/p.txt/out"], "cannot write"),
     (["metrics", "--videos", "{tmp}"], "--videos needs --prompts"),
+    *((["metrics", "--videos", "{tmp}", "--prompts", "{tmp}/p.txt", *option.split()],
+       f"{option.split()[0]} changes how videos are sampled")
+      for option in ("--lora x", "--num 3", "--seed 1", "--frames 9", "--no-transport", "--split train")),
     (["metrics", "--videos", "{tmp}", "--prompts", "{tmp}/p.txt"], "holds no mp4"),
     (["metrics", "--prompts", "{tmp}/p.txt", "--split", "dynamic"], "holds no dynamic prompt"),
     (["metrics", "--frames", "6"], "--frames must be 4k+1"),

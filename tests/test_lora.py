@@ -428,6 +428,10 @@ def test_configurations_that_are_not_read_are_named(dit, checkpoint, tmp_path):
     (FITS | {f"{STEM}.lora_up.weight": torch.ones(48, 2).long()}, "q.lora_up.weight is int64"),
     (FITS | {f"{STEM}.lora_up.weight": torch.full((48, 2), torch.nan)}, "q.lora_up.weight holds NaN or infinity"),
     (FITS | {f"{STEM}.alpha": torch.tensor(torch.inf)}, "q.alpha holds NaN or infinity"),
+    (FITS | {f"{STEM}.alpha": torch.tensor(0.)}, "the alpha of blocks.0.attn1.to_q.weight is 0.0; it must be above 0"),
+    (FITS | {f"{STEM}.alpha": torch.tensor(-1.)}, "it must be above 0"),
+    (FITS | {f"{STEM}.alpha": torch.tensor(3e38), f"{STEM}.lora_up.weight": torch.full((48, 2), 9.)},
+     "overflows torch.float32"),
     (FITS | {f"{STEM}.diff_b": torch.full((48,), -torch.inf)}, "q.diff_b holds NaN or infinity")])
 def test_tensors_that_cannot_be_merged_are_named(dit, tmp_path, tensors, message):
     save_file(tensors, tmp_path / "bad.safetensors")
@@ -452,6 +456,7 @@ def test_an_alpha_may_be_a_whole_number(dit, checkpoint, tmp_path):
     ({"lora_alpha": [6]}, "entry lora_alpha: Expected float . null, got array"),
     ({"rank_pattern": ["to_q"]}, "entry rank_pattern: Expected object, got array"),
     ({"alpha_pattern": {"to_q": None}}, "entry alpha_pattern.*: Expected float, got null"),
+    ({"alpha_pattern": {r"(.|\w)+(?<=!)": 1}}, "or takes too long"),
     ({"alpha_pattern": {"(": 1}}, r"the pattern '\(', which is no regular expression")])
 def test_configurations_of_another_form_are_named(dit, checkpoint, tmp_path, config, message):
     peft_folder(load_wan(checkpoint).dit, tmp_path)

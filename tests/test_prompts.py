@@ -47,11 +47,25 @@ def test_plain_text_is_one_prompt_a_line_and_its_last_tenth_is_for_testing(tmp_p
     ('{"prompt": "a \\u0007 b"}\n', r"line 1: the prompt holds the control character '.x07'; leave it out"),
     ('{"prompt": "x", "split": "validation"}\n',
      "line 1: unknown split 'validation'; a split is train, dynamic, test"),
-    ('{"prompt": "x", "split": "test"}\n', 'b.jsonl holds no training prompt; it needs a line .* "train"')])
+    ('{"prompt": "x", "split": "test"}\n', 'b.jsonl holds no train prompt; it needs a line .* "train"'),
+    ('{"prompt": "x", "id": 1}\n{"prompt": "y", "id": "1"}\n', "b.jsonl gives the id '1' to 2 prompts")])
 def test_a_line_that_cannot_be_used_is_named(text, message, tmp_path):
     (tmp_path / "b.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / "b.jsonl")
+
+
+def test_only_the_split_that_is_needed_must_be_there(tmp_path):
+    (tmp_path / "test.txt").write_text("a lake\n")
+    assert read_prompts(tmp_path, "test") == dict(train=[], dynamic=[], test=["a lake"])
+    with pytest.raises(ValueError, match="holds no dynamic prompt; it needs a dynamic.jsonl or dynamic.txt"):
+        read_prompts(tmp_path, "dynamic")
+
+
+def test_json_is_not_read_as_text(tmp_path):
+    (tmp_path / "p.json").write_text('[{"prompt": "a lake"}]')
+    with pytest.raises(ValueError, match="one object a line and name it .jsonl"):
+        read_prompts(tmp_path / "p.json")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -184,5 +198,5 @@ def test_a_folder_holds_a_file_a_split(tmp_path):
     assert read_prompts(tmp_path) == dict(train=["push_in a hill", "a lake"], dynamic=["a waterfall"],
                                           test=["pan_left a street"])
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(ValueError, match="holds no training prompt; it needs a train.jsonl or train.txt"):
+    with pytest.raises(ValueError, match="holds no train prompt; it needs a train.jsonl or train.txt"):
         read_prompts(tmp_path)

@@ -10,6 +10,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 from conftest import ROOT
+from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors.torch import load_file, save_file
 
 import sample as S
@@ -377,6 +378,27 @@ def test_what_is_no_video_is_named(tmp_path):
         with pytest.raises(ValueError, match="cannot be read as a video") as error:
             S.read_video(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_a_video_is_whole_and_in_one_file(tmp_path):
+    """Neither a list of other files, nor a picture, nor what was cut or damaged passes as an mp4."""
+    torch.manual_seed(0)
+    whole = tmp_path / "whole.mp4"
+    S.write_video(whole, torch.rand(17, 3, 64, 64), 8)
+    assert S.read_video(whole)[0].shape == (17, 3, 64, 64)
+    bad = {name: tmp_path / f"{name}.mp4" for name in ("list", "picture", "cut", "damaged")}
+    bad["list"].write_text("ffconcat version 1.0\nfile whole.mp4\n")
+    bad["picture"].write_bytes(iio.imwrite("<bytes>", torch.zeros(64, 64, 3).byte().numpy(), extension=".png"))
+    # its index in front, as for the web: a cut file still opens
+    ffmpeg = [get_ffmpeg_exe(), "-loglevel", "error", "-i", whole, "-c", "copy", "-movflags", "+faststart"]
+    subprocess.run([*ffmpeg, tmp_path / "web.mp4"], check=True)
+    data = (tmp_path / "web.mp4").read_bytes()
+    bad["cut"].write_bytes(data[:len(data) * 2 // 3])
+    third = len(data) // 3
+    bad["damaged"].write_bytes(data[:third] + bytes(third) + data[2 * third:])
+    for name, file in bad.items():
+        with pytest.raises(ValueError, match=f"{name}.mp4' cannot be read as a video"):
+            S.read_video(file)
 
 
 def test_a_video_that_could_not_be_written_whole_is_an_error(tmp_path, monkeypatch):

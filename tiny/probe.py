@@ -307,7 +307,7 @@ def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, 
     scenes = unseen_scenes(num, seed)
     texts = [scene.caption for scene in scenes]
     if prompts:
-        texts = read_prompts(prompts)["test"][:num]
+        texts = read_prompts(prompts, "test")["test"][:num]
     for text in texts:
         asked(text)  # an unreadable prompt is an error before any sampling
     probe = load_probe(probe)
