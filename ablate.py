@@ -3,7 +3,7 @@
     python ablate.py run full --seed 1     trains runs/full-1 and scores it -> results/full/seed_1.json
     python ablate.py run base no_3d        several cells, one after the other; base is scored untrained
     python ablate.py run full --total-steps 48 --out runs/results    further arguments go to train.py
-    python ablate.py table                 README's and docs/learning_proof.md's tables, from what is in results/
+    python ablate.py table                 tables of README.md and docs/learning_proof.md, from results/
 
 A result is never replaced, and a stopped call goes on when it is made again. All cells and seeds are scored
 on the same noise, so differences are taken video by video. An interval is a bootstrap over prompts of the
@@ -366,8 +366,9 @@ def tables_of(out):
     found = read_results(out)
     made = dict.fromkeys(("summary", "main", "risen", "scenes", "ablations", "data", "choices"), "")
     if "base" in found and "full" in found:
-        made |= dict(summary=main_table(found, SUMMARY, lambda full: {}), main=main_table(found, COLUMNS | LONGER),
-                     risen=risen_table(found), scenes=main_table(found, SCENES))
+        made |= dict(
+            summary=main_table(found, SUMMARY, lambda full: {}), main=main_table(found, COLUMNS | LONGER),
+            risen=risen_table(found), scenes=main_table(found, SCENES))
     if "full" in found:
         made |= {table: cells_table(found, table) for table in ("ablations", "data", "choices")}
     return {name: table and table + "\n" for name, table in made.items()}
@@ -380,8 +381,8 @@ def write_tables(out, pages):
     for page, text in texts.items():
         places = MARKED.findall(text)
         if not places or set(places) - set(made) or len(places) < text.count("<!-- table"):
-            raise ValueError(f"{page} must hold lines like '<!-- table: main -->', each with '<!-- end -->' below; "
-                             f"tables: {', '.join(made)}")
+            raise ValueError(f"{page} must hold lines like '<!-- table: main -->', each with '<!-- end -->' "
+                             f"below; tables: {', '.join(made)}")
         texts[page] = MARKED.sub(lambda place: MARKS.format(place[1], made[place[1]]), text)
     for page, text in texts.items():
         write_text(page, text)

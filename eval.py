@@ -223,6 +223,34 @@ def epipolar_error(video, gap=4, size=256, reach=8.0):
     return float(np.mean(errors)) if len(errors) > 1 else math.nan
 
 
+def unrewarded(video):
+    """What no reward of R_3D knows of a video: how much moves, and with OpenCV the epipolar error."""
+    row = dict(motion=motion_magnitude(video))
+    with contextlib.suppress(ImportError):
+        row["epipolar"] = epipolar_error(video)
+    return row
+
+
+def alarms(evaluations, margin=.1):
+    """A sentence for each evaluation whose total is above the first one's although the epipolar error rose,
+    or motion fell, by more than this share: the reward is gamed then, and nothing of its kind is learnt.
+
+    evaluations: rows of a run's eval.jsonl; one that lacks a value raises no alarm.
+    """
+    found = []
+    for row in evaluations[1:]:
+        for name, sign, words in (("epipolar", 1, "the epipolar error rose"),
+                                  ("motion", -1, "motion fell")):
+            values = [one.get(key) for one in (evaluations[0], row) for key in ("total", name)]
+            if None in values:
+                continue
+            total, before, total_now, now = values
+            if total_now > total and sign * (now - before) > margin * before:
+                found.append(f"After {row['step']} steps the total has risen from {total:.3f} to "
+                             f"{total_now:.3f}, but {words} from {before:.2f} to {now:.2f}: look at the videos.")
+    return found
+
+
 # ---------------------------------------------------------------------------------------- all of one video
 
 @torch.no_grad()
@@ -252,9 +280,7 @@ def measure(clip, rewards):
 
     # the plain sum of the 3D terms, and how much moves by itself: a frozen scene is easy to reconstruct
     row["three_d"] = sum(clip.scores[name] for name, term in TERMS.items() if term.three_d)
-    row["motion"] = motion_magnitude(video)
-    with contextlib.suppress(ImportError):  # OpenCV is optional
-        row["epipolar"] = epipolar_error(video)
+    row |= unrewarded(video)
     row["frames"] = len(rec.frames)
     return row
 

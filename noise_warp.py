@@ -397,6 +397,9 @@ def draw_paths(axes, paths):
         line, = axes.plot(x, z, label=label)
         some = [0, len(path) // 2, -1]
         axes.quiver(x[some], z[some], dx[some], dz[some], color=line.get_color(), width=.008)
+        # A camera that stands still is not magnified: a tenth of the depth fits in at least.
+        start = torch.stack([x[0], z[0]])
+        axes.update_datalim([(start - .05).tolist(), (start + .05).tolist()])
     axes.set(xlabel="x", ylabel="z (forward)")
     axes.axis("equal")
     axes.margins(.25)

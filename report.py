@@ -18,7 +18,9 @@ import html
 import io
 import json
 import os
+import re
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
@@ -35,7 +37,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from eval import VideoRow, interval, new_folder, read_lines, table
+from eval import VideoRow, alarms, interval, new_folder, read_lines, table
 from noise_warp import camera_path, draw_paths, parse_motion
 from rewards import TERMS, paths_in_depths
 from run import in_words, missing_steps
@@ -151,7 +153,7 @@ def draw_curves(axes, title, rows, curves, spread=None):
         middle, width = column(next(iter(curves.values()))), column(spread)
         axes.fill_between(steps, middle - width, middle + width, alpha=.25, linewidth=0)
     if len(curves) > 1:
-        axes.legend()
+        axes.legend(ncols=len(curves), loc="lower left", bbox_to_anchor=(0, -.35))
 
 
 def chart(title, rows, curves, spread=None):
@@ -221,7 +223,7 @@ if (button) {
 """
 
 
-LABELS = {"total": "total reward"} | {name: term.label for name, term in TERMS.items()}
+LABELS = {"total": "total reward, main steps"} | {name: term.label for name, term in TERMS.items()}
 CURVES = (*LABELS, *(f"{name}_std" for name in LABELS), *(f"share_{name}" for name in TERMS),
           "motion", "ratio", "ratio_max", "clipped", "kl")
 # A line of the training's metrics.jsonl, as far as the report shows it; older versions' lines hold less.
@@ -232,7 +234,8 @@ LogRow = TypedDict("LogRow", dict(step=Required[int], phase=str, grad=list[float
 def training_charts(rows):
     """Charts of metrics.jsonl: the reward and its terms with their spread in a group, and the updates."""
     # the rewards; where the band has no width, a group's videos are alike and nothing is learnt from them
-    charts = [chart(label, rows, {name: name}, f"{name}_std") for name, label in LABELS.items()]
+    main_rows = [row if row.get("phase") != "dynamic" else row | dict(total=None) for row in rows]
+    charts = [chart(label, main_rows, {name: name}, f"{name}_std") for name, label in LABELS.items()]
     # what is watched beside them
     rows = [row | dict(grad=(row.get("grad") or [None])[0]) for row in rows]  # a step's first update
     shares = {term.label: f"share_{name}" for name, term in TERMS.items()
@@ -341,7 +344,8 @@ def html_tables(markdown):
         if block.startswith("**"):
             blocks.append(f"<h3>{html.escape(block.strip('*'))}</h3>")
         elif block.startswith("|"):
-            head, _, *rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines]
+            cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+            head, _, *rows = [[cell.replace("\\|", "|").strip(" *") for cell in line] for line in cells]
             blocks.append(html_table(head, rows))
         else:
             blocks.append(f'<p class="note">{html.escape(block)}</p>')
@@ -355,6 +359,16 @@ def about_run(config, steps):
     return (f"{steps} steps of {config.groups} groups of {config.members} videos, {config.frames} frames of "
             f"{config.height}x{config.width}, model {models}, seed {config.seed}. LPIPS: {lpips}. "
             "Bands: mean standard deviation inside a group. Shaded: dynamic phases. Hatched: missing steps.")
+
+
+def walkthrough_link(run):
+    """Where one prompt is followed through the method with this run's adapter, or what makes that page."""
+    page = run / "walkthrough.html"
+    if page.exists():
+        return f'<p><a href="{page.name}">One prompt followed through the method, with this adapter</a></p>'
+    command = shlex.join(["python", "walkthrough.py", "PROMPT", "--trained", str(run), "--out", str(page)])
+    return (f'<p class="note">One prompt followed through the method, with this adapter: '
+            f"<code>{html.escape(command)}</code></p>")
 
 
 def report(run):
@@ -372,8 +386,10 @@ def report(run):
     if (run / "eval.jsonl").exists():
         evaluations = read_lines(run / "eval.jsonl", dict[str, int | float | None])
         body += ["<h2>Validation prompts</h2>", evaluation_table(evaluations)]
+        body += [f'<p class="warning">{html.escape(sentence)}</p>' for sentence in alarms(evaluations)]
     body += ["<h2>Training</h2>", training_charts(rows)]
     body += ["<h2>Before and after</h2>", examples(run, config)]
+    body += [walkthrough_link(run)]
     # results folders inside the run
     results = {file.parent.name: file.parent for file in sorted(run.glob("*/summary.json"))}
     if results:
@@ -528,11 +544,19 @@ def make_study(a, b, out):
     """
     # the videos that both have
     folders = dict(a=a, b=b)
+    if a.resolve() == b.resolve():
+        raise ValueError(f"--a and --b are the same folder, {a}; give the videos of two models")
     names = sorted({file.name for file in a.glob("*.mp4")} & {file.name for file in b.glob("*.mp4")})
     if not names:
         raise ValueError(f"{a} and {b} share no mp4 of the same name; "
                          "give the videos of two models for one list of prompts")
-    prompts = prompts_of(a)
+    prompts, theirs = prompts_of(a), prompts_of(b)
+    for name in names:
+        known = {found[Path(name).stem] for found in (prompts, theirs) if found.get(Path(name).stem)}
+        if len(known) > 1:
+            raise ValueError(f"{name} has another prompt in {a} than in {b}; "
+                             "give videos of the same prompts")
+    prompts = theirs | prompts
 
     with new_folder(out) as part:
         page = part / "page"

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from eval import alarms, unrewarded
 from grpo import (Batch, advantages, draw_window, kl, normalise_log_ratio, rectification, rollout,
                   standardise, surrogate, variance_shares)
 from lora import lora_file
@@ -655,16 +656,22 @@ def evaluate(policy, rewards, prompts, folder, step):
         rows = evaluation_rows(policy, rewards, prompts, videos)
     if policy.processes.rank == 0:
         row = dict(step=step) | {name: mean_of([r[name] for r in rows]) for name in rows[0]}
-        drop_lines(folder / "eval.jsonl", step)
+        evaluations = drop_lines(folder / "eval.jsonl", step)
         append_line(folder / "eval.jsonl", row)
         tqdm.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        # this evaluation's alarms, as the earlier ones' have been said
+        before, now = (alarms(rows) for rows in (evaluations, [*evaluations, row]))
+        for sentence in now[len(before):]:
+            tqdm.write(sentence)
+        if "epipolar" not in row:
+            tqdm.write("no epipolar error: it needs OpenCV, pip install opencv-python-headless")
     policy.export(folder)
 
 
 @torch.no_grad()
 def evaluation_rows(policy, rewards, prompts, folder, shown=8):
-    """ODE samples with the model's own defaults and transported noise, one fixed seed. -> terms and motion of
-    each.
+    """ODE samples with the model's own defaults and transported noise, one fixed seed. -> of each, the terms
+    and what no reward knows.
 
     Processes share the prompts by batches; the first `shown` are written as videos.
     """
@@ -684,7 +691,7 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
         terms = rewards.terms(videos, part, paths)
         for i, (k, video) in enumerate(zip(members, videos)):
             row = {name: float(values[i]) for name, values in terms.items()}
-            rows.append((k, row | dict(motion=motion_magnitude(video))))
+            rows.append((k, row | unrewarded(video)))
             if k < shown:
                 write_video(folder / f"{k:02d}.mp4", video, sampling.fps)
                 sheet[k] = video[spread(len(video))]

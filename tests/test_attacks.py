@@ -55,7 +55,7 @@ COMMANDS = {  # name: main, arguments before a row's own
     "metrics": (evaluation.main, ["metrics", "--model", "@wan", "--prompts", "@prompts.jsonl", *JUDGES]),
     "rewards": (rewards.main, ["@video.mp4", "push_in a box", "--out", "x.png", *JUDGES]),
     "depth": (depth_anything.main, ["@video.mp4", "--model", "@twins/depth_anything", "--out", "x"]),
-    "study": (report.main, ["study", "--a", "@videos", "--b", "@videos", "--out", "x"]),
+    "study": (report.main, ["study", "--a", "@videos", "--b", "@others/videos", "--out", "x"]),
     "score": (report.main, ["score", "@study/answers.json", "--out", "@study"]),
     "report": (report.main, ["run", "@run"]),
     "table": (evaluation.main, ["table", "--runs", "a=@results", "b=@others"]),
@@ -150,7 +150,7 @@ WORDS = [
            "table --runs a=@nowhere -> @nowhere", "table --runs a= -> summary.json",
            "table --runs a=@results a=@results -> twice"),
     *calls("report.py", " -> command", "run @nowhere", "run @plain", "run @wan", "run '' -> metrics.jsonl",
-           "study --a @nowhere --b @videos -> @nowhere", "study --a @wan --b @videos -> @wan",
+           "study --a @nowhere --b @videos -> @nowhere", "study --a @videos --b @videos -> same folder", "study --a @wan --b @videos -> @wan",
            "score @nowhere -> study", "score @nowhere --out @study -> @nowhere"),
     *calls("estimate", "--with --full", "--with --lr nan -> --lr", "--with --nonsense",
            "--with --frames 6 -> --frames"),
@@ -374,6 +374,7 @@ def make_places(root, checkpoint, twins):
             (root / name).write_text(text)
     (root / "bytes").write_bytes(bytes(range(256)))
     sample.write_video(root / "videos" / "0000.mp4", torch.rand(5, 3, 32, 32), 8)
+    shutil.copytree(root / "videos", root / "others" / "videos")
     (root / "video.mp4").symlink_to("videos/0000.mp4")
     (root / "cut.mp4").write_bytes((root / "video.mp4").read_bytes()[:200])
     (root / "lora").mkdir()

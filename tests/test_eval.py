@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from eval import (camera_errors, changes, epipolar_error, folder_videos, halfway, interval, main,
+from eval import (alarms, camera_errors, changes, epipolar_error, folder_videos, halfway, interval, main,
                   measured_row, mvcs, new_folder, psnr, ssim, table, vbench)
 from noise_warp import camera_path
 from prompts import read_prompts
@@ -211,6 +211,21 @@ def test_the_epipolar_error_needs_no_camera_and_repeats():
     assert math.isnan(epipolar_error(torch.zeros(17, 3, 64, 64)))  # nothing to track
     assert math.isnan(epipolar_error(video[:5]))  # one pair
 
+
+
+def test_a_total_that_rises_while_other_judges_fall_is_an_alarm():
+    first = dict(step=0, total=3.0, epipolar=2.0, motion=1.0)
+
+    def said(**changes):
+        return alarms([first, first | dict(step=8, total=3.5) | changes])
+
+    assert said() == said(epipolar=2.1, motion=.95) == said(epipolar=1.0, motion=2.0) == []
+    assert said(total=2.9, epipolar=4.0) == []
+    assert said(epipolar=None) == said(motion=None) == alarms([first]) == alarms([]) == []
+    assert said(epipolar=2.5) == ["After 8 steps the total has risen from 3.000 to 3.500, but the epipolar error "
+                                  "rose from 2.00 to 2.50: look at the videos."]
+    assert "motion fell from 1.00 to 0.50" in said(motion=.5)[0]
+    assert len(said(motion=.5, epipolar=3.0)) == 2
 
 
 def test_bad_videos_are_rows_that_say_why(scored):

@@ -330,7 +330,8 @@ def reported(twins, tmp_path_factory):
     write_lines(run / "prompts.jsonl", [dict(prompt=f"push_in room {i} </h3><!--<script>", split=split)
                                         for split in ("train", "test") for i in range(2)])
     write_lines(run / "metrics.jsonl", [training_row(step) for step in range(10)])
-    write_lines(run / "eval.jsonl", [dict(step=0, total=1.0, traj=None), dict(step=10, total=2.5, traj=.5)])
+    write_lines(run / "eval.jsonl", [dict(step=0, total=1.0, traj=None, motion=2.0),
+                                      dict(step=10, total=2.5, traj=.5, motion=.5)])
     write_json(run / "config.json", dict(
         name="demo <1>", groups=2, members=4, frames=9, height=64, width=64, seed=0,
         model="tiny/wan", lora=None, prompts=str(run / "prompts.jsonl"), lpips="random", views=3,
@@ -356,7 +357,9 @@ def test_report_is_one_file_with_everything_in_it(reported):
                  "meta-view", "re-render", "camera path from above", ">asked<", ">found<", "before",
                  "after 10 steps", "stand-in", "<td>2.5000</td>", "<h3>Camera control</h3>",
                  "<td>20.250 [20.250, 20.250]</td>", "<td>paper: World-R1-Small</td>",
-                 "<td>+0.500 [+0.500, +0.500] (100%)</td>"):
+                 "<td>+0.500 [+0.500, +0.500] (100%)</td>",
+                 "the total has risen from 1.000 to 2.500, but motion fell from 2.00 to 0.50",
+                 f"walkthrough.py PROMPT --trained {reported.parent} --out {reported.parent / 'walkthrough.html'}"):
         assert word in text, word
     assert "<!--" not in text
     assert "<i>" not in text
@@ -458,6 +461,14 @@ def test_a_damaged_run_is_one_sentence(name, content, message, tmp_path, capsys)
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_walkthrough_in_the_run_is_linked(tmp_path):
+    write_json(tmp_path / "config.json", dict(name="x"))
+    write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0)])
+    (tmp_path / "walkthrough.html").touch()
+    assert main(["run", str(tmp_path)]) == 0
+    assert '<a href="walkthrough.html">' in (tmp_path / "report.html").read_text()
+
+
 def test_an_evaluation_that_is_not_there_yet_is_left_out(tmp_path):
     write_json(tmp_path / "config.json", dict(name="x"))
     write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0)])
@@ -471,6 +482,29 @@ def test_charts_survive_constants_and_missing_values():
     assert 'aria-label="S_x: a over 1 steps"' in picture
     assert ">S_x</text>" in picture
     assert chart("x", [dict(step=0, phase="main", x=None)], {"a": "x"}) == ""
+
+
+def test_a_pair_has_one_prompt(tmp_path, capsys):
+    """What only one side knows is taken; what both know must be the same."""
+    for side, prompt in (("a", "a lake"), ("b", "a hill")):
+        write_video(tmp_path / side / "videos" / "0000.mp4", moving(.2), 8)
+        write_lines(tmp_path / side / "metrics.jsonl", [dict(video="0000", prompt=prompt)])
+    command = ["study", "--out", str(tmp_path / "s")]
+    command += [word for side in "ab" for word in (f"--{side}", str(tmp_path / side / "videos"))]
+    assert main(command) == 2
+    assert "0000.mp4 has another prompt in" in capsys.readouterr().err
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    assert main(command) == 0
+    assert "a hill" in (tmp_path / "s" / "page" / "index.html").read_text()
+
+
+def test_the_total_of_a_dynamic_phase_is_no_part_of_its_curve():
+    """It is R_gen alone there, and would fall at each phase."""
+    rows = [dict(step=step, phase="dynamic" if step == 2 else "main", total=3.0) for step in range(5)]
+    rows[2]["total"] = .5
+    drawn = training_charts(rows)
+    assert drawn == training_charts([row | dict(total=None) if row["phase"] == "dynamic" else row for row in rows])
+    assert drawn != training_charts([row | dict(phase="main") for row in rows])
 
 
 def test_shares_of_the_terms_are_drawn_and_one_alone_is_a_warning():
@@ -497,7 +531,7 @@ def test_what_files_say_is_text_on_the_page(tmp_path):
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
     assert "<img" not in text
     assert text.count("</script>") == 1
-    assert ">total reward</text>" in text
+    assert ">total reward, main steps</text>" in text
     assert "advantages&#x27; variance" not in text
 
 
@@ -520,7 +554,8 @@ def test_what_cannot_be_shown_is_one_sentence(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
     for command, message in (
         (["run", folder], "holds no metrics.jsonl"),
-        (["study", "--a", folder, "--b", folder, "--out", str(tmp_path / "s")], "share no mp4"),
+        (["study", "--a", folder, "--b", folder, "--out", str(tmp_path / "s")], "are the same folder"),
+        (["study", "--a", folder, "--b", str(tmp_path / "b"), "--out", str(tmp_path / "s")], "share no mp4"),
         (["score", str(tmp_path / "x.json"), "--out", folder], "holds no study_key.json"),
     ):
         assert main(command) == 2

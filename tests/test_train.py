@@ -244,6 +244,7 @@ def test_evaluation_writes_videos_curves_and_an_adapter(arguments, tmp_path):
     rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2]
     assert all(math.isfinite(row["total"]) for row in rows)
+    assert all({"motion", "epipolar"} <= row.keys() for row in rows)
     assert len(list((folder / "eval" / "000002").glob("*.mp4"))) == 3
     asked = (folder / "eval" / "000002" / "prompts.txt").read_text().splitlines()
     assert asked == read_prompts(train.TINY / "prompts.jsonl")["test"][-3:]  # eval.py scores the first
