@@ -4,8 +4,11 @@ BIN = .venv/bin
 
 .PHONY: sample test bench train-tiny
 
+# A video of the tiny model; then, from one noise, what training starts from and what it makes of it.
+PROMPT = "push_in a red sphere on a checkered green floor, yellow walls"
 sample: .venv/sample
-	$(BIN)/python sample.py "push_in a red sphere on a checkered green floor, yellow walls"
+	$(BIN)/python sample.py $(PROMPT)
+	$(BIN)/python sample.py $(PROMPT) --lora tiny/web tiny/world_r1 --out out/base_and_trained.mp4
 
 test: .venv/test
 	$(BIN)/python -m pytest

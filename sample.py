@@ -1,6 +1,7 @@
 """Sampling: a prompt and noise become a video by integrating dx/dsigma = v(x, sigma) from sigma = 1 to 0.
 
     python sample.py "push_in a red sphere on a checkered green floor, yellow walls"
+    python sample.py "push_in a red sphere ..." --lora tiny/web tiny/world_r1      base beside trained
     python sample.py "Camera orbit left. A lighthouse ..." --model Wan-AI/Wan2.1-T2V-1.3B --device cuda
 
 Rectified flow: x = (1 - sigma) x0 + sigma eps, the model predicts v = eps - x0. ODE solvers: Euler, and UniPC
@@ -22,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from fast import trim_text
-from lora import merge_lora
+from lora import lora_file, merge_lora
 from model import load_wan
 from noise_warp import camera_path, latent_noise, parse_motion, relative_to_first, released_push
 from prompts import usable_prompt
@@ -432,6 +434,9 @@ def check(a):
         raise ValueError("--released pushes transported noise in, and --no-transport asks for none; "
                          "give one of them")
     check_device(a.device)
+    for lora in a.lora:
+        if lora != "none":
+            lora_file(lora)
     if a.out.suffix != ".mp4":
         raise ValueError(f"--out must end in .mp4, got '{a.out}'")
     check_writable(a.out)
@@ -513,7 +518,9 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("prompt")
     add("--model", default=str(TINY / "wan"), help="folder (either layout) or hub id")
-    add("--lora", help="adapter file or folder, merged into the model (forms: docs/real_size.md)")
+    add("--lora", nargs="+", default=["none"], metavar="LORA",
+        help="adapter file or folder, merged into the model (forms: docs/real_size.md); of several, 'none' "
+             "for the model alone, the videos from one noise stand side by side")
     add("--out", type=Path, help="the mp4; a contact sheet goes beside it (default out/PROMPT_SEED.mp4)")
     add("--num", type=int, default=1, help="videos of the prompt, sampled as one batch")
     add("--seed", type=int, default=0)
@@ -551,28 +558,40 @@ def make_videos(a):
     own = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
     sampling = sampling_of(a.model, **own)
     paths = [read_path(a.path, sampling.frames)] * a.num if a.path is not None else None
+    columns = [sampled(a, lora, sampling, paths) for lora in a.lora]
+
+    if len(columns) > 1:
+        print("left to right, and in the picture from top to bottom:", ", ".join(a.lora))
+    for i in range(a.num):
+        file = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")
+        write_video(file, side_by_side([videos[i] for videos in columns]), sampling.fps)
+        print(file)
+    sheet = a.out.with_suffix(".png")
+    contact_sheet(sheet, [videos[i] for i in range(a.num) for videos in columns])
+    print(sheet)
+
+
+def sampled(a, lora, sampling, paths):
+    """-> the command line's videos [(F, 3, H, W)] with one adapter."""
     wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
     check_memory(wan, sampling, a.num)
-    if a.lora is not None:
-        merge_lora(wan.dit, a.lora)
+    if lora != "none":
+        merge_lora(wan.dit, lora)
     if a.compile:
         wan.dit = torch.compile(wan.dit)
-
     latents, _ = sample_latents(wan, [a.prompt] * a.num, sampling, a.seed, paths=paths, strength=a.strength,
                                 transport=a.transport, released=a.released, solver=a.solver,
                                 negative=a.negative, progress=True)
     if not latents.isfinite().all():
         raise ValueError(f"'{a.model}' made latents that are not finite; lower --guidance, "
                          "or leave the --lora out")
-    videos = decode_videos(wan, latents)
+    return decode_videos(wan, latents)
 
-    for i, video in enumerate(videos):
-        file = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")
-        write_video(file, video, sampling.fps)
-        print(file)
-    sheet = a.out.with_suffix(".png")
-    contact_sheet(sheet, videos)
-    print(sheet)
+
+def side_by_side(videos, gap=4):
+    """Videos of one size -> one, with white between."""
+    *others, last = videos
+    return torch.cat([*(F.pad(video, (0, gap), value=1.0) for video in others), last], -1)
 
 
 def main(argv=None):

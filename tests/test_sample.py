@@ -14,6 +14,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors.torch import load_file, save_file
 
 import sample as S
+from lora import add_lora, lora_weights
 from model import load_wan
 from noise_warp import camera_path
 
@@ -369,6 +370,36 @@ def test_latents_that_are_not_finite_are_no_video(checkpoint, tmp_path, capsys):
     assert S.main(["a box", "--model", str(folder), "--out", str(out)]) == 2
     assert "made latents that are not finite; lower --guidance" in capsys.readouterr().err
     assert not out.parent.exists()
+
+
+def test_adapters_stand_side_by_side_from_one_noise(checkpoint, tmp_path, capsys):
+    """Each column is what the command makes with that adapter alone; a missing one is found before sampling."""
+    torch.manual_seed(0)
+    dit = load_wan(checkpoint).dit
+    add_lora(dit)
+    for layer in dit.modules():
+        if hasattr(layer, "lora_B"):
+            torch.nn.init.normal_(layer.lora_B)
+    adapter = tmp_path / "lora.safetensors"
+    save_file(lora_weights(dit), adapter)
+
+    arguments = ["push_in a box", "--model", str(checkpoint), "--frames", "5", "--steps", "2", "--num", "2"]
+    videos = {}
+    for name, lora in (("both", ["none", str(adapter)]), ("none", ["none"]), ("one", [str(adapter)])):
+        out = tmp_path / name / "x.mp4"
+        assert S.main([*arguments, "--out", str(out), "--lora", *lora]) == 0
+        videos[name] = S.read_video(out.with_stem("x_1"))[0]
+        if name == "both":
+            assert f"top to bottom: none, {adapter}" in capsys.readouterr().out
+    W = videos["none"].shape[-1]
+    assert videos["both"].shape[-1] == 2 * W + 4
+    for columns, name in ((slice(W), "none"), (slice(-W, None), "one")):
+        assert (videos["both"][..., columns] - videos[name]).abs().mean() < .02  # but for the compression
+    assert (videos["none"] - videos["one"]).abs().mean() > .04
+
+    assert S.main([*arguments, "--out", str(tmp_path / "y" / "x.mp4"), "--lora", str(adapter), "nowhere"]) == 2
+    assert "no LoRA file 'nowhere'" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
 
 
 def test_what_is_no_video_is_named(tmp_path):
