@@ -15,6 +15,7 @@ object (none, sphere, box, cylinder), and the camera motion of the first and of 
 explains the clip. Training a policy on the rewards must not make these readings worse.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -22,6 +23,7 @@ import random
 import re
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from safetensors.torch import load_file
 from scipy.stats import binomtest
 from tqdm import tqdm
 
+from eval import epipolar_error
 from lora import lora_file, merge_lora
 from model import load_vae, load_wan
 from noise_warp import MOTIONS, camera_path, parse_motion
@@ -278,19 +281,22 @@ def proportion(right):
     return f"{found.statistic:.3f} [{low:.3f}, {high:.3f}]"
 
 
-HEADER = ("| | wall | floor | objects | motion | all | re-projection, 1 frame | 4 frames |\n"
-          "|---|---|---|---|---|---|---|---|")
+HEADER = ("| | wall | floor | objects | motion | all | re-projection, 1 frame | 4 frames | epipolar |\n"
+          "|---|---|---|---|---|---|---|---|---|")
 
 
 def table_row(name, videos, prompts, probe):
-    """One line of the table: the probe's shares, and the mean re-projection error of neighbours and at 4
-    frames' gap."""
+    """One line of the table: the probe's shares, the mean re-projection error of neighbours and at 4 frames'
+    gap, and the mean epipolar error."""
     cells = [name]
     cells += [proportion(right) for right in scores(read(probe, videos), prompts).values()]
     paths = [camera_path(parse_motion(prompt), len(video)) for prompt, video in zip(prompts, videos)]
     for gap in (1, 4):
         errors = [reprojection(video, path, gap) for video, path in zip(videos, paths)]
         cells.append(f"{sum(errors) / len(errors):.4f}")
+    cells.append("needs OpenCV")
+    with contextlib.suppress(ImportError):
+        cells[-1] = f"{np.nanmean([epipolar_error(video) for video in videos]):.2f}"
     return f"| {' | '.join(cells)} |"
 
 

@@ -13,8 +13,10 @@ failed (NaN) is left out.
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import random
+from collections import defaultdict
 from itertools import compress
 
 import numpy as np
@@ -23,10 +25,11 @@ import torch
 from tqdm import tqdm
 
 from critics import digit_score, lpips_distance
-from eval import interval
+from eval import epipolar_error, interval
 from grpo import standardise
 from noise_warp import MOTIONS, camera_path, relative_to_first
 from rewards import TERMS, meta_views, trajectory_reward
+from tiny.probe import reprojection
 from tiny.world import CORRUPTIONS, DAMAGE, DEGRADATIONS, corrupt, damage, degrade, random_scene, render
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -49,6 +52,10 @@ def auc(better, worse):
 
 
 # ------------------------------------------------------------------------------------------------ comparisons
+
+EPIPOLAR = "epipolar error, no reward"
+REPROJECTION = "re-projection, no reward"
+
 
 def comparisons(rewards, scene, index, rng):
     """Yields (what is compared, how the bad copy is bad, score) for one scene.
@@ -83,6 +90,14 @@ def comparisons(rewards, scene, index, rng):
         return 1 - lpips_distance(rewards.lpips, rerender, judged.video[rec.frames].to(rerender.device))
 
     yield "re-render where the prompt asked", fault, where_asked
+
+    # Judges that are no rewards: whether any rigid world explains it, and one under the asked cameras.
+    def spoiled(strength):
+        return corrupt(scene, kind, strength, index) if strength else video
+
+    if importlib.util.find_spec("cv2"):
+        yield EPIPOLAR, kind, lambda strength: -epipolar_error(spoiled(strength))
+    yield REPROJECTION, kind, lambda strength: -reprojection(spoiled(strength), path, gap=4)
     if not still:
         weaker = "traj: motion against weaker motion"
         yield weaker, "freeze", lambda strength: clip("freeze", strength).scores["traj"]
@@ -173,7 +188,20 @@ def validate(rewards, num=200, seed=0, levels=5):
     for name, row in table.items():
         summarise(row, strengths)
         print_row(name, row)
+    if EPIPOLAR in table:
+        print_agreement(table[EPIPOLAR], table[REPROJECTION])
     return table
+
+
+def print_agreement(row, other):
+    """How two judges rank a clip's copies of all strengths: mean Spearman correlation of each way of being
+    bad."""
+    found = defaultdict(list)
+    for kind, mine, theirs in zip(row["kinds"], row["grid"], other["grid"]):
+        found[kind].append(scipy.stats.spearmanr(mine, theirs).statistic)
+    row["agreement"] = {kind: float(np.mean(values)) for kind, values in found.items()}
+    words = ", ".join(f"{kind} {value:.2f}" for kind, value in row["agreement"].items())
+    print(f"epipolar error with re-projection, over the strengths of a clip: Spearman {words}")
 
 
 def summarise(row, strengths):
