@@ -30,6 +30,7 @@ from grpo import draw_window
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
 from noise_warp import MOTIONS, camera_path, latent_noise, path_flow
+from rehearse import rehearse, rehearse_depth, rehearse_devices
 from rewards import TERMS, load_rewards
 from sample import generator, sample_videos, sampling_of
 from tiny.world import random_scene, random_scenes, render, render_all
@@ -384,6 +385,8 @@ H200 = dict(name="H200", memory=141e9, flops=989e12, link=450e9, network=50e9, h
 RTX_4090 = dict(name="RTX 4090", memory=24e9, flops=165e12, host=25e9)
 MACHINES = {"small": (H200, 48), "large": (H200, 96), "release": (H200, 48), "node": (H200, 8),
             "gpu": (RTX_4090, 1)}
+DEPTH = "Depth Anything 3, float32"
+JUDGES = {DEPTH: 1.23e9 * 4, "critic, bfloat16": 4.44e9 * 2, "preference model, bfloat16": 7.75e9 * 2}
 UTILISATION = .4  # of the FLOP/s; a plain assumption
 
 
@@ -483,15 +486,12 @@ def estimate(preset, gpus=None, options=()):
     # preference model. Offloaded ones are there for their work alone.
     height, width = processed_size(c.height, c.width, SIZES["da3-giant"])
     views = memory_estimate(SIZES["da3-giant"], c.views, height, width)
-    judges = {"Depth Anything 3, float32": (1.23e9 * 4, views),
-              "critic, bfloat16": (4.44e9 * 2, 2 * .1e9),
-              "preference model, bfloat16": (7.75e9 * 2, c.frames_seen * .1e9)}
-    for name, (weights, working) in judges.items():
+    for name, working in zip(JUDGES, (views, 2 * .1e9, c.frames_seen * .1e9)):
+        work[name] = working
         if c.offload:
-            work[name] = weights + working
+            work[name] += JUDGES[name]
         else:
-            memory[name] = weights
-            work[name] = working
+            memory[name] = JUDGES[name]
     peak = sum(memory.values()) + max(work.values())
     memory |= {f"work: {name}": size for name, size in work.items()} | {"peak": peak}
 
@@ -510,7 +510,7 @@ def estimate(preset, gpus=None, options=()):
         gather = 2 * frozen * (shards - 1) / shards / card["link" if shards <= 8 else "network"]
     moving = 0
     if c.offload:
-        moving = 2 * sum(weights for weights, _ in judges.values()) / card["host"]  # there and back
+        moving = 2 * sum(JUDGES.values()) / card["host"]  # there and back
 
     # A step, every one as a main one: all wait for the busiest process. A trained step is a forward pass, its
     # recomputation (checkpointing) and the backward pass; for KL the reference's forward too.
@@ -557,16 +557,55 @@ def print_estimate(preset, gpus=None, options=()):
     print(f"{memory['peak'] / 1e9:.1f} GB of {card['memory'] / 1e9:.0f}: it {fits}")
 
 
+def print_rehearsal(preset, gpus=None, options=()):
+    """The same from a step without data (rehearse.py). ValueError if it would not fit."""
+    card, usual = MACHINES[preset]
+    gpus = usual if gpus is None else gpus
+    memory, _ = estimate(preset, gpus, options)  # and whether the options can work
+    c = training_arguments(["--preset", preset, "--dtype", "bfloat16", *options])
+
+    def check_fits(size, what):
+        if size > card["memory"]:
+            raise ValueError(f"{what} take {size / 1e9:.1f} GB, and a {card['name']} has "
+                             f"{card['memory'] / 1e9:.0f}; give --offload, --checkpointing, "
+                             "a smaller --batch, or --parallel fsdp on more GPUs")
+
+    check_fits(sum(size for part, size in memory.items() if "work" not in part and part != "peak"),
+               f"the weights of {preset} alone")
+    start = time.perf_counter()
+    rehearse_devices(c)
+    phases = rehearse(c, gpus)
+    depth, depth_flops = rehearse_depth(c)
+    print(f"TRACE of the step's own code, without data: preset {' '.join([preset, *options])}, one batch of "
+          f"rank 0 of {gpus}; {time.perf_counter() - start:.0f} s")
+    print_head("phase", "GB of the policy", "PFLOP")
+    for phase, (peak, flops) in phases.items():
+        print_row(phase, f"{peak / 1e9:.1f}", f"{flops / 1e15:.2f}")
+    print_row("Depth Anything 3, its own", f"{depth / 1e9:.1f}", f"{depth_flops / 1e15:.2f}")
+
+    # What is beside the policy: the judges, but for those that are offloaded; a gather in flight.
+    weights, _ = phases["weights, optimiser"]
+    resident = {name: memory.get(name, 0) for name in JUDGES}
+    beside = sum(resident.values()) + memory["gathered blocks"] / 2
+    working = [memory[f"work: {name}"] for name in JUDGES if name != DEPTH]
+    working.append(depth - resident[DEPTH])
+    peak = beside + max(max(peak for peak, _ in phases.values()), weights + max(working))
+    print(f"\n{peak / 1e9:.1f} GB with the judges and a gather in flight (by the estimate: "
+          f"{memory['peak'] / 1e9:.1f})")
+    check_fits(peak, f"weights and work of {preset}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, "all"), default="all", help="what to time")
     parser.add_argument("--repeat", type=int, default=7, help="timed turns; the median is shown")
     parser.add_argument("--estimate", choices=MACHINES, help="a preset")
-    parser.add_argument("--gpus", type=int, help="--estimate: how many (default: "
+    parser.add_argument("--rehearse", choices=MACHINES, help="a preset's step at its size, without data")
+    parser.add_argument("--gpus", type=int, help="--estimate, --rehearse: how many (default: "
                         + ", ".join(f"{name} {gpus}" for name, (_, gpus) in MACHINES.items()) + ")")
     parser.add_argument("--with", dest="options", nargs=argparse.REMAINDER, default=[],
-                        help="--estimate: further options of train.py; the last of all")
+                        help="--estimate, --rehearse: further options of train.py; the last of all")
     parser.add_argument("--check-memory", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "FRAMES"), help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
@@ -578,6 +617,8 @@ def main(argv=None):
             print(peak_growth(a.peak[0], int(a.peak[1])))
         elif a.estimate:
             print_estimate(a.estimate, a.gpus, a.options)
+        elif a.rehearse:
+            print_rehearsal(a.rehearse, a.gpus, a.options)
         elif a.check_memory:
             check_memory()
         else:

@@ -37,12 +37,15 @@ class Policy:
     """.wan the model; .trained {name: parameter}; .average {name: averaged weights}; .sharded whether
     .trained is."""
 
-    def __init__(self, c, processes):
+    def __init__(self, c, processes, wan=None):
+        """wan: another than c.model's, with its own embeddings (rehearse.py)."""
         self.c, self.processes = c, processes
         dtype = getattr(torch, c.dtype)
-        self.wan = load_wan(c.model, processes.device, dtype, text=False)
-        self.wan.texts = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
-        dit = self.wan.dit
+        if wan is None:
+            wan = load_wan(c.model, processes.device, dtype, text=False)
+            wan.texts = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
+        self.wan = wan
+        dit = wan.dit
         self.base = merge_lora(dit, c.lora) if c.lora else {}  # the adapter that training starts from
 
         # what is trained, and the reference that the KL compares with: the model without LoRA, or a frozen
@@ -227,10 +230,11 @@ class Policy:
 def shard(dit, processes, size=None):
     """FSDP2, one unit a block: frozen or fully trained weights are sharded, LoRA matrices stay whole on every
     process. size: of the processes that share one copy (default: all); each such set holds the model once."""
-    mesh = None
+    shape = processes.world,
     if size and size < processes.world:
-        mesh = init_device_mesh(processes.device.type, (processes.world // size, size),
-                                mesh_dim_names=("copies", "shards"))
+        shape = processes.world // size, size
+    names = "copies", "shards"
+    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names[-len(shape):])
     lora = {p for name, p in dit.named_parameters() if "lora_" in name}
     for block in dit.blocks:
         fully_shard(block, mesh=mesh, ignored_params=lora)
