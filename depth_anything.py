@@ -634,10 +634,10 @@ def main(argv=None):
         out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
         check_writable(out / "depth.mp4")
         rec = load_depth_anything(options.model, options.device)(video, options.views)
+        write_pictures(out, rec, max(1.0, fps * len(rec.frames) / len(video)))
     except (ValueError, OSError) as error:
         print(f"depth_anything.py: {error}", file=sys.stderr)
         return 2
-    write_pictures(out, rec, max(1.0, fps * len(rec.frames) / len(video)))
     travel = (rec.camera_to_world[-1, :3, 3] - rec.camera_to_world[0, :3, 3]).norm() / rec.depth.median()
     written = ", ".join(sorted(file.name for file in out.iterdir()))
     print(f"camera travels {float(travel):.3f} median depths; wrote {written} to {out}")

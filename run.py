@@ -27,6 +27,7 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from prompts import SPLITS
 from weights import config_from, read_bytes, read_json, to_disk, write_json, write_text
@@ -84,9 +85,9 @@ class Processes:
 
 # ------------------------------------------------------------------------------------------- the run's folder
 
-# what may be another on resuming
+# what may be another on resuming; with another batch, sums are rounded otherwise in their last bits
 MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every", "timeout",
-              "shard_size", "offload"}
+              "shard_size", "offload", "batch", "checkpointing"}
 
 
 class ConfigJson(TypedDict, total=False):
@@ -375,7 +376,12 @@ def load_checkpoint(policy, folder):
         raise RuntimeError(error)
     if found is None:
         return 0
-    dcp.load(policy.state(), storage_reader=PlainReader(found), no_dist=policy.processes.world == 1)
+    try:
+        dcp.load(policy.state(), storage_reader=PlainReader(found), no_dist=policy.processes.world == 1)
+    except CheckpointException as e:  # no Exception, and many lines
+        first = str(e).strip().splitlines()[0]
+        raise RuntimeError(f"{found} cannot be loaded ({first}); move it away to go on from the one before"
+                           ) from None
     policy.check_finite()
     return steps_of(found)
 

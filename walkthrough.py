@@ -760,6 +760,8 @@ def write_markdown(folder, prompt, stages, made, seconds):
     """walkthrough.md and walkthrough/ into a folder of the repository, whose sources it links to."""
     body = ["# One prompt through World-R1", "", f"> {html.escape(prompt)}", "", html.escape(made), ""]
     body += [markdown_stage(i, stage, folder, seconds) for i, stage in enumerate(stages, 1)]
+    body += ["Now change something: [exercises](exercises.md). What a whole training does: "
+             "[learning proof](learning_proof.md).", ""]
     write_text(folder / "walkthrough.md", "\n".join(body))
 
 

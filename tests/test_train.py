@@ -141,6 +141,10 @@ def test_a_run_is_not_resumed_with_other_settings(arguments, tmp_path, capsys):
                              ("--recon 3", "was started with --recon 1.0, not 3.0")):
         assert train.main([*base, "--total-steps", "2", *options.split()]) == 2
         assert message in capsys.readouterr().err
+    # what an error of memory tells to do
+    smaller = ["--batch", "1", "--checkpointing", "--offload"]
+    assert train.main([*base, "--total-steps", "2", *smaller]) == 0
+    assert len(metrics(tmp_path / "first")) == 2
 
 
 # --------------------------------------------------------------------------------------------------- schedule
