@@ -1,9 +1,11 @@
 """Our ports against the real packages, at random weights, in float32."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, randomise
 from safetensors.torch import save_file
 
@@ -302,3 +304,45 @@ def test_gsplat_projection_and_spherical_harmonics():
         directions = g.means - poses[v, :3, 3]
         theirs = (implementation._spherical_harmonics(2, directions, g.harmonics.mT) + .5).clamp_min(0)
         assert (splat.colour(g.harmonics, g.means, poses[v, :3, 3]) - theirs).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- published files
+
+def in_shards(save, size, count):
+    """Calls save(max_shard_size=...) with the sizes that may give so many files, until one does."""
+    for tenths in range(10 * (count - 1), 40 * count):
+        folder = save(max_shard_size=10 * size // tenths)
+        files = sorted(folder.glob("*-of-*.safetensors"))
+        if len(files) == count:
+            return files
+    raise AssertionError(f"no shard size gives {count} files")
+
+
+@pytest.mark.parametrize("of_dit, of_text", [(2, 5), (12, 5)], ids=["1.3B", "14B"])
+def test_the_published_diffusers_files_load(checkpoint, tmp_path, of_dit, of_text):
+    """Written by diffusers and transformers in as many float32 shards, with an index, as the hub's
+    Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers hold; read in either dtype."""
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    dit = diffusers.WanTransformer3DModel.from_pretrained(checkpoint / "transformer")
+    text = transformers.UMT5EncoderModel.from_pretrained(checkpoint / "text_encoder")
+
+    def saved(model, part):
+        def save(**options):
+            shutil.rmtree(folder / part)
+            model.save_pretrained(folder / part, **options)
+            return folder / part
+        return save
+
+    for model, part, stem, count in ((dit, "transformer", "diffusion_pytorch_model", of_dit),
+                                     (text, "text_encoder", "model", of_text)):
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        files = in_shards(saved(model, part), size, count)
+        assert files[0].name == f"{stem}-00001-of-{count:05d}.safetensors"
+        assert (folder / part / f"{stem}.safetensors.index.json").exists()
+
+    whole = load_wan(checkpoint)
+    for dtype in (torch.float32, torch.bfloat16):
+        wan = load_wan(folder, dtype=dtype)
+        for name, p in whole.dit.state_dict().items():
+            assert torch.equal(wan.dit.state_dict()[name], p.to(dtype)), name
+        assert torch.equal(wan.text_encoder.shared.weight, whole.text_encoder.shared.weight.to(dtype))
