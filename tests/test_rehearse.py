@@ -12,6 +12,7 @@ import bench
 import rehearse
 import sample
 import train
+from lora import add_lora
 from model import DiT, DiTConfig, VAEConfig
 from policy import Policy
 from run import Processes
@@ -110,14 +111,19 @@ def true_runs(tmp_path_factory):
 
 @pytest.mark.parametrize("size, parallel", CASES)
 def test_the_trace_is_what_the_allocator_hands_out(size, parallel, true_runs):
-    """Phase by phase, of the first process, replicated and sharded. What a gather in flight holds, one block's
-    weights, is there or not, as the two processes are timed."""
+    """Phase by phase, of the first process, replicated and sharded. What the communication in flight holds (all
+    gradients of an all-reduce, one block's weights of a gather) is there or not, as the processes' threads are
+    timed."""
     world, options = PARALLEL[parallel]
-    true, found = true_runs[size, parallel], traced(size, config_of(size, *options), world)
-    block = sum(p.numel() * 4 for p in DiT(SIZES[size][0]).blocks[0].parameters()) if parallel == "fsdp" else 0
+    c = config_of(size, *options)
+    true, found = true_runs[size, parallel], traced(size, c, world)
+    dit = DiT(SIZES[size][0])
+    block = sum(p.numel() * 4 for p in dit.blocks[0].parameters())
+    lora = sum(p.numel() * 4 for p in add_lora(dit, c.lora_rank, c.lora_alpha).values())
+    in_flight = {"one process": 0, "ddp": lora, "fsdp": block}[parallel]
     for phase in ("rollout, decoding", "update", "optimiser step", "evaluation of 2 steps"):
         assert true[phase] == pytest.approx(found[phase], rel=.1) or (
-            true[phase] == pytest.approx(found[phase] + block, rel=.1)), (phase, found, true)
+            true[phase] == pytest.approx(found[phase] + in_flight, rel=.1)), (phase, found, true)
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
