@@ -11,31 +11,26 @@ resident set during the call, the median of three (Linux). Left out: timings on 
 """
 
 import argparse
-import functools
-import math
 import re
 import statistics
 import subprocess
 import sys
 import time
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import splat
-from depth_anything import SIZES, memory_estimate, processed_size
-from grpo import draw_window
+from estimate import (DEPTH, JUDGES, MACHINES, UTILISATION, activations, allocated_peak, estimate,
+                      forward_bytes)
 from lora import add_lora
-from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
+from model import VAE, DiT, DiTConfig, VAEConfig, load_wan
 from noise_warp import MOTIONS, camera_path, latent_noise, path_flow
 from rehearse import rehearse, rehearse_depth, rehearse_devices
 from rewards import TERMS, load_rewards
 from sample import generator, sample_videos, sampling_of
 from tiny.world import random_scene, random_scenes, render, render_all
 from train import check as check_training
-from train import deal, own_sampling, rollout_passes
 from train import parse_arguments as training_arguments
 from weights import TINY
 
@@ -287,50 +282,7 @@ def tiny_part(repeat):
 PARTS = {"wan": wan_part, "transport": transport_part, "splat": splat_part, "tiny": tiny_part}
 
 
-# ------------------------------------------------------------------ the DiT's work and memory, by arithmetic
-
-def dit_flops(config, tokens, text=128, attention=1.0):
-    """Multiply-adds x 2 of one video's forward pass: projections, feed-forward, attention.
-
-    text: tokens of a prompt, and of the repeated padding. attention: how often its products are made. The
-    backward pass through frozen weights costs what a forward does, but attention twice, and 2.5 times where
-    it makes its scores again (flash kernels).
-    """
-    D = config.num_attention_heads * config.attention_head_dim
-    per_token = 2 * tokens * (6 * D * D + 2 * D * config.ffn_dim)
-    products = 4 * tokens * tokens * D + 4 * tokens * text * D
-    return config.num_layers * (per_token + 4 * text * D * D + attention * products)
-
-
-def activations(config, tokens, rank, bytes_a_number, layers):
-    """Bytes of a forward and backward pass over the tokens of all videos, with one block's LoRA gradient.
-
-    Counted per token and channel, in units of 4 bytes, with s = bytes_a_number / 4 for what is in the model's
-    dtype: a block keeps 5.6 + s (8.7 + F + 8 r/D) for its backward pass, which works on 2 s F + 0.5 more,
-    F = ffn_dim / D. layers: (whole, inputs): of how many blocks all is kept, of how many the input alone
-    (checkpointing keeps 1 and num_layers).
-    """
-    D, s = config.num_attention_heads * config.attention_head_dim, bytes_a_number / 4
-    F = config.ffn_dim / D
-    block = 5.6 + s * (8.7 + F + 8 * rank / D)
-    whole, inputs = layers
-    return 4 * (tokens * D * (whole * block + inputs + 2 * s * F + .5) + 16 * rank * D)
-
-
-def forward_bytes(config, tokens, bytes_a_number):
-    """Bytes of a forward pass without gradients: the larger working set, attention's or feed-forward's."""
-    D, s = config.num_attention_heads * config.attention_head_dim, bytes_a_number / 4
-    return 4 * tokens * D * max(3.3 + 6 * s, 2 + 1.3 * s + 2 * s * config.ffn_dim / D)
-
-
-def allocated_peak(call):
-    """Peak bytes that PyTorch's CPU allocator hands out during a call."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate((change for _, change in changes), initial=0))
-
+# ------------------------------------------------------------------------- memory of a pass, and real size
 
 MEMORY_SIZES = {  # config, videos, (T, h, w) of their latents
     "tiny": (DiTConfig(8, 32, 768, 6, text_dim=128), 8, (5, 8, 8)),
@@ -377,69 +329,8 @@ def check_memory(sizes=MEMORY_SIZES, rank=32):
     return rows
 
 
-# -------------------------------------------------------------------------- what the real presets would need
-
-# Bytes; dense bfloat16 FLOP/s; bytes/s of a GPU's link inside a node, between nodes, and to the CPU: NVIDIA's
-# figures, of the RTX 4090 those of the Ada whitepaper with float32 sums.
-H200 = dict(name="H200", memory=141e9, flops=989e12, link=450e9, network=50e9, host=50e9)
-RTX_4090 = dict(name="RTX 4090", memory=24e9, flops=165e12, host=25e9)
-MACHINES = {"small": (H200, 48), "large": (H200, 96), "release": (H200, 48), "node": (H200, 8),
-            "gpu": (RTX_4090, 1)}
-DEPTH = "Depth Anything 3, float32"
-JUDGES = {DEPTH: 1.23e9 * 4, "critic, bfloat16": 4.44e9 * 2, "preference model, bfloat16": 7.75e9 * 2}
-UTILISATION = .4  # of the FLOP/s; a plain assumption
-
-
-@functools.cache
-def decoding():
-    """What the VAE's decoding takes a pixel of height x width, by 64x64 of them: FLOPs of the first latent
-    frame and of each further one, bytes of its working set. It goes frame by frame, as for large videos.
-    """
-    with torch.device("meta"):
-        vae = VAE(VAEConfig()).eval()
-
-    @torch.no_grad()
-    def pieces(device):
-        memory, flops = {}, []
-        for _ in range(2):
-            with FlopCounterMode(display=False) as counter:
-                vae.decode_raw(torch.zeros(1, 16, 1, 8, 8, device=device), memory)
-            flops.append(counter.get_total_flops() / 64 ** 2)
-        return flops
-
-    flops = pieces("meta")
-    vae.to_empty(device="cpu")
-    return *flops, allocated_peak(lambda: pieces("cpu")) / 64 ** 2
-
-
-def rollout_counts(c, windows, share):
-    """-> forward passes of a process's rollout, and the videos they run, as a pass may run a batch."""
-    singles = [(group, [member]) for group, members in share for member in members]
-    return rollout_passes(c, windows, share), rollout_passes(c, windows, singles)
-
-
-def busiest_rollout(c, gpus, steps=300):
-    """`rollout_counts` of the process that all others wait for, the mean over `steps` draws of windows: the
-    sooner a group's window begins, the less its members share."""
-    work, draw = deal(c, gpus), generator(0)
-    most = []
-    for _ in range(steps):
-        windows = [draw_window(draw, c.steps, c.window, c.noisy_steps) for _ in range(c.groups)]
-        if c.common_window:
-            windows = windows[:1] * c.groups
-        most.append(max(rollout_counts(c, windows, share) for share in work))
-    return [statistics.mean(counts) for counts in zip(*most)]
-
-
-def estimate(preset, gpus=None, options=()):
-    """What a preset with further options of train.py takes. -> ({part: bytes per GPU}, {phase: seconds}), the
-    whole step, an evaluation and the run among the phases.
-
-    Memory: weights by count, activations by `activations`, decoding by `decoding`.
-    Time: FLOPs over UTILISATION of the peak, then FSDP's gathers of all weights (in truth they overlap).
-    Left out: noise transport and motion on the CPU, Gaussians' rendering, checkpoints, loading; CUDA's own
-    memory and gaps in it.
-    """
+def preset_config(preset, gpus=None, options=()):
+    """A preset with further options of train.py -> its Config, the number of GPUs and their card."""
     card, usual = MACHINES[preset]
     gpus = usual if gpus is None else gpus
     if gpus < 1:
@@ -449,99 +340,12 @@ def estimate(preset, gpus=None, options=()):
     batches = c.groups * c.members // (c.batch or c.members)
     if gpus > batches:  # it would count idle GPUs, for hours where there are millions
         raise ValueError(f"--gpus must be at most {batches}, the batches of a step, got {gpus}")
-    if c.full:
-        raise ValueError("the estimate counts LoRA training alone; leave out --full")
-    config = DIT_SIZES["14B" if "14B" in c.model else "1.3B"]
-    with torch.device("meta"):
-        dit = DiT(config)
-        vae_size = sum(p.numel() for p in VAE(VAEConfig()).parameters())
-    frozen = sum(p.numel() for p in dit.parameters())
-    trained = sum(p.numel() for p in add_lora(dit, c.lora_rank, c.lora_alpha).values())
-    shards = 1
-    if c.parallel == "fsdp":
-        shards = c.shard_size or gpus
-    pixels = c.height * c.width
-    tokens = (c.frames // 4 + 1) * pixels // 16 ** 2  # of a video
-    batch = c.batch or c.members
-    guided = 2 if c.guidance != 1 else 1  # velocities a video
-    at_once = tokens * batch * guided
-    kept = (1, config.num_layers) if c.checkpointing else (config.num_layers, 0)
-    first, further, working_set = decoding()
-
-    # Memory that is always taken, and the largest of jobs that are done one after the other.
-    memory = {
-        "DiT, bfloat16": frozen * 2 / shards,
-        "gathered blocks": 2 * 2 * frozen / config.num_layers if shards > 1 else 0,  # in use, and the next
-        "LoRA, its gradient, Adam, average, float64 sums": trained * 28,
-        "VAE, float32": vae_size * 4,
-    }
-    work = {
-        "text encoder, before training": 5.68e9 * 2,
-        "update": activations(config, at_once, c.lora_rank, 2, kept),
-        "rollout": forward_bytes(config, at_once, 2),
-        "decoding": (working_set + c.frames * 3 * 4) * pixels,  # and the video
-    }
-
-    # The reward models, weights and work: Depth Anything's views, and .1 GB a picture of the critic and the
-    # preference model. Offloaded ones are there for their work alone.
-    height, width = processed_size(c.height, c.width, SIZES["da3-giant"])
-    views = memory_estimate(SIZES["da3-giant"], c.views, height, width)
-    for name, working in zip(JUDGES, (views, 2 * .1e9, c.frames_seen * .1e9)):
-        work[name] = working
-        if c.offload:
-            work[name] += JUDGES[name]
-        else:
-            memory[name] = JUDGES[name]
-    peak = sum(memory.values()) + max(work.values())
-    memory |= {f"work: {name}": size for name, size in work.items()} | {"peak": peak}
-
-    # Seconds of one video: a velocity, its backward pass through frozen weights, pixels (convolutions in
-    # TF32, at half the rate), rewards at 2 FLOPs a parameter and token of the critic's two pictures and the
-    # preference model's frames, and 4 of Depth Anything's views: they all attend to each other, and its heads
-    # are float32. Seconds of one pass: the gathers; of one batch: the judges' moves.
-    rate = card["flops"] * UTILISATION
-    velocity = guided * dit_flops(config, tokens) / rate
-    backward = guided * dit_flops(config, tokens, attention=2.5) / rate
-    decode = (first + c.frames // 4 * further) * pixels / (rate / 2)
-    seen = 4 * 1.23e9 * c.views * height * width / 14 ** 2
-    judging = (seen + 2 * 600 * (4.44e9 * 2 + 7.75e9 * c.frames_seen)) / rate
-    gather = 0
-    if shards > 1:
-        gather = 2 * frozen * (shards - 1) / shards / card["link" if shards <= 8 else "network"]
-    moving = 0
-    if c.offload:
-        moving = 2 * sum(JUDGES.values()) / card["host"]  # there and back
-
-    # A step, every one as a main one: all wait for the busiest process. A trained step is a forward pass, its
-    # recomputation (checkpointing) and the backward pass; for KL the reference's forward too.
-    batches = max(len(share) for share in deal(c, gpus))
-    passes, velocities = busiest_rollout(c, gpus)
-    forwards = 1 + c.checkpointing + bool(c.kl)
-    phases = {
-        "rollout": velocities * velocity + passes * gather,
-        "decoding": batches * batch * decode,
-        "reward": batches * (batch * judging + moving),
-        "update": c.window * batches * (batch * (forwards * velocity + backward) + (forwards + 1) * gather),
-    }
-    phases["step"] = sum(phases.values())
-
-    # Evaluations, one before the first step: the model's own guided steps, by rounds of batches.
-    own = own_sampling(c)
-    rounds = math.ceil(c.eval_prompts / (batch * gpus))
-    videos = min(rounds * batch, c.eval_prompts)
-    own_velocity = velocity / guided * (2 if own.guidance != 1 else 1)
-    phases["evaluation"] = (videos * (own.steps * own_velocity + decode + judging)
-                            + rounds * (own.steps * gather + moving))
-    evaluations = 1 + c.total_steps // c.eval_every if c.eval_every else 0
-    phases["run"] = c.total_steps * phases["step"] + evaluations * phases["evaluation"]
-    return memory, phases
+    return c, gpus, card
 
 
 def print_estimate(preset, gpus=None, options=()):
-    memory, phases = estimate(preset, gpus, options)
-    card, usual = MACHINES[preset]
-    gpus = gpus or usual
-    c = training_arguments(["--preset", preset, *options])
+    c, gpus, card = preset_config(preset, gpus, options)
+    memory, phases = estimate(c, gpus, card)
     print(f"ESTIMATE, not a measurement: preset {' '.join([preset, *options])}, {c.frames} frames of "
           f"{c.height}x{c.width}, on {gpus} {card['name']} of {card['memory'] / 1e9:.0f} GB, "
           f"at {UTILISATION:.0%} of {card['flops'] / 1e12:.0f} TFLOP/s")
@@ -559,10 +363,8 @@ def print_estimate(preset, gpus=None, options=()):
 
 def print_rehearsal(preset, gpus=None, options=()):
     """The same from a step without data (rehearse.py). ValueError if it would not fit."""
-    card, usual = MACHINES[preset]
-    gpus = usual if gpus is None else gpus
-    memory, _ = estimate(preset, gpus, options)  # and whether the options can work
-    c = training_arguments(["--preset", preset, "--dtype", "bfloat16", *options])
+    c, gpus, card = preset_config(preset, gpus, ["--dtype", "bfloat16", *options])
+    memory, _ = estimate(c, gpus, card)
 
     def check_fits(size, what):
         if size > card["memory"]:

@@ -98,6 +98,34 @@ def rollout(velocity, x, levels, window, eta=.7, kind="flow", generators=None, f
     return x, transitions
 
 
+# --------------------------------------------------------------- how processes share a step, c: train.Config
+
+def update_of(c, group):
+    """-> which of the step's optimiser steps a group belongs to."""
+    return group * c.updates // c.groups
+
+
+def deal(c, world):
+    """-> each process's work in a step, [(group, members)]: an equal share of every optimiser step's batches,
+    neighbours together, so that a group's members stay on one process where they can."""
+    size = c.batch or c.members
+    work = [[] for _ in range(world)]
+    for update in range(c.updates):
+        groups = [g for g in range(c.groups) if update_of(c, g) == update]
+        batches = [(g, range(start, start + size)) for g in groups for start in range(0, c.members, size)]
+        for rank in range(world):
+            work[rank] += batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
+    return work
+
+
+def rollout_passes(c, windows, work):
+    """-> how many forward passes `roll_out` makes of a process's work."""
+    if not c.shared:
+        return c.steps * len(work)
+    before = sum(windows[g][0] for g in {g for g, _ in work})
+    return before + sum(c.steps - windows[g][0] for g, _ in work)
+
+
 # ------------------------------------------------------------------------------------------------- advantages
 
 def standardise(values, group_ids, pooled=False, eps=1e-6):

@@ -32,7 +32,8 @@ import policy
 import sample
 import train
 from depth_anything import SIZES, DepthAnything3, processed_size
-from model import DIT_SIZES, VAE, DiT, VAEConfig, Wan
+from estimate import dit_config
+from model import VAE, DiT, VAEConfig, Wan
 from run import Processes
 
 # --------------------------------------------------------------------------------------------- what is traced
@@ -188,7 +189,7 @@ def rehearse(c, gpus, config=None, vae_config=None):
     def lap(phase):
         phases[phase] = trace.lap()
 
-    config = config or DIT_SIZES["14B" if "14B" in c.model else "1.3B"]
+    config = config or dit_config(c.model)
     processes = Rehearsed(gpus)
     try:
         with without_data(trace):
@@ -215,7 +216,7 @@ def rehearse_depth(c):
 def rehearse_devices(c, config=None, change=lambda wan: None):
     """Forward passes on a GPU that need not be there: sampling, decoding, Depth Anything 3. An operation on
     tensors of two devices, or of two dtypes, raises. change(wan): for tests, plants one."""
-    config = config or DIT_SIZES["14B" if "14B" in c.model else "1.3B"]
+    config = config or dit_config(c.model)
     with without_data(Trace()):
         with torch.device("cuda"):
             wan = random_wan(config, VAEConfig(), torch.bfloat16)

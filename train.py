@@ -31,9 +31,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from estimate import estimate_line
 from eval import alarms, unrewarded
-from grpo import (Batch, advantages, draw_window, kl, normalise_log_ratio, rectification, rollout,
-                  standardise, surrogate, variance_shares)
+from grpo import (Batch, advantages, deal, draw_window, kl, normalise_log_ratio, rectification, rollout,
+                  rollout_passes, standardise, surrogate, update_of, variance_shares)
 from lora import lora_file
 from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
@@ -463,24 +464,6 @@ def prompts_of_run(c, prompts, steps_done):
     return used
 
 
-def update_of(c, group):
-    """-> which of the step's optimiser steps a group belongs to."""
-    return group * c.updates // c.groups
-
-
-def deal(c, world):
-    """-> each process's work in a step, [(group, members)]: an equal share of every optimiser step's batches,
-    neighbours together, so that a group's members stay on one process where they can."""
-    size = c.batch or c.members
-    work = [[] for _ in range(world)]
-    for update in range(c.updates):
-        groups = [g for g in range(c.groups) if update_of(c, g) == update]
-        batches = [(g, range(start, start + size)) for g in groups for start in range(0, c.members, size)]
-        for rank in range(world):
-            work[rank] += batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
-    return work
-
-
 def drawn(c, step, dynamic, index, purpose, *member):
     """-> the generator of one draw of a step, which nothing else depends on."""
     phase = "dynamic" if dynamic else "train"
@@ -530,14 +513,6 @@ def roll_out(policy, step, dynamic, chosen, windows, work):
             draws = [drawn(c, step, dynamic, index, "sde", member) for member in members]
             latents, transitions = rollout(velocity, x, levels, window, c.eta, c.sde, draws, first, push)
             yield Batch(g, members, prompt, levels, transitions), decode_videos(wan, latents), path
-
-
-def rollout_passes(c, windows, work):
-    """-> how many forward passes `roll_out` makes of a process's work."""
-    if not c.shared:
-        return c.steps * len(work)
-    before = sum(windows[g][0] for g in {g for g, _ in work})
-    return before + sum(c.steps - windows[g][0] for g, _ in work)
 
 
 def gather_scores(processes, batches):
@@ -726,6 +701,9 @@ def main(argv=None):
     try:
         c = parse_arguments(argv)
         check(c, world)
+        needs = estimate_line(c, world)
+        if needs and rank == 0:
+            print(needs)
         processes = Processes(c.device, c.timeout)
         finished = train(c, processes)
     except (ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as e:

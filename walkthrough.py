@@ -5,9 +5,10 @@
 
 Writes out/walkthrough.html, one file that needs no network. Options of train.py work here too, such as
 --model, --lora, --seed or --members. `walk` runs one step of training with a single group; every function
-after it makes one stage of the page. All numbers, shapes, sources and pictures come from that run.
+after it makes one stage of the page. All numbers, shapes, sources and pictures come from that run, but for
+the video of an adapter that is trained already.
 
-Left out: the dynamic phase, several groups, several processes.
+Left out: several groups, several processes; of the dynamic phase there is the schedule alone.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from sample import (as_bytes, check_writable, decode_videos, euler, initial_nois
                     transition, write_video)
 from texts import clean_prompt, encode_text, load_text
 from train import (Config, check, compare, drawn, learning_rate, own_rewards, own_sampling, parse_arguments,
-                   policy_loss, roll_out, step_window)
+                   policy_loss, roll_out, step_prompts, step_window, without_masked)
 from weights import TINY, write_text, written_whole
 
 
@@ -173,6 +174,7 @@ class Stage:
     title: str
     text: str
     equation: str  # HTML
+    where: str  # what its letters stand for
     source: str  # of the equation
     functions: list  # that ran
     shapes: dict  # what -> tensor, number or words
@@ -185,15 +187,18 @@ def chart(caption, draw, *arguments, size=(4.0, 2.6)):
         return Picture(caption, inline_svg(size, caption, draw, *arguments))
 
 
-def draw_bars(axes, values):
-    """values {name: number}."""
+def draw_bars(axes, values, x, y, most=None):
+    """values {name: number}; x, y: what the axes show; most: the end of the y axis."""
     axes.bar([str(name) for name in values], list(values.values()))
     axes.axhline(0, color=GREY, linewidth=.6)
+    axes.set(xlabel=x, ylabel=y)
+    if most:
+        axes.set_ylim(0, most)
 
 
 def strip(images):
-    """Images (N, 3, H, W) -> one row of them, a pixel apart: (3, H, N (W + 1) - 1)."""
-    return torch.cat(list(F.pad(images, (0, 1), value=.5)), -1)[..., :-1]
+    """Images (N, 3, H, W) -> one row of them, a white pixel apart: (3, H, N (W + 1) - 1)."""
+    return torch.cat(list(F.pad(images, (0, 1), value=1.0)), -1)[..., :-1]
 
 
 def grey(channels):
@@ -214,9 +219,9 @@ def scores(clip):
 
 
 def best_and_worst(w):
-    """The members of the highest and of the lowest total reward, by number."""
-    total = w.batch.terms["total"]
-    return int(total.nan_to_num(-torch.inf).argmax()), int(total.nan_to_num(torch.inf).argmin())
+    """The members of the highest and of the lowest advantage, by number."""
+    masked, A = w.batch.terms["total"].isnan(), w.batch.advantages
+    return int(A.masked_fill(masked, -torch.inf).argmax()), int(A.masked_fill(masked, torch.inf).argmin())
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -232,10 +237,12 @@ def words_to_path(w):
         "moves the noise that the video is made from, and at the end it is what the camera in the video is "
         "compared with.",
         "E<sub>0</sub> = I, &ensp; E<sub>f</sub> = E<sub>f−1</sub> T<sub>action</sub>(f)",
+        "E_f: camera to world of frame f; T_action(f): the word's motion from frame f − 1 to f. Lengths are "
+        "in distances of the plane of stage 2.",
         "World-R1 (arXiv 2604.24764), eq. 5",
         [parse_motion, camera_path],
         {"motions": motions, "path": w.path,
-         "last camera: x, z, in depths of the scene": f"{last[0, 3]:.3f}, {last[2, 3]:.3f}",
+         "last camera: x, z, in distances of the plane": f"{last[0, 3]:.3f}, {last[2, 3]:.3f}",
          "last camera: turned by, in degrees": rotation_angle(torch.eye(3), last[:3, :3]).rad2deg().item()},
         [chart("the path from above, with the view of its first, middle and last camera", draw_paths,
                {"asked": w.path}, size=(4.0, 3.0))])
@@ -249,9 +256,11 @@ def path_to_flow(w):
         "Nothing is known of the scene before it is made, so it is taken for a single plane at depth 1 "
         "that faces the first camera. Then the cameras alone say where each pixel goes from frame to "
         "frame. The arrows lead from the first to the last frame; they are drawn over a first frame that "
-        "does not exist yet: its video is sampled in stage 5.",
+        "does not exist yet: its video is sampled in stage 5. This is the flow of all frames, in pixels; the "
+        "noise needs it for latent frames alone, one in four, on a finer grid than its own.",
         "flow(p) = project(E<sub>f+1</sub><sup>−1</sup> X) − p, &ensp; "
         "X: where the ray of p from E<sub>f</sub> meets the plane",
+        "p: a pixel; project: to where the next camera sees a point.",
         "World-R1, eq. 6",
         [path_flow],
         {"path": w.path, "flow, in pixels": flow,
@@ -270,25 +279,34 @@ def draw_flow(axes, frame, flow):
 
 
 def flow_to_noise(w):
+    fine = inspect.signature(latent_noise).parameters["multiple"].default
     white = first_noise(w.c, w.policy, w.path, transport=False)
     flow = path_flow(w.path[::4], *w.noise.shape[3:])
     fresh, moved = noise_statistics(white[0], flow), noise_statistics(w.noise[0], flow)
     return Stage(
         "The noise moves along the flow",
-        "A video model keeps much of its first noise's layout, so noise that moves like the camera makes "
-        "the video do so. Values that meet in a cell are added and brought back to unit variance; a value "
-        "that is stretched over several cells is split, with noise added that sums to zero; what nothing "
-        "reaches is drawn anew. Each frame by itself must remain white N(0, 1), or the model sees what it "
-        "was never trained on. The numbers are those of noise drawn anew for every frame → of transported "
-        "noise: they should differ along the flow alone.",
-        "z'(v') = Σ<sub>v</sub> ρ(v) z(v) / √(Σ<sub>v</sub> ρ(v)<sup>2</sup>), &ensp; "
+        "A video model keeps much of its first noise's layout, so noise that moves like the camera hints at "
+        "the motion: a hint that the model need not follow. Values that meet in a cell are added and brought "
+        "back to unit variance; a value that is stretched over several cells is split, with noise added that "
+        "sums to zero, for equal copies would be correlated; what nothing reaches is drawn anew. Each frame "
+        "by itself stays white N(0, 1), as the model was trained; between frames the noise is correlated, as "
+        "it was not, so the published models get fresh noise mixed in (its share here: "
+        f"{w.c.degradation:g}). All this on a grid {fine} times as fine as the latents' {w.noise.shape[3]} × "
+        f"{w.noise.shape[4]} cells (stage 7): each patch of {fine} × {fine} is then averaged and multiplied "
+        f"by {fine}, which keeps the variance. The numbers are those of noise drawn anew for every frame → "
+        "of transported noise, which should differ along the flow alone.",
+        "z'(v') = Σ<sub>v</sub> w(v) z(v) / √(Σ<sub>v</sub> w(v)<sup>2</sup>), &ensp; "
         "z'(v'<sub>k</sub>) = z(v) / √n + e<sub>k</sub> − mean(e)",
+        "z(v): a value of the frame before; v': a cell where v arrives; w(v): how much of a cell of frame 0 "
+        "v holds, so that stretched values count less (any weights would leave white noise); v'_k: the n "
+        "cells that v is stretched over; e_k ~ N(0, 1).",
         "Go-with-the-Flow (arXiv 2501.08331); noise_warp.py",
         [latent_noise, transport_noise],
         {"noise": w.noise} | {name: f"{fresh[name]:.3f} → {moved[name]:.3f}" for name in moved},
-        [Picture("before transport: a channel's latent frames, from the first to the last",
+        [Picture("before transport: a channel's latent frames, from the first to the last, a line apart",
                  strip(grey(white[0, 0]))),
-         Picture("after transport: the same channel", strip(grey(w.noise[0, 0])))])
+         Picture("after transport: the same channel; its pattern drifts with the flow",
+                 strip(grey(w.noise[0, 0])))])
 
 
 def noise_statistics(noise, flow):
@@ -330,12 +348,14 @@ def text_and_transformer(w):
         "attention projection (LoRA, counted in the transformer too); the second of them begins at zero, "
         "so training begins at the model as it is.",
         "v<sub>θ</sub>(x, σ, text) ≈ ε − x<sub>0</sub>, &ensp; W' = W + (α / r) B A",
+        "x: latents at noise level σ; x_0: those of a video; ε: noise. W: a frozen matrix; A, B: the thin "
+        f"ones, of rank r = {w.c.lora_rank}; α = {w.c.lora_alpha:g}.",
         "Wan2.1 (arXiv 2503.20314); LoRA (arXiv 2106.09685)",
         [DiT.forward, Block.forward, LoRALinear.forward],
         {"tokens": " ".join(tokens), "text": encode_text(encoder, tokenizer, [w.prompt]), "latents": w.noise,
          "tokens of the video": x, "their grid": " × ".join(map(str, grid))}
         | {f"parameters: {name}": count for name, count in counts.items()},
-        [chart("parameters", draw_bars, counts)])
+        [chart("parameters", draw_bars, counts, "part", "parameters")])
 
 
 def sampling(w):
@@ -345,8 +365,10 @@ def sampling(w):
         "The model was trained on straight lines between videos and noise, so its velocity leads from one "
         f"to the other: {w.c.steps} steps of an ODE, from σ = 1 to 0. At every step, state and velocity "
         "tell what the model takes the finished video for. The layout, and with it the camera, is decided "
-        "at high noise; later steps add detail. So it is the first steps that are worth training.",
+        "at high noise; later steps add detail. That the first picture is sharp already is the tiny world's "
+        "doing: it holds few scenes, and the prompt names one.",
         "x<sub>σ</sub> = (1 − σ) x<sub>0</sub> + σ ε, &ensp; dx/dσ = v, &ensp; x̂<sub>0</sub> = x − σ v",
+        "x_σ: the point of the line at noise level σ; x̂_0: the video's latents, as the model takes them.",
         "Rectified flow (arXiv 2209.03003); sample.py",
         [sigmas, transition, euler],
         {"noise levels": ", ".join(f"{level:.3f}" for level in w.levels.tolist()), "state": w.noise,
@@ -362,7 +384,7 @@ def stochastic_window(w):
     for t in w.batch.transitions:
         _, std = transition(t.x, t.x, w.levels[t.index], w.levels[t.index + 1], c.eta, c.sde)
         stds[t.index] = float(std)
-        spreads[f"step {t.index}: spread of the members' states after it"] = float(t.x_next.std(0).mean())
+        spreads[f"step {t.index}: std of the members after it"] = float(t.x_next.std(0).mean())
     start = "have each their own noise"
     if c.shared:
         start = "share their noise and all steps before it, and part in it"
@@ -371,20 +393,25 @@ def stochastic_window(w):
         f"An ODE has nothing to choose, and a policy gradient needs choices. So in a window of {c.window} "
         f"of the first {c.noisy_steps} steps (here {', '.join(map(str, stds))}, counted from 0) the ODE is "
         "replaced by an SDE of the same marginals: a Gaussian around a mean that the model decides. The "
-        f"{c.members} members {start}. Only the window's steps are trained, so only their states are kept: "
-        "the Fast of Flow-GRPO-Fast.",
+        f"{c.members} members {start}. Flow-GRPO makes every step stochastic and trains on all {c.steps}; "
+        f"its Fast variant trains on the window: {c.window} forward and backward passes a video instead of "
+        f"{c.steps}, as many states to keep, and what members share is computed once. The steps after the "
+        "window are still made for each.",
         "x' ~ N(x − [v + s<sup>2</sup>/2σ (x + (1 − σ) v)] Δ, s<sup>2</sup> Δ), &ensp; s = η √(σ / (1 − σ))",
+        "x, x': the state before and after a step; Δ: how far σ falls in it; v: the model's velocity. "
+        "At σ = 1 the denominator takes the next level's σ.",
         "Flow-GRPO (arXiv 2505.05470); sample.py",
         [step_window, rollout, transition],
         {"state before the window": w.batch.transitions[0].x, "η": c.eta, "kind of step": c.sde} | spreads,
         [Picture(f"member {i}", clip.video) for i, clip in enumerate(w.clips)]
-        + [chart("noise levels, and the spread that the window's steps add", draw_levels, w.levels, stds)])
+        + [chart("noise levels, and the noise s√Δ that each step of the window adds", draw_levels, w.levels,
+                 stds)])
 
 
 def draw_levels(axes, levels, stds):
     """stds {step: standard deviation of its noise}."""
     axes.plot(levels, marker=".", label="σ before the step")
-    axes.bar(list(stds), list(stds.values()), color="#d0663f", alpha=.7, label="std of the step")
+    axes.bar(list(stds), list(stds.values()), color="#d0663f", alpha=.7, label="s√Δ")
     axes.set_xlabel("step")
     axes.legend()
 
@@ -397,8 +424,9 @@ def latents_to_pixels(w):
         f"The model works on latents, {video.numel() / latents.numel():.0f} times fewer numbers than "
         "pixels. A causal 3D VAE makes the first frame of the first latent frame alone, and four more of "
         "every further one, seeing only the past. Channels are normalised by their own mean and standard "
-        "deviation, so that latents have the scale of the noise.",
+        "deviation, so that latents have the scale of the noise. Shown is the video of stage 5.",
         "T = 1 + (F − 1) / 4, &ensp; z = (μ − mean<sub>c</sub>) / std<sub>c</sub>",
+        "T, F: latent and video frames; μ: what the encoder makes of a video; mean_c, std_c: of channel c.",
         "Wan2.1; model.py",
         [VAE.decode, VAE.encode],
         {"latents": latents, "video": video},
@@ -414,8 +442,10 @@ def reconstruction(w):
         f"A transformer looks at {len(rec.frames)} frames of a video together and gives depth, one camera a "
         "frame, and a 3D Gaussian for each pixel: no optimisation, one forward pass. Whether the video "
         "shows one solid world is then a matter of rendering these Gaussians and looking. Nothing here "
-        f"knows which camera was asked for. Shown is member {best}, that of the highest total reward.",
+        f"knows which camera was asked for. Shown is member {best}, of the highest advantage (stage 10).",
         "X = R<sub>v</sub> d K<sub>v</sub><sup>−1</sup> (p, 1) + t<sub>v</sub>",
+        "X: centre of the Gaussian of pixel p of frame v; d: its depth; K_v, R_v, t_v: the frame's "
+        "intrinsics, and where its camera looks and stands.",
         "Depth Anything 3 (arXiv 2511.10647); depth_anything.py",
         [DepthAnything3.network, gaussians_of],
         {"frames": rec.images, "depth": rec.depth, "cameras": rec.camera_to_world,
@@ -446,9 +476,10 @@ def four_rewards(w):
         clip, name = w.clips[i], f"{which}, member {i}"
         said = {term: f"{name}: {TERMS[term].label} {score:.3f}" for term, score in clip.scores.items()}
         requested, found = paths_in_depths(clip.path, clip.reconstruction)
-        meta.append(Picture(f"{said['meta']}, seen from beside the path", strip(clip.meta_views)))
+        meta.append(Picture(f"{said['meta']}, seen from the left and the right of the path",
+                            strip(clip.meta_views)))
         digits.append(chart(f"{name}: probability of each of the critic's digits", draw_bars,
-                            dict(enumerate(clip.digits.mean(0).tolist()))))
+                            dict(enumerate(clip.digits.mean(0).tolist())), "digit", "probability", 1.0))
         recon += [Picture(f"{name}: the video", clip.video),
                   Picture(f"{said['recon']}, its Gaussians where its cameras were", clip.rerender)]
         traj.append(chart(f"{said['traj']}, the path asked for and the one found", draw_paths,
@@ -456,45 +487,66 @@ def four_rewards(w):
         general.append(Picture(f"{said['general']}, the first frames", strip(clip.video[:w.c.frames_seen])))
     return Stage(
         "Four judges make it a number",
-        "S_meta: a vision-language model looks at the Gaussians from beside the path, where a flat card or "
-        "a floating bit shows, and answers with a digit. S_recon: the Gaussians are rendered where the "
-        "video's own cameras stood; only a consistent video comes back unblurred. S_traj: the path "
-        "recovered against the path asked for. R_gen: a model of human preference looks at the first "
-        "frames, so that beauty is not given up for geometry. A judge that fails gives no number: its "
-        "video is masked.",
+        "S_meta: a vision-language model looks at the Gaussians from beside the path, where a flat card or a "
+        "floating bit shows, and is asked for a digit; the score is the digit it expects, / 9. S_recon: the "
+        "Gaussians are rendered where the video's own cameras stood; a world that changes comes back blurred."
+        " S_traj: the path recovered against the path asked for. R_gen: a model of human preference looks at "
+        "the first frames, so that beauty is not given up for geometry. A judge that fails gives no number: "
+        "its video is masked.",
         "R = S<sub>meta</sub> + S<sub>recon</sub> + S<sub>traj</sub> + λ R<sub>gen</sub>, &ensp; "
-        "S<sub>traj</sub> = exp(−(α |t − s t̂| + β ∠(R, R̂)))",
+        "S<sub>traj</sub> = exp(−(α |t − s t̂| + β ∠(Q, Q̂)))",
+        "The S lie in [0, 1], R_gen in [−1, 1]; λ: its weight. t, Q: where the cameras asked for stand and "
+        f"look; t̂, Q̂: those found; s: the scale that fits best; α = {w.c.traj_alpha:g}, "
+        f"β = {w.c.traj_beta:g}. The paper adds the terms with weight 1; the weights of this run: stage 10.",
         "World-R1, eq. 8 to 10; rewards.py",
         [term.function for term in TERMS.values()],
-        {f"member {i}": scores(clip) for i, clip in enumerate(w.clips)},
+        {"S_meta sees": f"{len(w.clips[0].meta_views)} renders; not the prompt, the path or the video",
+         "S_recon sees": f"{w.c.views} frames and their renders; not the prompt or the path; a still video "
+                         "is well with it",
+         "S_traj sees": f"{w.c.views} cameras; no pixel, and not how far the camera went",
+         "R_gen sees": f"the prompt and {w.c.frames_seen} frames; no motion and no geometry"}
+        | {f"member {i}": scores(clip) for i, clip in enumerate(w.clips)},
         [*meta, *digits, *recon, *traj, *general])
 
 
 def group_advantages(w):
+    values = without_masked(w.batch.terms)
     how = "summed as they are"
     if w.c.standardise:
-        how = ("first brought to their own spread in the group, so that none drowns the others, then summed "
-               "(so advantages need not follow the plain sums)")
+        how = "first divided by their own spread, so that none drowns the others, then weighted and summed"
+        values = {name: standardise(v, torch.zeros(len(v)), w.c.pooled) for name, v in values.items()}
+    counted = {}  # what each member's advantage is made of
+    for i, A in enumerate(w.batch.advantages.tolist()):
+        parts = [f"{term.label} {w.c.weights[name] * values[name][i]:+.2f}" for name, term in TERMS.items()]
+        counted[f"member {i}: terms as they count"] = f"{', '.join(parts)}; A {A:+.2f}"
+    # the term that decided most, and how little its raw values may differ
+    most = max(TERMS, key=w.shares.get)
+    raw = w.batch.terms[most][~w.batch.terms[most].isnan()]
     return Stage(
         "The group's mean is the baseline",
         "A reward by itself says little; how much better a video is than others of the same prompt says "
         f"which choice of noise to make more likely. The terms are {how}, and the sum is standardised in "
-        "the group. That replaces a learned value function. Listed is the share of the advantages' "
-        "variance that each term decided: one that decides nearly all is the only one that is trained on.",
+        "the group, which replaces a learned value function. Listed is the share of the advantages' variance "
+        "that each term decided: one that decides nearly all is the only one that is trained on. Here "
+        f"{TERMS[most].label} decided most, {w.shares[most]:.0%}, though it differs by only "
+        f"{float(raw.max() - raw.min()):.3f} between members. So one group may reward what looks worse; "
+        "training goes by the mean over many.",
         "A<sub>i</sub> = clip((R<sub>i</sub> − mean R) / (std R + 10<sup>−4</sup>))",
+        f"R_i: the sum of member i's terms; clip: to ± {w.c.adv_clip:g}.",
         "GRPO (arXiv 2402.03300); grpo.py",
         [standardise, combine, advantages],
         {f"{term.label}: weight, share": f"{w.c.weights[name]:g}, {w.shares[name]:.1%}"
-         for name, term in TERMS.items()},
-        [chart("total reward of each member: the weighted sum", draw_bars,
-               dict(enumerate(w.batch.terms["total"].tolist()))),
-         chart("advantage of each member", draw_bars, dict(enumerate(w.batch.advantages.tolist())))])
+         for name, term in TERMS.items()} | counted,
+        [chart("total reward of each member: the weighted sum of the terms as they are", draw_bars,
+               dict(enumerate(w.batch.terms["total"].tolist())), "member", "total reward"),
+         chart("advantage of each member", draw_bars, dict(enumerate(w.batch.advantages.tolist())),
+               "member", "A")])
 
 
 def loss_and_gradient(w):
     numbers = {}
     for t, before, after in zip(w.batch.transitions, w.notes, w.notes_after):
-        for name in ("ratio", "clipped", "kl", "loss"):
+        for name in ("clipped", "kl", "loss"):
             numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
     followed = (w.log_ratios * w.batch.advantages > 0).float().mean().item()
     squares = dict.fromkeys(range(len(w.policy.wan.dit.blocks)), 0.0)
@@ -504,20 +556,26 @@ def loss_and_gradient(w):
     return Stage(
         "A clipped ratio becomes a gradient",
         "The loss asks how much likelier each drawn step is now than at rollout, and pushes that up or "
-        "down by the advantage. Before the first update nothing has changed: every ratio is 1, clipping "
-        "does nothing, and the gradient is REINFORCE's with a baseline. The first chart shows where one "
-        "step of the optimiser took the ratios: with the advantages, where the step did what it is for. A "
-        "KL term holds the model near what it was before training. Numbers are those before → after the "
+        "down by the advantage. At the first update after a rollout nothing has changed: every ratio is 1, "
+        "clipping does nothing, and the gradient is REINFORCE's with a baseline; all presets make one update "
+        "a rollout, so clipping acts with --updates 2 and more alone. The first chart shows where one step "
+        "of the optimiser took the ratios: with the advantages, where the step did what it is for. A KL term "
+        "holds the model near what it was before training, weakly. Numbers are those before → after the "
         "step.",
         "L = mean max(−A ρ, −A clip(ρ, 1 ± ε)) + β |μ<sub>θ</sub> − μ<sub>ref</sub>|<sup>2</sup> / "
         "2 std<sup>2</sup>, &ensp; ρ = p<sub>θ</sub>(x'|x) / p<sub>old</sub>(x'|x)",
+        "A: the advantage; p: of a drawn step, now and at rollout; log p is a mean over the latent's "
+        "numbers, not a sum, so ratios stay near 1 and ε is small; μ, std: of the step's Gaussian, ref: of "
+        "the untouched model.",
         "PPO (arXiv 1707.06347); Flow-GRPO",
         [policy_loss, surrogate, kl, log_prob],
         {"drawn states": w.batch.transitions[0].x_next, "ε": w.c.clip, "β": w.c.kl} | numbers
-        | {"ratios that went with their advantage": f"{followed:.0%}", "norm of the gradient": w.norm,
+        | {"largest |ρ − 1| after the step": w.log_ratios.expm1().abs().max().item(),
+           "ratios that went with their advantage": f"{followed:.0%}", "norm of the gradient": w.norm,
            "it is clipped to": w.c.grad_clip},
-        [chart("ratio and advantage of each member after the step; grey: not clipped", draw_ratios, w),
-         chart("norm of each block's gradient", draw_bars, {i: x ** .5 for i, x in squares.items()})])
+        [chart("ratio and advantage of each member after the step; grey: nothing is clipped", draw_ratios, w),
+         chart("norm of each block's gradient", draw_bars, {i: x ** .5 for i, x in squares.items()},
+               "block", "norm")])
 
 
 def draw_ratios(axes, w):
@@ -535,7 +593,7 @@ def draw_ratios(axes, w):
 def before_and_after(w):
     before, after = (w.looks[label].video for label in ("before", "after one step"))
     change = (after - before).abs()
-    last = "The last video is that of a trained adapter: many such steps."
+    last = "The last video is that of an adapter from a whole training."
     if "after a whole training" not in w.looks:
         last = "For that of a whole training, train one (make train-tiny) and give it: --trained runs/full-0."
     return Stage(
@@ -544,17 +602,47 @@ def before_and_after(w):
         "that was just taken. One step of one prompt changes little, and not surely for the better; the "
         f"change is also shown by itself, eightfold. {last}",
         "θ ← AdamW(θ, ∇L)",
+        "θ: what is trained; ∇L: the loss's gradient.",
         "AdamW (arXiv 1711.05101); policy.py",
         [Policy.collect_gradients, Policy.sum_gradients, Policy.step],
         {"learning rate": w.c.lr, "mean change of a pixel": change.mean().item()}
         | {label: scores(clip) for label, clip in w.looks.items()},
-        [Picture(label, clip.video) for label, clip in w.looks.items()]
-        + [Picture("change after one step, × 8", (8 * change).clamp(0, 1))])
+        [Picture("before", before), Picture("after one step", after),
+         Picture("change after one step, × 8", (8 * change).clamp(0, 1))]
+        + [Picture(label, clip.video) for label, clip in list(w.looks.items())[2:]])
+
+
+def dynamic_phase(w):
+    c = w.c
+    prompts = {"train": [""] * c.groups, "dynamic": [""] * c.groups}
+    steps = range(2 * (c.main_steps + c.dynamic_steps))
+    dynamic = [step_prompts(c, prompts, step)[0] for step in steps]
+    counted = [term.label for term in TERMS.values() if not term.three_d]
+    return Stage(
+        "Every so often a dynamic phase",
+        "The 3D rewards, together R_3D = S_meta + S_recon + S_traj, are served best by a world in which "
+        f"nothing moves: trained on them alone, a model gives up motion. So after every {c.main_steps} steps "
+        f"like the one above come {c.dynamic_steps} on prompts of moving things, in which "
+        f"{' and '.join(counted)} alone counts and nothing is reconstructed; paths, noise, rollout and loss "
+        "are the same. R_gen sees first frames: the phase does not reward motion, it stops punishing it. "
+        "None of these steps was made for this page.",
+        "R = R<sub>gen</sub> in a dynamic step",
+        "The paper has 100 main and then 50 dynamic steps.",
+        "World-R1, periodic decoupled training; train.py",
+        [step_prompts, combine],
+        {"main steps, then dynamic steps": f"{c.main_steps}, {c.dynamic_steps}",
+         "terms that count in a dynamic step": ", ".join(counted)},
+        [chart("the phases of the first steps", draw_phases, dynamic)])
+
+
+def draw_phases(axes, dynamic):
+    axes.step(range(len(dynamic)), dynamic, where="post")
+    axes.set(xlabel="step", yticks=[0, 1], yticklabels=["main", "dynamic"])
 
 
 STAGES = (words_to_path, path_to_flow, flow_to_noise, text_and_transformer, sampling, stochastic_window,
           latents_to_pixels, reconstruction, four_rewards, group_advantages, loss_and_gradient,
-          before_and_after)
+          before_and_after, dynamic_phase)
 
 
 # -------------------------------------------------------------------------------------------------- the pages
@@ -694,6 +782,7 @@ def html_stage(number, stage, seconds):
         f"<h2>{number}. {html.escape(stage.title)}</h2>",
         f"<p>{html.escape(stage.text)}</p>",
         f'<p class="equation">{stage.equation}</p>',
+        f"<p>{html.escape(stage.where)}</p>",
         f'<p class="note">{html.escape(stage.source)}</p>',
         '<div class="pictures">', *pictures,
         '<div class="wide">', html_table(["what", "shape or value"], rows), "</div>", "</div>",
@@ -719,15 +808,19 @@ def write_picture(folder, name, content, seconds):
         write_text(folder / name, content)
         return name
     pixels = as_bytes(content)
-    scale = max(1, 256 // pixels.shape[-2])
-    pixels = pixels.repeat(scale, -3).repeat(scale, -2)
-    options = {}
+    width, options = 720, {}
     if content.dim() == 4:
-        options = dict(duration=round(1000 * seconds / len(content)), loop=0, quality=80)
+        width, options = 256, dict(duration=round(1000 * seconds / len(content)), loop=0, quality=80)
+    scale = max(1, width // pixels.shape[-2])
+    pixels = pixels.repeat(scale, -3).repeat(scale, -2)
     name += ".webp" if options else ".png"
     with written_whole(folder / name) as part:
         iio.imwrite(part, pixels, **options)
     return name
+
+
+def in_cell(text):
+    return html.escape(text, quote=False).replace("|", "&#124;")
 
 
 def markdown_stage(number, stage, folder, seconds):
@@ -742,8 +835,7 @@ def markdown_stage(number, stage, folder, seconds):
     for start in range(0, len(cells), columns):
         images, captions = zip(*cells[start:start + columns])
         tables += [f"| {' | '.join(images)} |", "|---" * len(images) + "|", f"| {' | '.join(captions)} |", ""]
-    rows = [f"| {what} | {html.escape(shown(value)).replace('|', '&#124;')} |"
-            for what, value in stage.shapes.items()]
+    rows = [f"| {in_cell(what)} | {in_cell(shown(value))} |" for what, value in stage.shapes.items()]
     # a class stands for its methods: tests/test_docs.py keeps links of this form right
     links = []
     for function in stage.functions:
@@ -752,13 +844,15 @@ def markdown_stage(number, stage, folder, seconds):
         links.append(f"[`{name}`](../{file}#L{line})")
     return "\n".join([
         f"## {number}. {stage.title}", "", stage.text, "", f"<p>{stage.equation}</p>", "",
+        html.escape(stage.where, quote=False).replace("_", "&#95;"), "",
         f"{stage.source}. What ran: {', '.join(dict.fromkeys(links))}", "",
         *tables, "| what | shape or value |", "|---|---|", *rows, ""])
 
 
 def write_markdown(folder, prompt, stages, made, seconds):
     """walkthrough.md and walkthrough/ into a folder of the repository, whose sources it links to."""
-    body = ["# One prompt through World-R1", "", f"> {html.escape(prompt)}", "", html.escape(made), ""]
+    body = ["# One prompt through World-R1", "", f"> {html.escape(prompt)}", "",
+            html.escape(made, quote=False), ""]
     body += [markdown_stage(i, stage, folder, seconds) for i, stage in enumerate(stages, 1)]
     body += ["Now change something: [exercises](exercises.md). What a whole training does: "
              "[learning proof](learning_proof.md).", ""]
@@ -794,6 +888,22 @@ def check_options(a, c):
     check_writable(a.markdown / "walkthrough.md" if a.markdown else a.out)
 
 
+def who_is_who(c):
+    """-> what models made the page, as sentences."""
+    tiny = [name for name in ("model", "depth_anything", "critic", "preference")
+            if Path(getattr(c, name)).parent == TINY]
+    said = ""
+    if len(tiny) == 4:
+        said = ("All models are tiny twins: of the classes of Wan2.1, Depth Anything 3, Qwen3-VL and HPSv3, "
+                "but trained on procedural rooms; they judge more coarsely than those, and than your eye. ")
+    if c.lpips == "random":
+        said += "LPIPS, in S_recon, has a random trunk (a stand-in). "
+    if c.lora and Path(c.lora) == TINY / "web":
+        said += ("The model begins with tiny/web, an adapter that was trained to have faults (objects that "
+                 "change shape, captions that name a wrong camera), so that there is something to learn.")
+    return said.strip()
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     start = time.time()
@@ -807,7 +917,8 @@ def main(argv=None):
     stages = [stage(w) for stage in tqdm(STAGES, desc="walkthrough", unit="stage")]
 
     made = (f"Made in {time.time() - start:.0f} s by python walkthrough.py {shlex.join(argv)}: every number, "
-            "shape, source and picture comes from that run.")
+            "shape, source and picture comes from that run, but for the video of an adapter from another. "
+            + who_is_who(c))
     page = a.prompt, stages, made, c.frames / own_sampling(c).fps
     if a.markdown:
         write_markdown(a.markdown, *page)

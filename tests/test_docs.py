@@ -236,10 +236,8 @@ def test_every_table_of_the_readme_is_checked_somewhere():
 
 def estimated(preset, gpus=None, options=()):
     """What `bench.py --estimate` prints of a preset, under the headers of the tables."""
-    memory, seconds = bench.estimate(preset, gpus, options)
-    card, usual = bench.MACHINES[preset]
-    c = bench.training_arguments(["--preset", preset, *options])
-    gpus = gpus or usual
+    c, gpus, card = bench.preset_config(preset, gpus, options)
+    memory, seconds = bench.estimate(c, gpus, card)
     hours = seconds["run"] / 3600
     peak = f"{memory['peak'] / 1e9:.1f}"
     return {"size": f"{c.height}×{c.width}×{c.frames}", "videos": f"{c.frames} frames of {c.height}x{c.width}",

@@ -20,7 +20,8 @@ from rewards import TERMS
 from run import Processes
 from sample import sigmas
 from train import Config, parse_arguments, train
-from walkthrough import STAGES, html_picture, main, noise_statistics, options_of, place, walk
+from walkthrough import (STAGES, before_and_after, best_and_worst, dynamic_phase, html_picture, main, noise_statistics,
+                         options_of, place, walk)
 
 PROMPT = 'push_in then pan_left, a <b>red</b> sphere | "room"'
 THEMES = ("light", "dark")
@@ -125,12 +126,13 @@ def test_the_page_is_one_valid_file(page):
 def test_every_stage_is_there_with_the_source_that_ran(page, stages):
     text = page.read_text()
     sections = text.split("<section")[1:]
-    assert len(sections) == len(STAGES) == 12
+    assert len(sections) == len(STAGES) == 13
     contents = re.findall(r'<li><a href="#stage-(\d+)">', text)
-    assert contents == [str(i) for i in range(1, 13)]
+    assert contents == [str(i) for i in range(1, 14)]
     for section, stage in zip(sections, stages):
         assert f"{html.escape(stage.title)}</h2>" in section
         assert html.escape(stage.text) in section  # its numbers are those of a second run
+        assert html.escape(stage.where) in section
         assert stage.equation in section
         assert 2 <= len(re.findall(r"[.?!](?: |$)", stage.text)) <= 5  # sentences
         assert len(re.findall("<figure>", section)) == len(stage.pictures) > 0
@@ -150,7 +152,7 @@ def test_numbers_on_the_page_are_those_of_the_methods_functions(page, w):
     c = w.c
     path = camera_path(parse_motion(PROMPT), 9)
     assert rows[0]["motions"] == "push_in, pan_left"
-    assert rows[0]["last camera: x, z, in depths of the scene"] == f"{path[-1, 0, 3]:.3f}, {path[-1, 2, 3]:.3f}"
+    assert rows[0]["last camera: x, z, in distances of the plane"] == f"{path[-1, 0, 3]:.3f}, {path[-1, 2, 3]:.3f}"
     assert float(rows[0]["last camera: turned by, in degrees"]) == pytest.approx(10)  # half of pan_left
     flow = path_flow(path, 32, 32)
     assert rows[1]["flow, in pixels"] == "8 × 2 × 32 × 32, float32"
@@ -169,11 +171,21 @@ def test_numbers_on_the_page_are_those_of_the_methods_functions(page, w):
         assert rows[8][f"member {i}"] == ", ".join(
             f"{term.label} {clip.scores[name]:.3f}" for name, term in TERMS.items())
 
+    # advantages are the terms as they count, standardised in the group
+    sums, A = [], []
+    for i in range(3):
+        terms, _, advantage = rows[9][f"member {i}: terms as they count"].partition("; A ")
+        sums.append(sum(float(term.split(" ")[1]) for term in terms.split(", ")))
+        A.append(float(advantage))
+    expected = (torch.tensor(sums) - sum(sums) / 3) / torch.tensor(sums).std(correction=0)
+    torch.testing.assert_close(torch.tensor(A), expected, atol=.1, rtol=.1)
+    assert torch.tensor(A).argmax() == best_and_worst(w)[0]
+
     # ratios before the update are 1, after it they are not; nothing was clipped before
+    assert [note["ratio"] for note in w.notes] == pytest.approx([1] * len(transitions), abs=1e-5)
+    largest = float(rows[10]["largest |ρ − 1| after the step"])
+    assert largest == pytest.approx((w.log_ratios.exp() - 1).abs().max().item(), rel=.01) > 0
     for t in transitions:
-        before, after = rows[10][f"step {t.index}: ratio"].split(" → ")
-        assert float(before) == pytest.approx(1, abs=1e-5)
-        assert after != before
         assert rows[10][f"step {t.index}: clipped"].startswith("0 → ")
     followed = [float(a) * r > 0 for ratios in w.log_ratios for a, r in zip(w.batch.advantages, ratios)]
     assert rows[10]["ratios that went with their advantage"] == f"{sum(followed) / len(followed):.0%}"
@@ -248,7 +260,7 @@ def test_markdown_is_the_same_stages_with_pictures_that_open(book, stages):
 def test_a_trained_adapter_is_a_third_video(given, w, stages, tmp_path):
     """Of --trained; and without one, the page says how to make it."""
     assert list(w.looks) == ["before", "after one step"]
-    assert "--trained" in stages[-1].text
+    assert "--trained" in before_and_after(w).text
     w.policy.average = dict(w.policy.trained)  # of what the one step has made, not of its running mean
     w.policy.export(tmp_path)
     a, c = options_of([PROMPT, *given, "--trained", str(tmp_path / "lora.safetensors")])
@@ -258,7 +270,7 @@ def test_a_trained_adapter_is_a_third_video(given, w, stages, tmp_path):
     trained = third.looks["after a whole training"].video
     assert not torch.equal(trained, third.looks["before"].video)
     torch.testing.assert_close(trained, w.looks["after one step"].video, atol=1e-3, rtol=0)
-    assert "--trained" not in STAGES[-1](third).text
+    assert "--trained" not in before_and_after(third).text
 
 
 def test_an_own_model_gets_no_adapter_of_the_tiny_one(given):
@@ -357,3 +369,15 @@ def test_the_gaussians_turn_by_keyboard_and_by_hand(page, browser):  # noqa: F81
     ActionChains(browser).drag_and_drop_by_offset(canvas, 60, 0).perform()
     wait(browser, f"{picture} != '{seen[-1]}'")
     assert complaints(browser) == []
+
+
+def test_the_dynamic_phase_is_shown_as_training_goes_through_it(w, stages, monkeypatch):
+    """After main_steps main steps come dynamic_steps dynamic ones, for the terms outside R_3D alone."""
+    shapes = stages[-1].shapes
+    assert shapes["main steps, then dynamic steps"] == f"{w.c.main_steps}, {w.c.dynamic_steps}"
+    assert shapes["terms that count in a dynamic step"] == "R_gen"
+    told = []
+    monkeypatch.setattr(walkthrough, "chart", lambda caption, draw, *arguments: told.append(arguments))
+    dynamic_phase(w)
+    (dynamic,), = told
+    assert dynamic == ([False] * w.c.main_steps + [True] * w.c.dynamic_steps) * 2

@@ -1,4 +1,4 @@
-"""bench.py's estimates against what is computed and allocated."""
+"""The estimates of real sizes against what is computed and allocated."""
 
 import pytest
 import torch
@@ -7,11 +7,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import train
+from estimate import H200, MACHINES, busiest_rollout, decoding, dit_flops, estimate, estimate_line, rollout_counts
 from lora import add_lora
 from model import VAE, DiT, DiTConfig, VAEConfig
 from policy import Policy
 from run import Processes
 from train import deal, parse_arguments, roll_out, step_window
+
+
+def estimated(preset, gpus=None, options=()):
+    return estimate(*bench.preset_config(preset, gpus, options))
 
 
 def test_estimated_activations_are_what_is_allocated():
@@ -26,7 +32,7 @@ def test_estimated_flops_are_what_is_computed():
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         DiT(config)(x, t, text)
     # what is left out is small: patches, time and text embeddings, the last projection
-    assert bench.dit_flops(config, 320, 96) == pytest.approx(counter.get_total_flops(), rel=.05)
+    assert dit_flops(config, 320, 96) == pytest.approx(counter.get_total_flops(), rel=.05)
 
 
 def test_the_backward_pass_through_frozen_weights_makes_attention_twice():
@@ -39,7 +45,7 @@ def test_the_backward_pass_through_frozen_weights_makes_attention_twice():
         v = dit(x, t, text)
         with FlopCounterMode(display=False) as counter:
             v.sum().backward()
-    assert bench.dit_flops(config, 320, 96, attention=2) == pytest.approx(counter.get_total_flops(), rel=.1)
+    assert dit_flops(config, 320, 96, attention=2) == pytest.approx(counter.get_total_flops(), rel=.1)
 
 
 def test_decoding_is_counted_frame_by_frame():
@@ -47,7 +53,7 @@ def test_decoding_is_counted_frame_by_frame():
         vae = VAE(VAEConfig()).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.decode(torch.zeros(1, 16, 5, 16, 16, device="meta"))
-    first, further, _ = bench.decoding()
+    first, further, _ = decoding()
     assert (first + 4 * further) * 128 ** 2 == pytest.approx(counter.get_total_flops(), rel=.02)
 
 
@@ -66,21 +72,21 @@ def test_passes_are_those_a_rollout_makes(options, checkpoint, twins, tmp_path):
         sizes.clear()
         list(roll_out(policy, 0, False, chosen, windows, share))
         counted.append((len(sizes), sum(sizes)))
-        assert counted[-1] == bench.rollout_counts(c, windows, share)
+        assert counted[-1] == rollout_counts(c, windows, share)
     if c.noisy_steps == 1:  # the window is always the same
-        assert bench.busiest_rollout(c, 3) == list(max(counted))
+        assert busiest_rollout(c, 3) == list(max(counted))
     else:
         assert max(window[0] for window in windows) > 0
 
 
-@pytest.mark.parametrize("preset", bench.MACHINES)
+@pytest.mark.parametrize("preset", MACHINES)
 def test_every_preset_fits_its_card(preset):
-    memory, _ = bench.estimate(preset)
-    assert memory["peak"] < bench.MACHINES[preset][0]["memory"]
+    memory, _ = estimated(preset)
+    assert memory["peak"] < MACHINES[preset][0]["memory"]
 
 
 def test_one_offloaded_judge_at_a_time_is_on_the_card():
-    memory, _ = bench.estimate("gpu")
+    memory, _ = estimated("gpu")
     assert memory["peak"] < 24e9
     judges = [size for name, size in memory.items() if "float32" in name or "bfloat16" in name]
     assert sum(judges) > 24e9
@@ -90,49 +96,49 @@ def test_one_offloaded_judge_at_a_time_is_on_the_card():
 def test_a_node_trains_within_two_days():
     c = parse_arguments(["--preset", "node"])
     assert (c.frames, c.height, c.width, c.total_steps) == (49, 480, 832, 600)
-    _, seconds = bench.estimate("node", 8)
+    _, seconds = estimated("node", 8)
     assert seconds["run"] <= 48 * 3600
 
 
 def test_small_is_cheaper_than_full_rollouts_and_scales():
-    _, whole = bench.estimate("small", 48, ["--steps", "50", "--window", "2", "--no-shared"])
-    _, seconds = bench.estimate("small", 48)
-    _, on_twice = bench.estimate("small", 96)
+    _, whole = estimated("small", 48, ["--steps", "50", "--window", "2", "--no-shared"])
+    _, seconds = estimated("small", 48)
+    _, on_twice = estimated("small", 96)
     assert seconds["step"] * 4.7 < whole["step"]
     assert seconds["step"] / on_twice["step"] >= 1.8
 
 
 def test_weights_are_sharded_inside_a_node():
-    few_memory, few_seconds = bench.estimate("large", 8)
-    many_memory, many_seconds = bench.estimate("large", 48)
+    few_memory, few_seconds = estimated("large", 8)
+    many_memory, many_seconds = estimated("large", 48)
     assert many_memory == few_memory
     assert many_memory["DiT, bfloat16"] == pytest.approx(14.29e9 * 2 / 8, rel=.01)
     assert many_seconds["update"] == pytest.approx(few_seconds["update"] / 6)
 
 
 def test_options_of_training_lie_over_a_preset():
-    memory, seconds = bench.estimate("node")
-    kept, _ = bench.estimate("node", 8, ["--no-checkpointing"])
+    memory, seconds = estimated("node")
+    kept, _ = estimated("node", 8, ["--no-checkpointing"])
     assert kept["work: update"] > 5 * memory["work: update"]
-    _, unguided = bench.estimate("node", 8, ["--guidance", "1", "--eval-every", "0"])
+    _, unguided = estimated("node", 8, ["--guidance", "1", "--eval-every", "0"])
     assert unguided["rollout"] == pytest.approx(seconds["rollout"] / 2)
     assert unguided["run"] == 600 * unguided["step"]
-    _, with_reference = bench.estimate("node", 8, ["--kl", ".004"])
+    _, with_reference = estimated("node", 8, ["--kl", ".004"])
     assert with_reference["update"] > 1.1 * seconds["update"]
     assert seconds | dict(update=0, step=0, run=0) == with_reference | dict(update=0, step=0, run=0)
     with pytest.raises(ValueError, match="leave out --full"):
-        bench.estimate("node", 8, ["--full"])
+        estimated("node", 8, ["--full"])
 
 
 def test_an_estimate_says_what_the_whole_run_takes(capsys, monkeypatch):
-    _, seconds = bench.estimate("node")
+    _, seconds = estimated("node")
     assert seconds["run"] == pytest.approx(600 * seconds["step"] + 13 * seconds["evaluation"])
     bench.print_estimate("node")
     hours = seconds["run"] / 3600
     said = capsys.readouterr().out
     assert f"600 steps and their evaluations: {hours:,.0f} hours, {8 * hours:,.0f} GPU hours" in said
     assert "GB of 141: it fits" in said
-    monkeypatch.setitem(bench.MACHINES, "node", (bench.H200 | dict(memory=24e9), 8))
+    monkeypatch.setitem(MACHINES, "node", (H200 | dict(memory=24e9), 8))
     bench.print_estimate("node")
     assert "GB of 24: it does NOT fit" in capsys.readouterr().out
 
@@ -161,6 +167,20 @@ def test_gpus_that_are_no_whole_number_are_an_argument_error(gpus, capsys):
 
 def test_a_batch_that_cannot_be_is_said_before_batches_are_counted():
     with pytest.raises(ValueError, match="--batch must be at least 1, got 0"):
-        bench.estimate("node", 8, ["--batch", "0"])
+        estimated("node", 8, ["--batch", "0"])
     with pytest.raises(ValueError, match="--members must be a multiple of --batch"):
-        bench.estimate("node", 8, ["--batch", "500"])
+        estimated("node", 8, ["--batch", "500"])
+
+
+def test_training_begins_with_its_estimate(tmp_path, capsys, monkeypatch):
+    """Of a released model, before anything is loaded, in the figures that bench.py prints; of twins none."""
+    options = ["--preset", "node", "--runs", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train.main([*options, "--depth-anything", str(tmp_path / "missing")]) == 2  # at the first that is loaded
+    memory, seconds = estimated("node", 1)
+    said = capsys.readouterr().out
+    assert f"{memory['peak'] / 1e9:.1f} GB of 141 each; {seconds['step']:,.0f} s a step" in said
+    small = estimate_line(parse_arguments([*options, "--batch", "8", "--no-checkpointing"]), 1)
+    assert "it does NOT fit; give --offload" in small
+    assert estimate_line(parse_arguments(["--preset", "tiny"]), 1) is None
+    assert estimate_line(parse_arguments([*options, "--full"]), 1) is None
