@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test bench train-tiny
+.PHONY: sample test test-gpu bench train-tiny
 
 # A video of the tiny model; then, from one noise, what training starts from and what it makes of it.
 PROMPT = "push_in a red sphere on a checkered green floor, yellow walls"
@@ -12,6 +12,10 @@ sample: .venv/sample
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# On one CUDA GPU; figures go to results/gpu.json. gsplat compiles its kernels once: with nvcc, and the ninja of .venv.
+test-gpu: .venv/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_gpu.py -rs -s
 
 bench: .venv/test
 	$(BIN)/python bench.py
