@@ -13,9 +13,9 @@ sample: .venv/sample
 test: .venv/test
 	$(BIN)/python -m pytest
 
-# On one CUDA GPU; figures go to results/gpu.json. gsplat compiles its kernels once: with nvcc, and the ninja of .venv.
+# On one CUDA GPU: figures go to results/gpu.json. At first gsplat compiles its kernels (nvcc, .venv's ninja).
 test-gpu: .venv/test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_gpu.py -rs -s
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_gpu.py -rs -s || [ $$? -eq 5 ]
 
 bench: .venv/test
 	$(BIN)/python bench.py

@@ -21,6 +21,7 @@ from grpo import deal, draw_window, rollout_passes
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, VAEConfig
 from sample import generator, sampling_of
+from weights import read_json
 
 
 # ------------------------------------------------------------------ the DiT's work and memory, by arithmetic
@@ -123,8 +124,14 @@ def busiest_rollout(c, gpus, steps=300):
 
 
 def dit_config(model):
-    """-> the DiTConfig of a released Wan by its name, None of any other."""
-    return next((config for size, config in DIT_SIZES.items() if size in Path(model).name), None)
+    """-> the DiTConfig of a released Wan, by its folder's config or else by its name; None of any other."""
+    for file in (Path(model) / "transformer" / "config.json", Path(model) / "config.json"):
+        if file.exists():
+            values = read_json(file)
+            found = values.get("num_layers"), values.get("ffn_dim")  # as both layouts name them
+            return next((config for config in DIT_SIZES.values()
+                         if (config.num_layers, config.ffn_dim) == found), None)
+    return next((config for size, config in DIT_SIZES.items() if size in Path(model).name.upper()), None)
 
 
 def estimate(c, gpus, card):
@@ -234,7 +241,8 @@ def estimate_line(c, world):
     card = H200
     if c.device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(c.device)
-        card = (RTX_4090 if "4090" in properties.name else H200) | dict(memory=properties.total_memory)
+        like = RTX_4090 if "4090" in properties.name else H200  # its speed
+        card = like | dict(name=properties.name, memory=properties.total_memory)
     memory, seconds = estimate(c, world, card)
     peak, room = memory["peak"] / 1e9, card["memory"] / 1e9
     fits = "" if peak <= room else ": it does NOT fit; give --offload, --checkpointing or a smaller --batch"

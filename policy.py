@@ -17,6 +17,7 @@ processes, a node's, and replicates over nodes. Left out: pipeline and sequence 
 import contextlib
 import copy
 import functools
+import hashlib
 import math
 from pathlib import Path
 
@@ -26,16 +27,17 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lora import add_lora, lora_off, lora_weights, merge_lora
+from lora import add_lora, lora_file, lora_off, lora_weights, merge_lora
 from model import load_wan
+from run import digest
 from sample import generator, guided_velocity
 from texts import TextCache
 from weights import written_whole
 
 
 class Policy:
-    """.wan the model; .trained {name: parameter}; .average {name: averaged weights}; .sharded whether
-    .trained is."""
+    """.wan the model; .fingerprint of what it was before training; .trained {name: parameter}; .average
+    {name: averaged weights}; .sharded whether .trained is."""
 
     def __init__(self, c, processes, wan=None):
         """wan: another than c.model's, with its own embeddings (rehearse.py)."""
@@ -44,6 +46,7 @@ class Policy:
         if wan is None:
             wan = load_wan(c.model, processes.device, dtype, text=False)
             wan.texts = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
+            self.fingerprint = fingerprint(wan.dit, c.lora)
         self.wan = wan
         dit = wan.dit
         self.base = merge_lora(dit, c.lora) if c.lora else {}  # the adapter that training starts from
@@ -225,6 +228,17 @@ class Policy:
             with written_whole(folder / f"{name}.safetensors") as part:
                 tensors = lora_weights(self.wan.dit, self.average, layout, self.base)
                 save_file(tensors, part, metadata={"format": "pt"})
+
+
+def fingerprint(dit, lora):
+    """-> SHA-256 (hex) of the first numbers of every weight, and of an adapter's file: another model, or one
+    that was trained further, differs nearly everywhere."""
+    found = hashlib.sha256()
+    if lora:
+        found.update(digest(lora_file(lora)).encode())
+    for p in dit.parameters():
+        found.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def shard(dit, processes, size=None):

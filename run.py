@@ -101,12 +101,24 @@ def flat(config):
 
 def open_run(c, processes):
     """-> the folder runs/NAME, locked if it is there. Nothing is written yet: `begin_run` does. ValueError if
-    it holds another configuration, other prompts, or more steps than are asked for."""
+    it holds something else than this run (`check_run`)."""
     folder = Path(c.runs) / c.name
+    check_run(c, folder)
+    lock(folder, processes)
+    return folder
+
+
+def check_run(c, folder, base=None):
+    """ValueError if a folder holds what is no run, another configuration, other prompts, another model
+    (base: its `Policy.fingerprint`), or more steps than are asked for, or has lost its checkpoints."""
     config, checkpoints = folder / "config.json", checkpoints_of(folder / "checkpoints")
     if checkpoints and not config.exists():
         raise ValueError(f"{folder} has checkpoints and no config.json, so nobody knows what was trained; "
                          "put the file back, or choose another --name")
+    others = {file.name for file in folder.glob("*")} - {".lock", "checkpoints"}
+    if others and not config.exists():
+        raise ValueError(f"{folder} holds {min(others)} and no config.json, so it is no run; "
+                         "choose another --name")
     if checkpoints and steps_of(checkpoints[-1]) > c.total_steps:
         raise ValueError(f"{folder} has done {steps_of(checkpoints[-1])} steps already; "
                          f"give a --total-steps above that, not {c.total_steps}, or another --name")
@@ -128,18 +140,33 @@ def open_run(c, processes):
         if before.get("prompts_sha256", prompts_digest(c.prompts)) != prompts_digest(c.prompts):
             raise ValueError(f"{c.prompts} has changed since {folder} was started with it, so --prompts would"
                              " draw others; put the old contents back, or choose another --name")
-    lock(folder, processes)
-    return folder
+        if base and before.get("base_sha256", base) != base:
+            raise ValueError(f"the weights of --model {c.model} or --lora {c.lora} have changed since "
+                             f"{folder} was started; put the old ones back, or choose another --name")
+        log = folder / "metrics.jsonl"
+        logged = max((row["step"] for row in read_lines(log)), default=0) if log.exists() else 0
+        if not list((folder / "checkpoints").glob("*step_*")) and logged >= before.get("save_every", 1):
+            raise ValueError(f"{folder} has logged step {logged} and has no checkpoint, so it would begin "
+                             "again over what it did; put its checkpoints back, or choose another --name")
 
 
-def begin_run(c, folder, processes):
-    """Makes a run's folder, if it is new, and writes its configuration."""
+def begin_run(c, folder, policy):
+    """Makes a run's folder, if it is new, and writes its configuration. ValueError as from `check_run`:
+    another may have begun it while the model was loaded."""
+    processes, error = policy.processes, None
     if processes.rank == 0:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     lock(folder, processes)
     if processes.rank == 0:
-        kept = dict(prompts_sha256=prompts_digest(c.prompts))
-        write_json(folder / "config.json", dataclasses.asdict(c) | kept)
+        try:
+            check_run(c, folder, policy.fingerprint)
+            kept = dict(prompts_sha256=prompts_digest(c.prompts), base_sha256=policy.fingerprint)
+            write_json(folder / "config.json", dataclasses.asdict(c) | kept)
+        except ValueError as e:
+            error = str(e)
+    error = processes.gather(error)[0]
+    if error:
+        raise ValueError(error)
 
 
 def prompts_digest(path):
@@ -253,14 +280,19 @@ def save_checkpoint(policy, folder, step):
     except (OSError, dcp.CheckpointException) as e:
         if policy.processes.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-        # torch keeps (error, stack) of each process, Ctrl-C too
-        error = next((error for error, _ in getattr(e, "failures", {}).values()), e)
-        if isinstance(error, KeyboardInterrupt):
-            raise error from None
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise RuntimeError(f"the checkpoint after step {step} could not be written to {folder} "
-                           f"({reason.splitlines()[0][:160]}); free some space: older ones are untouched, "
+                           f"({reason_of(e)}); free some space: older ones are untouched, "
                            "and the run goes on from them") from None
+
+
+def reason_of(e):
+    """-> why torch could not write or read a checkpoint, in a line; Ctrl-C goes on as such."""
+    # torch keeps (error, stack) of each process
+    error = next((error for error, _ in getattr(e, "failures", {}).values()), e)
+    if isinstance(error, KeyboardInterrupt):
+        raise error from None
+    reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return reason.splitlines()[0][:160]
 
 
 def write_checkpoint(policy, folder, part, step):
@@ -301,15 +333,18 @@ def steps_of(checkpoint):
 def fault_of(checkpoint):
     """-> what is not as it was written in a checkpoint, None if all of it is."""
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        there = {file.name: file for file in checkpoint.iterdir()}
+        for name, file in there.items():  # a pipe would wait for ever
+            if not file.is_file():
+                raise ValueError(f"{name} is no file")
+        files = json.loads(there.pop("manifest.json").read_text())["files"]
         if not files:
             raise ValueError("its manifest lists no files")
         for name, expected in files.items():
-            if digest(checkpoint / name) != expected:
+            if digest(there.pop(name)) != expected:
                 raise ValueError(f"{name} is damaged")
-        for file in checkpoint.iterdir():
-            if file.name not in (*files, "manifest.json"):
-                raise ValueError(f"{file.name} is not in its manifest")
+        if there:
+            raise ValueError(f"{min(there)} is not in its manifest")
         read_metadata(checkpoint)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:
         return str(e) or type(e).__name__
@@ -333,13 +368,14 @@ def newest_whole(folder):
 
 PLAIN_MODULES = {"torch", "torch.serialization", "pathlib", "torch.distributed.checkpoint.metadata",
                  "torch.distributed.checkpoint.filesystem"}
-PLAIN_NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-               "TensorProperties", "ChunkStorageMetadata", "StorageMeta", "_StorageInfo",
-               "_MEM_FORMAT_ENCODING", "_get_layout", "Size", "PosixPath"}
+PLAIN_NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
+               "ChunkStorageMetadata", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING",
+               "_get_layout", "Size", "PosixPath"}
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Makes nothing but what a checkpoint's .metadata is made of: a pickle from elsewhere could run code."""
+    """Makes nothing but what a checkpoint's .metadata is made of: a pickle from elsewhere could run code.
+    Our checkpoints hold tensors alone: what is declared as bytes, torch would unpickle without a check."""
 
     def find_class(self, module, name):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -379,9 +415,8 @@ def load_checkpoint(policy, folder):
     try:
         dcp.load(policy.state(), storage_reader=PlainReader(found), no_dist=policy.processes.world == 1)
     except CheckpointException as e:  # no Exception, and many lines
-        first = str(e).strip().splitlines()[0]
-        raise RuntimeError(f"{found} cannot be loaded ({first}); move it away to go on from the one before"
-                           ) from None
+        raise RuntimeError(f"{found} cannot be loaded ({reason_of(e)}); if that is for good, move it away to "
+                           "go on from the one before") from None
     policy.check_finite()
     return steps_of(found)
 

@@ -96,7 +96,8 @@ class Config:
     frames_seen: int = option("rewards", 2, "frames the preference model sees, from the first on", least=1)
     traj_alpha: float = option("rewards", 5.0, "weight of the translation error in S_traj", least=0)
     traj_beta: float = option("rewards", 5.0, "weight of the rotation error in S_traj", least=0)
-    general_center: float | None = option("rewards", None, "R_gen = tanh((score - center) / spread)")
+    general_center: float | None = option("rewards", None, "R_gen = tanh((score - center) / spread)",
+                                          least=-10 ** 6)
     general_spread: float | None = option("rewards", None, "(default of both: the judge's own)", least=1e-6)
     # of the terms: --meta, --recon, ...
     weights: dict = field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
@@ -108,8 +109,8 @@ class Config:
     lr: float = option("update", 3e-4, least=0)
     decay: float = option("update", 0.0, "share of the run in which the rate falls to 0 at its end",
                           least=0, most=1)
-    beta1: float = option("update", .9, least=0, most=1)
-    beta2: float = option("update", .999, least=0, most=1)
+    beta1: float = option("update", .9, least=0, most=.999999)
+    beta2: float = option("update", .999, least=0, most=.999999)
     weight_decay: float = option("update", 1e-4, least=0)
     clip: float = option("update", 1e-3, "of the ratio", least=0)
     kl: float = option("update", .004, "weight of the KL to the untouched model", least=0)
@@ -122,12 +123,12 @@ class Config:
     rectify: bool = option("update", False, "Flash-GRPO's weights: every step's gradient of one size")
     full: bool = option("update", False, "train all weights instead of LoRA")
     lora_rank: int = option("update", 32, least=1)
-    lora_alpha: float = option("update", 64.0)
+    lora_alpha: float = option("update", 64.0, least=1e-6)
     ema_decay: float = option("update", .9, "of the averaged weights, which are evaluated and exported",
                               least=0, most=1)
     ema_every: int = option("update", 8, least=1)
 
-    total_steps: int = option("schedule", 200, least=1)
+    total_steps: int = option("schedule", 200, least=1, most=999_999)  # a checkpoint's name has six digits
     main_steps: int = option("schedule", 100, least=1)
     dynamic_steps: int = option("schedule", 50, least=0)
     eval_every: int = option("schedule", 50, "0: never", least=0)
@@ -266,15 +267,15 @@ def check(c, world):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         option_name = "--" + name.replace("_", "-")
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{option_name} must be a finite number, got {value}")
         least, most = ranges.get(name, (0, 10 ** 6))  # of a term's weight
         if least is not None and value < least:
             raise ValueError(f"{option_name} must be at least {least}, got {value}")
         if value > most:
             raise ValueError(f"{option_name} must be at most {most}, got {value}")
-    if c.eta == 0:
-        raise ValueError("--eta must be above 0: without noise there is nothing to compare")
+    if c.eta < .001:
+        raise ValueError("--eta must be at least 0.001: without noise there is nothing to compare")
     if not c.name.isprintable() or not c.name or c.name.startswith(".") or Path(c.name).name != c.name:
         raise ValueError(f"--name must name a folder in --runs, without '/' and not beginning with '.', "
                          f"got '{c.name}'")
@@ -319,7 +320,7 @@ def train(c, processes):
     policy = Policy(c, processes)
 
     # A run goes on from its newest whole checkpoint.
-    begin_run(c, folder, processes)
+    begin_run(c, folder, policy)
     steps_done = load_checkpoint(policy, folder / "checkpoints")
     if processes.rank == 0:
         gaps = missing_steps(drop_lines(folder / "metrics.jsonl", steps_done), steps_done)

@@ -95,7 +95,11 @@ def test_every_field_and_every_term_is_an_option(capsys):
 
 BAD = {
     "--members 1": "--members must be at least 2, got 1",
-    "--eta 0": "--eta must be above 0",
+    "--eta 0": "--eta must be at least 0.001",
+    "--beta1 1": "--beta1 must be at most 0.999999",
+    "--general-center=-1e308": "--general-center must be at least",
+    "--lora-alpha -1": "--lora-alpha must be at least",
+    "--seed " + 400 * "1" + " --members 1": "--members must be at least 2",
     "--eta 1.5": "--eta must be at most 1, got 1.5",
     "--window 9": "a window of 9 steps does not fit",
     "--frames 6": "--frames must be 4k+1, got 6; try 5",
