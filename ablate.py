@@ -25,12 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import REWARDS, failures, interval, markdown, read_lines, read_summary
+from eval import REWARDS, VideoRow, failures, interval, markdown, read_lines, read_summary
+from prompts import read_prompts
 from rewards import TERMS
 from sample import check_writable
 from train import ROOT, Config, check
 from train import parse_arguments as training_arguments
-from weights import read_bytes, read_json, write_json, write_text
+from weights import as_command, read_bytes, read_json, write_json, write_text
 
 # ---------------------------------------------------------------------------------------------------- cells
 
@@ -142,9 +143,12 @@ def run(a, rest):
     for name in a.cells:
         seed = 0 if name == "base" else a.seed  # nothing is drawn for the base
         options = [*rest, *CELLS[name].training.split(), "--name", f"{name}-{seed}", "--seed", str(seed)]
-        check(training_arguments(options), a.processes)
+        c = training_arguments(options)
+        check(c, a.processes)
         files[name] = a.out / name / f"seed_{seed}.json", options
         check_writable(files[name][0])
+        if not files[name][0].exists():
+            check_scored(name, c, Path(c.runs) / c.name, a.num)
 
     for name, (file, options) in files.items():
         if file.exists():
@@ -170,6 +174,8 @@ def measured(a, name, options):
 
     # as many scorings at a time as processes, the longest first
     commands = scorings(name, c, folder, a.num)
+    if not (folder / "test" / "summary.json").exists():
+        (folder / "probe.txt").unlink(missing_ok=True)  # it does not say of what it is
     with ThreadPoolExecutor(a.processes) as pool:
         minutes |= dict(zip(commands, pool.map(lambda way: score(a, folder, way, commands[way]), commands)))
 
@@ -219,6 +225,34 @@ def scorings(name, c, folder, num):
         commands["probe"] = ["-m", "tiny", "probe", "--run", folder, *model,
                              "--num", num, "--frames", c.frames]
     return commands
+
+
+def check_scored(name, c, folder, num):
+    """ValueError if a scoring is there already, and says of itself that it is of something else."""
+    for way, command in scorings(name, c, folder, num).items():
+        if not (folder / way / "summary.json").exists():
+            continue
+        about = read_summary(folder / way / "summary.json")
+        rows = read_lines(folder / way / "metrics.jsonl", VideoRow)
+        given = dict(zip(command, command[1:]))  # option -> its value
+        split = given["--split"]
+        prompts = read_prompts(c.prompts, split)[split][:given["--num"]]
+
+        # what differs, by the options of the call
+        differ = [judge for judge, used in about.settings.items()
+                  if judge != "views" and Path(str(getattr(c, judge, used))).name != used]
+        for option, used in (("model", about.model), ("lora", about.lora)):
+            if Path(used or "").resolve() != Path(given.get(f"--{option}") or "").resolve():
+                differ.append(option)
+        if [row.get("prompt") for row in rows] != prompts:
+            differ.append("num or prompts")
+        if any(size.split("x")[0] != str(given["--frames"]) for size in about.sizes):
+            differ.append("frames")
+        if name != "base" and len(read_lines(folder / "metrics.jsonl", dict)) < c.total_steps:
+            differ.append("total_steps")
+        if differ:
+            raise ValueError(f"{folder / way} was scored with another {', '.join(differ)}; give another "
+                             f"--runs, or delete longer, test, dynamic and probe.txt in {folder}")
 
 
 def score(a, folder, way, command):
@@ -391,6 +425,7 @@ def write_tables(out, pages):
 
 # ------------------------------------------------------------------------------------------- the command line
 
+@as_command("ablate.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -409,15 +444,10 @@ def main(argv=None):
     a, rest = parser.parse_known_args(argv)
     if rest and a.command == "table":
         parser.error(f"unknown argument {rest[0]}")
-    try:
-        if a.command == "run":
-            run(a, rest)
-        else:
-            write_tables(a.out, a.pages)
-    except (ValueError, OSError) as e:
-        print(f"ablate.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    if a.command == "run":
+        run(a, rest)
+    else:
+        write_tables(a.out, a.pages)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from sample import generator, sample_videos, sampling_of
 from tiny.world import random_scene, random_scenes, render, render_all
 from train import check as check_training
 from train import parse_arguments as training_arguments
-from weights import TINY
+from weights import TINY, as_command
 
 sys.path.append(str(Path(__file__).parent / "tests"))  # the oracles
 
@@ -397,40 +397,37 @@ def print_rehearsal(preset, gpus=None, options=()):
     check_fits(peak, f"weights and work of {preset}")
 
 
+@as_command("bench.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, "all"), default="all", help="what to time")
     parser.add_argument("--repeat", type=int, default=7, help="timed turns; the median is shown")
-    parser.add_argument("--estimate", choices=MACHINES, help="a preset")
-    parser.add_argument("--rehearse", choices=MACHINES, help="a preset's step at its size, without data")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--estimate", choices=MACHINES, help="a preset")
+    instead.add_argument("--rehearse", choices=MACHINES, help="a preset's step at its size, without data")
     parser.add_argument("--gpus", type=int, help="--estimate, --rehearse: how many (default: "
                         + ", ".join(f"{name} {gpus}" for name, (_, gpus) in MACHINES.items()) + ")")
     parser.add_argument("--with", dest="options", nargs=argparse.REMAINDER, default=[],
                         help="--estimate, --rehearse: further options of train.py; the last of all")
-    parser.add_argument("--check-memory", action="store_true")
+    instead.add_argument("--check-memory", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "FRAMES"), help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
     torch.manual_seed(0)
-    try:
-        if a.repeat < 1:
-            raise ValueError(f"--repeat must be at least 1, got {a.repeat}")
-        if a.peak:
-            print(peak_growth(a.peak[0], int(a.peak[1])))
-        elif a.estimate:
-            print_estimate(a.estimate, a.gpus, a.options)
-        elif a.rehearse:
-            print_rehearsal(a.rehearse, a.gpus, a.options)
-        elif a.check_memory:
-            check_memory()
-        else:
-            print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-            for name in PARTS if "all" in a.parts else a.parts:
-                PARTS[name](a.repeat)
-    except ValueError as e:  # a model that is not shipped
-        print(f"bench.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    if a.repeat < 1:
+        raise ValueError(f"--repeat must be at least 1, got {a.repeat}")
+    if a.peak:
+        print(peak_growth(a.peak[0], int(a.peak[1])))
+    elif a.estimate:
+        print_estimate(a.estimate, a.gpus, a.options)
+    elif a.rehearse:
+        print_rehearsal(a.rehearse, a.gpus, a.options)
+    elif a.check_memory:
+        check_memory()
+    else:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        for name in PARTS if "all" in a.parts else a.parts:
+            PARTS[name](a.repeat)
 
 
 if __name__ == "__main__":

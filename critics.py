@@ -12,6 +12,7 @@ models.
 
 import ast
 import contextlib
+import re
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,8 @@ def load_processor(folder, model_type):
     if found != model_type:
         raise ValueError(f"its config's model_type is {found}, not {model_type}")
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if re.search(r"\brange\b", str(processor.chat_template)):  # loops over it in loops would never end
+        raise ValueError("its chat template counts with range, as no published one does")
     chat_batch(processor, [torch.zeros(3, 64, 64, dtype=torch.uint8)], [""])  # a broken template fails here
     return processor
 
@@ -96,11 +99,12 @@ class Critic:
         with reading(folder, CRITIC):
             self.processor = load_processor(folder, "qwen3_vl")
             config = transformers.Qwen3VLConfig.from_pretrained(folder)
+            config._attn_implementation = "sdpa"  # a folder's could be a kernel of the hub, which is code
             files = weight_files(folder, "model")
             described(partial(kind._from_config, config), files, folder / "config.json")
             for _, read in open_tensors(files).values():
                 read()  # from_pretrained would take what is not finite, or no float
-            self.model, found = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+            self.model, found = kind.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
                                                      output_loading_info=True)
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
                 if found[what]:  # transformers would go on with random weights
@@ -228,10 +232,15 @@ class Preference:
         with reading(base, PREFERENCE_BASE):
             self.processor = load_processor(base, "qwen2_vl")
             config = transformers.Qwen2VLConfig.from_pretrained(base)
+            config._attn_implementation = "sdpa"  # as the critic's
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "right"
         tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
-        pixels = own.image_pixels
+        pixels, vision = own.image_pixels, config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size  # pixels of a token
+        if pixels > config.text_config.max_position_embeddings * side ** 2:
+            raise ValueError(f"{folder / 'hpsv3.json'}, entry image_pixels: {pixels} are more tokens than "
+                             "the model reads; lower it")
         self.processor.image_processor.size = {"shortest_edge": pixels, "longest_edge": pixels}
         self.reward_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
@@ -242,9 +251,9 @@ class Preference:
         fill(model, tensors, device, dtype)
         # rotary frequencies are no part of the file: made anew, then rounded to dtype as the official
         # .to(bf16) does
-        language, vision = model.model.language_model, model.model.visual
+        language, visual = model.model.language_model, model.model.visual
         language.rotary_emb = type(language.rotary_emb)(config.text_config)
-        vision.rotary_pos_emb = type(vision.rotary_pos_emb)(config.vision_config)
+        visual.rotary_pos_emb = type(visual.rotary_pos_emb)(vision)
         self.model = model.to(device=device, dtype=dtype)
         self.model.rm_head.float()
 

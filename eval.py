@@ -18,6 +18,7 @@ Definitions and sources stand in each function. Left out: FVD and metrics that n
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -45,9 +46,9 @@ from noise_warp import camera_path, parse_motion, relative_to_first, rotation_an
 from prompts import SPLITS, read_prompts, read_rows
 from rewards import (MASKED, TERMS, add_reward_options, is_fault, lpips_distance, motion_magnitude,
                      native_intrinsics, rewards_of)
-from sample import (as_bytes, check_size, check_writable, psnr, read_video, sample_videos, sampling_of,
-                    write_video)
-from weights import TINY, from_json, read_bytes, read_json, write_json
+from sample import (as_bytes, check_name, check_size, check_writable, psnr, read_video, sample_videos,
+                    sampling_of, write_video)
+from weights import TINY, as_command, from_json, read_bytes, read_json, write_json
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -302,18 +303,29 @@ def interval(values):
 
 # ------------------------------------------------------------------------------------------------ many videos
 
+def videos_in(folder):
+    """-> a folder's mp4s in order of name. Hidden ones are left out: a Mac's, or what a killed call left."""
+    files = sorted(folder.glob("[!.]*.mp4"))
+    for file in files:
+        check_name(file)
+    return files
+
+
 def folder_videos(folder, prompt_file):
     """A folder's mp4s in order of name -> {name: prompt or None}, load(name).
 
-    The file's rows belong to the videos by id where any id is a video's name, else in order.
+    The file's rows belong to the videos by id, in order where no row has one.
     """
-    names = [file.stem for file in sorted(folder.glob("*.mp4"))]
+    names = [file.stem for file in videos_in(folder)]
     if not names:
         raise ValueError(f"{folder} holds no mp4; give a folder of videos")
     rows = read_rows(prompt_file)
-    by_id = {str(row["id"]).removesuffix(".mp4"): row["prompt"] for row in rows}
-    by_order = {name: row["prompt"] for name, row in zip(names, rows)}
-    matched = by_id if by_id.keys() & set(names) else by_order
+    matched = {str(row["id"]).removesuffix(".mp4"): row["prompt"] for row in rows if row["id"] is not None}
+    if not matched:
+        matched = {name: row["prompt"] for name, row in zip(names, rows)}
+    elif not matched.keys() & set(names):
+        raise ValueError(f"no id in {prompt_file} is the name of a video in {folder}; "
+                         "name the videos by the ids, or leave all ids out")
 
     def load(name):
         return read_video(folder / f"{name}.mp4")[0]
@@ -434,6 +446,10 @@ def new_folder(out):
         part.rename(out.resolve())
     except BlockingIOError:
         raise ValueError(f"another process is making {out}; wait for it, or choose another --out") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"cannot write '{out}' ({e.strerror}); free some space, or choose another --out") from e
     finally:
         os.close(owner)
 
@@ -677,6 +693,7 @@ def table(runs):
 
 # ------------------------------------------------------------------------------------------- the command line
 
+@as_command("eval.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -699,19 +716,14 @@ def main(argv=None):
     table_parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=FOLDER")
 
     a = parser.parse_args(argv)
-    try:
-        if a.command == "metrics":
-            return metrics(a, metrics_parser.get_default)
-        if not all("=" in run for run in a.runs):
-            raise ValueError("--runs takes LABEL=FOLDER, such as base=runs/scores/base")
-        runs = dict(run.split("=", 1) for run in a.runs)
-        if len(runs) < len(a.runs):
-            raise ValueError("--runs holds a label twice; give each folder its own")
-        print(table(runs))
-    except (ValueError, OSError) as e:
-        print(f"eval.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    if a.command == "metrics":
+        return metrics(a, metrics_parser.get_default)
+    if not all("=" in run for run in a.runs):
+        raise ValueError("--runs takes LABEL=FOLDER, such as base=runs/scores/base")
+    runs = dict(run.split("=", 1) for run in a.runs)
+    if len(runs) < len(a.runs):
+        raise ValueError("--runs holds a label twice; give each folder its own")
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,8 @@ def variance_shares(terms, weights, group_ids):
     """
     parts = {name: weights[name] * values.double() for name, values in terms.items() if weights[name]}
     parts = {name: values for name, values in parts.items() if not values.isnan().all()}
+    if not parts:  # every sample is masked
+        return {}
     known = ~sum(parts.values()).isnan()
     same_group = (group_ids[known, None] == group_ids[known]).double()  # (n, n)
     mean_of_group = same_group / same_group.sum(1, keepdim=True)

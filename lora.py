@@ -244,7 +244,7 @@ def peft_scale(path, keys):
     """PEFT's configuration of an adapter, of the file beside it or Diffusers' header; empty without one."""
     config = {}
     if path.stem == "adapter_model" or any(key.startswith("base_model.model.") for key in keys):
-        config = read_json(path.parent / "adapter_config.json")
+        config = dict(lora_alpha=8) | read_json(path.parent / "adapter_config.json")  # PEFT's default
     elif path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -273,9 +273,9 @@ def by_pattern(patterns, layer, default):
         try:
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=1):
                 return value
-        except (regex.error, TimeoutError) as e:
-            raise ValueError(f"the LoRA's configuration holds the pattern '{pattern}', which is no regular "
-                             f"expression, or takes too long ({e}); correct it") from None
+        except (regex.error, TimeoutError, RecursionError) as e:
+            raise ValueError(f"the LoRA's configuration holds the pattern '{pattern[:80]}', which is no "
+                             f"regular expression, or takes too long ({e}); correct it") from None
     return default
 
 
@@ -295,19 +295,13 @@ def configured_alpha(scale, path, key, rank):
     return alpha
 
 
-@torch.no_grad()
-def merge_lora(dit, path, strength=1.0):
-    """Adds an adapter file of any form above into the weights, W += strength (alpha / r) B A.
+def read_lora(dit, path):
+    """Reads an adapter file of any form above, and finds what can be wrong with it; nothing is changed.
 
-    path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed.
-    -> the pairs that were added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
-    lightx2v's files also hold whole differences of weights, biases, norms and modulations. They are added
-    too, but are no pairs: dit.merged_differences then names the file, and `add_lora` refuses to train, as
-    exports would lack them.
+    -> the file, {key: tensor}, {our parameter name: {kind: key}}, {our parameter name: alpha}
     """
     path = lora_file(path)
     found = open_tensors([path])
-    # Whatever can be wrong is found before the first weight changes.
     scale = peft_scale(path, found)
     matched = match_adapter(dit, path, {key: shape for key, (shape, _) in found.items()})
     tensors = {key: read() for key, (_, read) in found.items()}
@@ -319,7 +313,20 @@ def merge_lora(dit, path, strength=1.0):
             alphas[name] = configured_alpha(scale, path, keys["A"], len(tensors[keys["A"]]))
         if "A" in keys and not 0 < float(alphas[name]) < math.inf:
             raise ValueError(f"{path}: the alpha of {name} is {float(alphas[name])}; it must be above 0")
+    return path, tensors, matched, alphas
 
+
+@torch.no_grad()
+def merge_lora(dit, path, strength=1.0):
+    """Adds an adapter file of any form above into the weights, W += strength (alpha / r) B A.
+
+    path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed.
+    -> the pairs that were added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
+    lightx2v's files also hold whole differences of weights, biases, norms and modulations. They are added
+    too, but are no pairs: dit.merged_differences then names the file, and `add_lora` refuses to train, as
+    exports would lack them.
+    """
+    path, tensors, matched, alphas = read_lora(dit, path)
     pairs = {}
     for name, keys in matched.items():
         weight = dit.get_parameter(name)

@@ -18,7 +18,7 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Literal
 
 import torch
 import torch.nn as nn
@@ -674,6 +674,8 @@ class OriginalDiT:
 
 def _dit_part(folder):
     """-> (meta DiT, weight files, rename) for a model folder of either layout, or a transformer folder."""
+    if (folder / "transformer_2").exists():
+        raise ValueError(f"{folder} holds two transformers, as Wan2.2 does; give a Wan2.1 model's folder")
     folder = _inside(folder, "transformer")
     file = folder / "config.json"
     values = read_json(file)
@@ -750,9 +752,11 @@ class Wan:
 
 @dataclass
 class Scheduler:
-    """scheduler_config.json: the noise schedule's shift, by the name that UniPC or flow matching gives it."""
+    """scheduler_config.json: the noise schedule's shift, by the name that UniPC or flow matching gives it,
+    and what the transformer predicts."""
     flow_shift: Positive | None = None
     shift: Positive | None = None
+    prediction_type: Literal["flow_prediction"] | None = None
 
 
 def load_wan(path, device="cpu", dtype=torch.float32, text=True):

@@ -18,6 +18,7 @@ import argparse
 import math
 import re
 import sys
+import unicodedata
 import warnings
 
 import torch
@@ -41,19 +42,17 @@ MOTIONS = ("push_in", "pull_out", "move_left", "move_right", "orbit_left", "orbi
 # The prompt says how the camera moves, in eleven words and their everyday forms. What only sounds like one of
 # them would silently be a camera that stands still, so it is warned of.
 
-_MOTION = re.compile(r"""\b(?:
-    (push)(?:es|ing)?[\s_-]+(in) |
-    (pull)(?:s|ing)?[\s_-]+(out|left|right) |
-    (move|orbit|pan)(?:s|ing|ning)?[\s_-]+(left|right) |
-    (moving)[\s_-]+(left|right))\b""", re.IGNORECASE | re.VERBOSE)
-_LOOKALIKE = re.compile(r"""\b(?:
-    zoom(?:s|ing)?[\s_-]+(?:in|out) |
-    dolly[\s_-]+\w+ |
-    tilt(?:s|ing)?[\s_-]+(?:up|down) |
-    (?:pan|move|orbit|push|pull)[\s_-]+(?:up|down|forward|backward|back) |
-    push[\s_-]+(?:out|left|right) |
-    pull[\s_-]+in |
-    roll[\s_-]+(?:left|right))\b""", re.IGNORECASE | re.VERBOSE)
+_GAP = r"[\s_\u2010-\u2015-]+"  # a space, an underscore, any hyphen or dash
+_MOTION = re.compile(rf"""\b(?:
+    (push)(?:es|ing)?{_GAP}(in) |
+    (pull)(?:s|ing)?{_GAP}(out|left|right) |
+    (move|orbit|pan)(?:s|ing|ning)?{_GAP}(left|right) |
+    (moving){_GAP}(left|right))\b""", re.IGNORECASE | re.VERBOSE)
+_LOOKALIKE = re.compile(rf"""\b(?:
+    doll(?:y|ies|ying){_GAP}\w+ |
+    (?:(?:push|pull|mov|orbit|zoom|tilt|roll|rotat)(?:e?s?|ed|ing) | pan(?:s|ned|ning)?){_GAP}
+    (?:(?:[a-z]+ly|around|to|the){_GAP})*
+    (?:left|right|in|out|(?:up|down|back)(?:wards?)?|forwards?))\b""", re.IGNORECASE | re.VERBOSE)
 
 
 def parse_motion(prompt):
@@ -62,6 +61,7 @@ def parse_motion(prompt):
     Spaces, hyphens, underscores, capitals and -s / -ing forms are read. A prompt with none is ["fixed"]. A
     phrase that looks like a motion but is not one of the eleven ("zoom in") raises a warning that lists them.
     """
+    prompt = unicodedata.normalize("NFKC", prompt)  # full-width letters are letters
     motions = []
     for match in _MOTION.finditer(prompt):
         verb, direction = (word.lower() for word in match.groups() if word)
@@ -72,7 +72,7 @@ def parse_motion(prompt):
     # Only where the camera is spoken of: a scene's blind may well tilt down.
     sentences = prompt.split(".")
     spoken = [sentence for sentence in sentences if "camera" in sentence.lower()] or sentences[:1]
-    stray = _LOOKALIKE.search(". ".join(spoken))
+    stray = _LOOKALIKE.search(_MOTION.sub(",", ". ".join(spoken)))
     if stray:
         warnings.warn(f"'{stray.group()}' is not a camera motion here; the motions are {', '.join(MOTIONS)}",
                       stacklevel=2)

@@ -9,6 +9,7 @@ A .jsonl file holds one object a line: {"prompt": ..., "split": "train" | "dynam
 where split and id may be absent. Any other file is text, one prompt a line.
 """
 
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ def usable_prompt(text):
     if len(text) > LONGEST:
         raise ValueError(f"the prompt has {len(text)} characters; shorten it to at most {LONGEST}")
     prompt = " ".join(text.split())
-    if not prompt:
-        raise ValueError("the prompt is empty; say what to show, "
-                         'e.g. "push_in a red sphere on a checkered green floor, yellow walls"')
     # Cc: control characters, Cs: bytes that are no UTF-8.
     strange = [c for c in prompt if unicodedata.category(c) in ("Cc", "Cs")]
     if strange:
         raise ValueError(f"the prompt holds the control character {ascii(strange[0])}; leave it out")
+    # Letters, numbers, symbols or punctuation: a space of no width is empty too.
+    if not any(unicodedata.category(c)[0] in "LNSP" for c in prompt):
+        raise ValueError("the prompt is empty; say what to show, "
+                         'e.g. "push_in a red sphere on a checkered green floor, yellow walls"')
     return prompt
 
 
@@ -39,14 +41,14 @@ def usable_prompt(text):
 class Line:
     """A line of a .jsonl file; where eval.py wrote it, `video` is its id."""
     prompt: str
-    split: str = "train"
+    split: str | None = None
     id: str | int | None = None
     video: str | None = None
 
 
-def read_rows(file):
-    """-> [{"prompt", "split", "id"}] of a prompt file in order; split is "train" and id None where a line has
-    none.
+def read_rows(file, split="train"):
+    """-> [{"prompt", "split", "id"}] of a prompt file in order. split: of a line that has none; its id is
+    None.
 
     ValueError names the file, and the line that cannot be used.
     """
@@ -54,7 +56,8 @@ def read_rows(file):
         lines = read_bytes(file).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as e:
         raise ValueError(f"the prompt file '{file}' cannot be read ({e}); give UTF-8 text") from None
-    if str(file).endswith(".json"):
+    suffix = Path(file).suffix.lower()
+    if suffix == ".json":
         raise ValueError(f"the prompt file '{file}' would be read as text; "
                          "give one object a line and name it .jsonl")
     rows = []
@@ -62,18 +65,21 @@ def read_rows(file):
         if not text.strip():
             continue
         where = f"{file}, line {number}"
-        if str(file).endswith(".jsonl"):
+        if suffix == ".jsonl":
             line = from_json(text, Line, where)
+        elif re.match(r'\s*\{\s*"', text):
+            raise ValueError(f"{where} is JSON and would be read as text; name the file .jsonl")
         else:
             line = Line(text)
-        if line.split not in SPLITS:
-            raise ValueError(f"{where}: unknown split '{line.split}'; a split is {', '.join(SPLITS)}")
+        own = split if line.split is None else line.split
+        if own not in SPLITS:
+            raise ValueError(f"{where}: unknown split '{own}'; a split is {', '.join(SPLITS)}")
         try:
             prompt = usable_prompt(line.prompt)
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
-        rows.append(dict(prompt=prompt, split=line.split, id=line.video if line.id is None else line.id))
-    ids = Counter(str(row["id"]) for row in rows if row["id"] is not None)
+        rows.append(dict(prompt=prompt, split=own, id=line.video if line.id is None else line.id))
+    ids = Counter(str(row["id"]).removesuffix(".mp4") for row in rows if row["id"] is not None)
     doubled = [name for name, count in ids.items() if count > 1]
     if doubled:
         raise ValueError(f"{file} gives the id '{doubled[0]}' to {ids[doubled[0]]} prompts; an id is of one")
@@ -84,20 +90,30 @@ def read_prompts(file, needed="train"):
     """-> {"train": [...], "dynamic": [...], "test": [...]} of prompt strings.
 
     A folder holds SPLIT.jsonl or SPLIT.txt. Without test prompts the last tenth of the training prompts, at
-    least one, is test. ValueError if there is no prompt of the split that is needed.
+    least one, is test. ValueError if there is no prompt of the split that is needed, or if a test prompt, or
+    what a folder's file says is another split's, would be trained on.
     """
     prompts = {split: [] for split in SPLITS}
     if Path(file).is_dir():
         for split in SPLITS:
             for part in (Path(file) / f"{split}.jsonl", Path(file) / f"{split}.txt"):
-                if part.exists():
-                    prompts[split] += [row["prompt"] for row in read_rows(part)]
+                if not part.exists():
+                    continue
+                for row in read_rows(part, split):
+                    if row["split"] != split:
+                        raise ValueError(f"{part} holds a prompt of the split '{row['split']}'; "
+                                         f"move it to {row['split']}{part.suffix}")
+                    prompts[split].append(row["prompt"])
         mend = f"a {needed}.jsonl or {needed}.txt"
     else:
         for row in read_rows(file):
             prompts[row["split"]].append(row["prompt"])
         mend = f'a line whose split is "{needed}"'
     train = prompts["train"]
+    seen = {*train, *prompts["dynamic"]}
+    for prompt in prompts["test"]:
+        if prompt in seen:
+            raise ValueError(f"{file} holds the test prompt '{prompt[:80]}' in another split too; remove one")
     if train and not prompts["test"]:
         held_out = max(1, len(train) // 10)
         prompts["test"] = train[-held_out:]

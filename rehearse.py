@@ -201,11 +201,11 @@ def rehearse(c, gpus, config=None, vae_config=None):
     return phases
 
 
-def rehearse_depth(c):
-    """Depth Anything 3 GIANT on a video's views -> peak bytes, FLOPs."""
+def rehearse_depth(c, config=SIZES["da3-giant"]):
+    """Depth Anything 3 on a video's views -> peak bytes, FLOPs."""
     trace = Trace()
     with torch.no_grad(), without_data(trace):
-        model = DepthAnything3(SIZES["da3-giant"]).eval()
+        model = DepthAnything3(config).eval()
         model(torch.zeros(c.views, 3, *processed_size(c.height, c.width, model.config)))
         return trace.lap()
 

@@ -28,7 +28,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Required, TypedDict
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 import imageio.v3 as iio
 import matplotlib
@@ -37,13 +37,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from eval import VideoRow, alarms, interval, new_folder, read_lines, table
+from eval import VideoRow, alarms, interval, new_folder, read_lines, table, videos_in
 from noise_warp import camera_path, draw_paths, parse_motion
 from rewards import TERMS, paths_in_depths
 from run import in_words, missing_steps
 from sample import as_bytes, read_video, write_video
 from train import Config, own_rewards
-from weights import config_from, read_bytes, read_json, write_json, write_text
+from weights import as_command, config_from, read_bytes, read_json, write_json, write_text
 
 STYLE = """
 :root {
@@ -223,12 +223,14 @@ if (button) {
 """
 
 
+Step = Annotated[int, msgspec.Meta(ge=0, le=10 ** 9)]
+Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]  # that a chart can show
 LABELS = {"total": "total reward, main steps"} | {name: term.label for name, term in TERMS.items()}
 CURVES = (*LABELS, *(f"{name}_std" for name in LABELS), *(f"share_{name}" for name in TERMS),
           "motion", "ratio", "ratio_max", "clipped", "kl")
 # A line of the training's metrics.jsonl, as far as the report shows it; older versions' lines hold less.
-LogRow = TypedDict("LogRow", dict(step=Required[int], phase=str, grad=list[float | None])
-                   | dict.fromkeys(CURVES, float | None), total=False)
+LogRow = TypedDict("LogRow", dict(step=Required[Step], phase=str, grad=list[Number | None])
+                   | dict.fromkeys(CURVES, Number | None), total=False)
 
 
 def training_charts(rows):
@@ -291,16 +293,20 @@ def evaluation_table(rows):
 def examples(run, config, count=6):
     """The first validation prompts before and after training, from the same noise."""
     # the first and the last evaluation that training has left
-    folders = sorted({file.parent for file in run.glob("eval/*/*.mp4")})  # named by their step
+    folders = sorted({file.parent for file in run.glob("eval/*/*.mp4") if file.parent.name.isdecimal()})
     if len(folders) < 2:
         return '<p class="note">No two evaluations yet: nothing to compare.</p>'
     before, after = folders[0], folders[-1]
+    files = sorted(before.glob("*.mp4"))[:count]
+    prompts = read_bytes(before / "prompts.txt").decode().rstrip("\n").split("\n")
+    for file in files:
+        if not file.stem.isdecimal() or int(file.stem) >= len(prompts):
+            raise ValueError(f"{file} has no prompt, which is the line of its number in prompts.txt; "
+                             "take it out of the folder")
     # scored again, with the training's judges: they show what they see
-    prompts = read_bytes(before / "prompts.txt").decode().split("\n")
     rewards = own_rewards(config)
 
     sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
-    files = sorted(before.glob("*.mp4"))[:count]
     for file in tqdm(files, desc="report", unit="prompt"):
         prompt = prompts[int(file.stem)]
         sections += [
@@ -384,16 +390,21 @@ def report(run):
     body = [f"<h1>{html.escape(config.name)}</h1>", *missing_warning(rows), *one_term_warnings(rows),
             f'<p class="note">{html.escape(about_run(config, len(rows)))}</p>']
     if (run / "eval.jsonl").exists():
-        evaluations = read_lines(run / "eval.jsonl", dict[str, int | float | None])
+        evaluations = read_lines(run / "eval.jsonl", dict[str, Step | Number | None])
+        if any(row.get("step") is None for row in evaluations):
+            raise ValueError(f"{run / 'eval.jsonl'} has a line without its step; take the line out")
         body += ["<h2>Validation prompts</h2>", evaluation_table(evaluations)]
         body += [f'<p class="warning">{html.escape(sentence)}</p>' for sentence in alarms(evaluations)]
+    # results folders inside the run, before the examples, whose scoring takes minutes
+    results = {file.parent.name: file.parent for file in sorted(run.glob("*/summary.json"))}
+    unprintable = [name for name in results if not name.isprintable()]
+    if unprintable:
+        raise ValueError(f"{run} holds a results folder with a line break in its name, {unprintable[0]!r}; "
+                         "rename it")
+    tables = ["<h2>Results</h2>", html_tables(table(results))] if results else []
     body += ["<h2>Training</h2>", training_charts(rows)]
     body += ["<h2>Before and after</h2>", examples(run, config)]
-    body += [walkthrough_link(run)]
-    # results folders inside the run
-    results = {file.parent.name: file.parent for file in sorted(run.glob("*/summary.json"))}
-    if results:
-        body += ["<h2>Results</h2>", html_tables(table(results))]
+    body += [walkthrough_link(run), *tables]
     write_page(run / "report.html", config.name, "\n".join(body), PLAY)
     print(run / "report.html")
 
@@ -546,7 +557,7 @@ def make_study(a, b, out):
     folders = dict(a=a, b=b)
     if a.resolve() == b.resolve():
         raise ValueError(f"--a and --b are the same folder, {a}; give the videos of two models")
-    names = sorted({file.name for file in a.glob("*.mp4")} & {file.name for file in b.glob("*.mp4")})
+    names = sorted({file.name for file in videos_in(a)} & {file.name for file in videos_in(b)})
     if not names:
         raise ValueError(f"{a} and {b} share no mp4 of the same name; "
                          "give the videos of two models for one list of prompts")
@@ -685,6 +696,7 @@ def fleiss_kappa(items):
 
 # ------------------------------------------------------------------------------------------- the command line
 
+@as_command("report.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -699,17 +711,12 @@ def main(argv=None):
     for command in (study_parser, score_parser):
         command.add_argument("--out", type=Path, default=Path("study"), help="the study's folder")
     a = parser.parse_args(argv)
-    try:
-        if a.command == "run":
-            report(a.run)
-        elif a.command == "study":
-            make_study(a.a, a.b, a.out)
-        else:
-            score_study(a.answers, a.out)
-    except (ValueError, OSError) as e:
-        print(f"report.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    if a.command == "run":
+        report(a.run)
+    elif a.command == "study":
+        make_study(a.a, a.b, a.out)
+    else:
+        score_study(a.answers, a.out)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from depth_anything import Reconstruction, load_depth_anything
 from noise_warp import camera_path, draw_paths, parse_motion, relative_to_first, rotation_angle
 from prompts import usable_prompt
 from sample import as_bytes, check_device, check_writable, read_video, spread
-from weights import TINY, written_whole
+from weights import TINY, as_command, written_whole
 
 
 # --------------------------------------------------------------------------------------------- what is scored
@@ -559,6 +559,7 @@ def rewards_of(a):
     return Rewards(a.depth_anything, a.critic, a.preference, a.lpips, a.views, device=a.device)
 
 
+@as_command("rewards.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -567,17 +568,13 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="the picture, a PNG (default: beside the video)")
     add_reward_options(parser)
     a = parser.parse_args(argv)
-    try:
-        prompt = usable_prompt(a.prompt)
-        video, _ = read_video(a.video)
-        out = a.out or Path(a.video).with_suffix(".rewards.png")
-        if out.suffix != ".png":
-            raise ValueError(f"--out must end in .png, got '{out}'")
-        check_writable(out)
-        rewards = rewards_of(a).load()
-    except (ValueError, OSError) as e:
-        print(f"rewards.py: {e}", file=sys.stderr)
-        return 2
+    prompt = usable_prompt(a.prompt)
+    video, _ = read_video(a.video)
+    out = a.out or Path(a.video).with_suffix(".rewards.png")
+    if out.suffix != ".png":
+        raise ValueError(f"--out must end in .png, got '{out}'")
+    check_writable(out)
+    rewards = rewards_of(a).load()
     clip = rewards.score(video, prompt, camera_path(parse_motion(prompt), len(video)))
     for name, score in clip.scores.items():
         print(f"{name:8} failed: {clip.errors[name]}" if name in clip.errors else f"{name:8} {score:.4f}")

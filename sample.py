@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from fast import trim_text
-from lora import lora_file, merge_lora
+from lora import lora_file, merge_lora, read_lora
 from model import load_wan
 from noise_warp import camera_path, latent_noise, parse_motion, relative_to_first, released_push
 from prompts import usable_prompt
-from weights import TINY, config_from, read_json, written_whole
+from weights import TINY, as_command, config_from, read_json, written_whole
 
 
 def generator(*key):
@@ -433,13 +433,17 @@ def check(a):
     if a.released and not a.transport:
         raise ValueError("--released pushes transported noise in, and --no-transport asks for none; "
                          "give one of them")
+    if a.path is not None and (a.strength != 1 or not a.transport):
+        raise ValueError("--path is the noise's camera path, which --strength does not scale and "
+                         "--no-transport leaves unused; leave one out")
     check_device(a.device)
     for lora in a.lora:
         if lora != "none":
             lora_file(lora)
     if a.out.suffix != ".mp4":
         raise ValueError(f"--out must end in .mp4, got '{a.out}'")
-    check_writable(a.out)
+    for file in [*video_files(a), a.out.with_suffix(".png")]:
+        check_writable(file)
 
 
 def check_device(device):
@@ -456,16 +460,23 @@ def check_device(device):
                          "use --device cpu")
 
 
+def check_name(file):
+    """ValueError if a file's name is not UTF-8: it could be neither printed nor read again from JSON."""
+    if str(file).encode(errors="replace").decode() != str(file):
+        raise ValueError(f"the name {ascii(str(file))} is not UTF-8; give another name")
+
+
 def check_writable(file, option="--out"):
     """ValueError if a file could not be written there, where the option says; makes no folder."""
+    check_name(file)
     folder = file.absolute().parent
     try:
-        while not folder.exists():
+        while not (folder.exists() or folder.is_symlink()):  # a link to nowhere is in a folder's way
             folder = folder.parent
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder")
-        # Named as the file is, for a name that is too long.
-        tempfile.NamedTemporaryFile(dir=folder, prefix=file.name).close()
+        # Named as written_whole names its own, for a name that is too long.
+        tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.stem}.part-", suffix=file.suffix).close()
     except OSError as e:
         raise ValueError(f"cannot write '{file}' ({e.strerror or e}); choose another {option}") from None
 
@@ -551,6 +562,13 @@ def parse_arguments(argv=None):
     return a
 
 
+def video_files(a):
+    """-> the command line's mp4s, one a video."""
+    if a.num == 1:
+        return [a.out]
+    return [a.out.with_stem(f"{a.out.stem}_{i}") for i in range(a.num)]
+
+
 def make_videos(a):
     """Writes the videos and their contact sheet, and prints their files."""
     # Whatever can be wrong is found before the weights are read, or at least before the first step.
@@ -562,8 +580,7 @@ def make_videos(a):
 
     if len(columns) > 1:
         print("left to right, and in the picture from top to bottom:", ", ".join(a.lora))
-    for i in range(a.num):
-        file = a.out if a.num == 1 else a.out.with_stem(f"{a.out.stem}_{i}")
+    for i, file in enumerate(video_files(a)):
         write_video(file, side_by_side([videos[i] for videos in columns]), sampling.fps)
         print(file)
     sheet = a.out.with_suffix(".png")
@@ -575,6 +592,10 @@ def sampled(a, lora, sampling, paths):
     """-> the command line's videos [(F, 3, H, W)] with one adapter."""
     wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
     check_memory(wan, sampling, a.num)
+    # what is wrong with the next columns' adapters is found before this one's first step
+    for later in a.lora[a.lora.index(lora) + 1:]:
+        if later != "none":
+            read_lora(wan.dit, later)
     if lora != "none":
         merge_lora(wan.dit, lora)
     if a.compile:
@@ -594,13 +615,9 @@ def side_by_side(videos, gap=4):
     return torch.cat([*(F.pad(video, (0, gap), value=1.0) for video in others), last], -1)
 
 
+@as_command("sample.py")
 def main(argv=None):
-    try:
-        make_videos(parse_arguments(argv))
-    except (ValueError, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    make_videos(parse_arguments(argv))
 
 
 if __name__ == "__main__":

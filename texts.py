@@ -96,8 +96,8 @@ def _tokenizer(folder, words):
 def text_files(path):
     """-> the files that decide what a prompt's embedding is: the text encoder's and the tokenizer's."""
     folder = model_folder(path, WAN_FILES, WAN)
-    _, _, files, _ = text_part(folder)
-    return [*files, *(file for file in tokenizer_folder(folder).iterdir() if file.is_file())]
+    _, config, files, _ = text_part(folder)
+    return {config, *files, *(file for file in tokenizer_folder(folder).iterdir() if file.is_file())}
 
 
 def load_text(path, device="cpu", dtype=torch.float32):

@@ -48,7 +48,7 @@ from sample import (as_bytes, check_writable, decode_videos, euler, initial_nois
 from texts import clean_prompt, encode_text, load_text
 from train import (Config, check, compare, drawn, learning_rate, own_rewards, own_sampling, parse_arguments,
                    policy_loss, roll_out, step_prompts, step_window, without_masked)
-from weights import TINY, write_text, written_whole
+from weights import TINY, as_command, open_tensors, write_text, written_whole
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -80,6 +80,8 @@ def walk(c, prompt, trained=None):
     trained: an adapter, for the last stage.
     """
     policy = Policy(c, Processes(c.device))
+    if trained:  # one that does not fit is found before any work
+        other = Policy(dataclasses.replace(c, lora=trained), policy.processes)
     policy.encode_prompts([prompt, ""])
     rewards = own_rewards(c, c.device).load()
 
@@ -90,11 +92,16 @@ def walk(c, prompt, trained=None):
 
     def look(policy):
         predictions, latents = solve(policy.velocity(prompt), noise.to(policy.wan.device), levels)
+        if not latents.isfinite().all():
+            raise ValueError(f"'{policy.c.lora or c.model}' made latents that are not finite; "
+                             "give another adapter, or a smaller --lr")
         video, = decode_videos(policy.wan, latents)
         return predictions, rewards.score(video, prompt, path)
 
     predictions, before = look(policy)
     looks = {"before": before}
+    if trained:
+        _, after_all = look(other)
 
     # Roll out the group, and score it.
     window = step_window(c, 0, False, 0)
@@ -127,8 +134,7 @@ def walk(c, prompt, trained=None):
         log_ratios = torch.stack([log_ratio(policy, batch, step) for step in batch.transitions]).cpu()
     _, looks["after one step"] = look(policy)
     if trained:
-        other = Policy(dataclasses.replace(c, lora=trained), policy.processes)
-        _, looks["after a whole training"] = look(other)
+        looks["after a whole training"] = after_all
     return Walk(c, prompt, policy, path, noise, levels, predictions, batch, clips, shares, notes, norm,
                 gradients, log_ratios, notes_after, looks)
 
@@ -884,8 +890,14 @@ def check_options(a, c):
     if not all(c.weights.values()):
         raise ValueError("the page shows every reward; give none of them weight 0")
     if a.trained:
-        lora_file(a.trained)
-    check_writable(a.markdown / "walkthrough.md" if a.markdown else a.out)
+        open_tensors([lora_file(a.trained)])
+    if a.markdown:
+        check_writable(a.markdown / "walkthrough.md", "--markdown")
+        check_writable(a.markdown / "walkthrough" / "01_0.svg", "--markdown")
+        return
+    if a.out.suffix != ".html":
+        raise ValueError(f"--out must end in .html, got '{a.out}'")
+    check_writable(a.out)
 
 
 def who_is_who(c):
@@ -904,16 +916,13 @@ def who_is_who(c):
     return said.strip()
 
 
+@as_command("walkthrough.py")
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     start = time.time()
-    try:
-        a, c = options_of(argv)
-        check_options(a, c)
-        w = walk(c, a.prompt, a.trained)
-    except (ValueError, OSError) as e:
-        print(f"walkthrough.py: {e}", file=sys.stderr)
-        return 2
+    a, c = options_of(argv)
+    check_options(a, c)
+    w = walk(c, a.prompt, a.trained)
     stages = [stage(w) for stage in tqdm(STAGES, desc="walkthrough", unit="stage")]
 
     made = (f"Made in {time.time() - start:.0f} s by python walkthrough.py {shlex.join(argv)}: every number, "
@@ -926,7 +935,6 @@ def main(argv=None):
     else:
         write_html(a.out, *page)
         print(a.out)
-    return 0
 
 
 if __name__ == "__main__":

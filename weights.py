@@ -19,6 +19,7 @@ import functools
 import json
 import os
 import re
+import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,27 @@ def write_json(path, value):
 def write_text(path, text):
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+def as_command(name):
+    """Decorates a main(argv): what cannot be is one sentence and exit status 2, Ctrl-C one line and 130."""
+    def decorated(main):
+        @functools.wraps(main)
+        def command(argv=None):
+            try:
+                return main(argv) or 0
+            except (ValueError, OSError) as e:
+                status, reason = 2, e
+            except KeyboardInterrupt:
+                status, reason = 130, "interrupted; give the same command again"
+            print(f"{name}: {reason}", file=sys.stderr)
+            return status
+
+        return command
+
+    return decorated
 
 
 # ---------------------------------------------------------------------------------------------- JSON, checked
@@ -159,11 +181,17 @@ def weight_files(folder, stem):
     index = folder / f"{stem}.safetensors.index.json"
     five = "[0-9]" * 5
     shards = sorted(folder.glob(f"{stem}-{five}-of-{five}.safetensors"))
+    weight_map = {}
     if index.exists():
-        names = sorted(set(read_json(index, Index).weight_map.values()))
+        weight_map = read_json(index, Index).weight_map
+        names = sorted(set(weight_map.values()))
     elif shards and not whole.exists():
         # Without an index the shards' names say how many there are; the first one missing is enough.
-        total = shards[0].stem[-5:]
+        totals = sorted({file.stem[-5:] for file in shards})
+        if len(totals) > 1:
+            raise ValueError(f"{folder} holds shards of {' and of '.join(totals)}; "
+                             "delete those of another checkpoint")
+        total, = totals
         most = min(int(total), len(shards) + 1)
         names = [f"{stem}-{i:05d}-of-{total}.safetensors" for i in range(1, most + 1)]
     else:
@@ -175,6 +203,11 @@ def weight_files(folder, stem):
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing[:3])}; download the checkpoint again")
+    for file in files:
+        for name in open_tensors([file]):
+            if weight_map.get(name, file.name) != file.name:
+                raise ValueError(f"{index} says that {name} is in {weight_map[name]}, but {file.name} holds "
+                                 "it; download the checkpoint again")
     return files
 
 
@@ -198,6 +231,9 @@ def open_tensors(files, device="cpu"):
         else:
             opened = _open_pth(file)
         for name, (shape, read) in opened.items():
+            if name in tensors:
+                raise ValueError(f"{file} holds the tensor {name}, as another shard does; "
+                                 "download the checkpoint again")
             tensors[name] = shape, functools.partial(_read, file, name, read)
     return tensors
 
@@ -226,13 +262,19 @@ def _open_pth(file):
     try:
         # mmap: a tensor's bytes are read when it is used. weights_only: nothing in the file is executed.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        values = state.values() if isinstance(state, dict) else ()
-        if not values or not all(isinstance(value, torch.Tensor) for value in values):
-            raise ValueError("it holds something else")
+        if not isinstance(state, dict) or not state or not all(map(_is_plain, state, state.values())):
+            raise ValueError("it holds other names or values")
     except Exception as e:
         raise ValueError(f"{file} is not a .pth of plain tensors ({_reason(e)}); "
                          "use the published file") from None
     return {name: (tuple(value.shape), functools.partial(state.get, name)) for name, value in state.items()}
+
+
+def _is_plain(name, value):
+    """Whether these are a name and a tensor whose numbers lie in the file, each of them."""
+    return (isinstance(name, str) and isinstance(value, torch.Tensor) and value.device.type == "cpu"
+            and value.layout == torch.strided and not value.is_nested
+            and value.numel() * value.itemsize <= value.untyped_storage().nbytes())
 
 
 def _reason(error):

@@ -10,6 +10,7 @@ from conftest import ROOT
 from ablate import CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, VALUES, Result, main, probe_scored, scorings
 from eval import interval
 from grpo import draw_window
+from prompts import read_prompts
 from sample import generator
 from train import parse_arguments as training_arguments
 from train import rollout_passes
@@ -137,12 +138,57 @@ def test_a_cell_is_trained_scored_and_written_once(model, tmp_path, capfd):
     assert capfd.readouterr().out == f"{file} is there already and is never replaced: skipped\n"
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*")} == times
 
+    # a longer training would not be that which was scored
+    assert main([*command, "--total-steps", "4", "--out", str(tmp_path / "longer")]) == 2
+    assert f"{folder / 'test'} was scored with another total_steps; " in capfd.readouterr().err
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
     # without its result: what is there is gathered again, by the same weights and scores
     file.unlink()
     assert main(command) == 0
     again = read_json(file, Result)
     assert dict.fromkeys(("test", "dynamic", "probe")).items() <= again.minutes.items()
     assert json.loads(written)["scored"] == json.loads(file.read_text())["scored"]
+
+
+@pytest.mark.parametrize("options, differ", (
+    ([], None),
+    (["--num", "4"], "num or prompts"),
+    (["--model", "{tmp}/other"], "model"),
+    (["--lora", str(ROOT / "tiny" / "web")], "lora"),
+    (["--prompts", "{tmp}/prompts.jsonl"], "num or prompts"),
+    (["--frames", "9"], "frames"),
+    (["--critic", "{tmp}/other"], "critic"),
+    (["--lpips", "alex"], "lpips"),
+))
+def test_what_was_scored_otherwise_is_not_taken(options, differ, model, tmp_path, capsys):
+    """The base was scored into a result; another result of the same --runs is not made of those scores."""
+    c, folder = training_arguments(arguments(model, tmp_path)[6:]), tmp_path / "runs" / "base-0"
+    settings = {judge: Path(getattr(c, judge)).name for judge in ("depth_anything", "critic", "preference")}
+    for way, split, num in (("longer", "test", 2), ("test", "test", 2), ("dynamic", "dynamic", 1)):
+        (folder / way).mkdir(parents=True)
+        prompts = read_prompts(c.prompts, split)[split][:num]
+        rows = [json.dumps(dict(video=f"{k:04d}", prompt=prompt)) for k, prompt in enumerate(prompts)]
+        (folder / way / "metrics.jsonl").write_text("\n".join(rows))
+        write_json(folder / way / "summary.json", dict(
+            videos=num, failed=0, sizes=[f"{9 if way == 'longer' else 5}x64x64"], seed=0, lpips="AlexNet",
+            summary={}, model=str(model), settings=settings | dict(lpips=c.lpips, views=9)))
+    (folder / "probe.txt").write_text("| | all |\n|---|---|\n| lora none | 0.5 |\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps(dict(prompt=f"push_in {split} {i}", split=split)) + "\n"
+        for split in ("train", "dynamic", "test") for i in range(4)))
+    shutil.copytree(model, tmp_path / "other")
+    command = ["run", "base", *arguments(model, tmp_path), *(word.format(tmp=tmp_path) for word in options)]
+    file = tmp_path / "results" / "base" / "seed_0.json"
+    if differ is None:
+        assert main(command) == 0
+        assert read_json(file, Result).minutes == dict.fromkeys(("longer", "test", "dynamic", "probe"))
+    else:
+        assert main(command) == 2
+        assert capsys.readouterr().err == (
+            f"ablate.py: {folder / 'longer'} was scored with another {differ}; give another --runs, or delete "
+            f"longer, test, dynamic and probe.txt in {folder}\n")
+        assert not file.exists()
 
 
 def test_every_cell_is_scored_by_its_own_weights():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, Preference, as_pictures, as_text, digit_score,
                      load_lpips, lpips_distance, published_instruction)
-from weights import TINY
+from weights import TINY, read_json, write_json
 
 
 def pictures(n, size=64, seed=0):
@@ -239,8 +239,36 @@ def test_wrong_entries_of_hpsv3_json_are_named(entry, value, twins, tmp_path):
     assert str(file) in str(refused.value) and entry in str(refused.value)
 
 
+def test_more_pixels_than_the_model_reads_are_refused(twins, tmp_path):
+    folder = shutil.copytree(twins / "hpsv3", tmp_path / "judge")
+    write_json(folder / "hpsv3.json", read_json(folder / "hpsv3.json") | dict(image_pixels=10 ** 6))
+    with pytest.raises(ValueError, match="hpsv3.json, entry image_pixels: 1000000 are more tokens than"):
+        Preference(folder)
+
+
 FOLDERS = {Critic: ("qwen3_vl", "Qwen/Qwen3-VL-4B-Instruct"),
            Preference: ("hpsv3", "Qwen/Qwen2-VL-7B-Instruct")}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_chooses_no_kernel_of_the_hub(kind, twins, tmp_path):
+    """Nor any other attention: the scores are those of the plain folder."""
+    folder = shutil.copytree(twins / FOLDERS[kind][0], tmp_path / "judge")
+    config, foreign = read_json(folder / "config.json"), dict(attn_implementation="kernels-evil/attn")
+    for part in ("text_config", "vision_config"):
+        config[part] |= foreign | dict(_attn_implementation="kernels-evil/attn")
+    write_json(folder / "config.json", config | foreign)
+    given = [pictures(2)] if kind is Critic else [pictures(2), ["a box", "a ball"]]
+    assert torch.equal(kind(folder)(*given), kind(twins / FOLDERS[kind][0])(*given))
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_template_that_counts_is_refused(kind, twins, tmp_path):
+    folder = shutil.copytree(twins / FOLDERS[kind][0], tmp_path / "judge")
+    loop, end = "{% for a in range(99999) %}", "{% endfor %}"
+    (folder / "chat_template.jinja").write_text(3 * loop + 3 * end)
+    with pytest.raises(ValueError, match="its chat template counts with range"):
+        kind(folder)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

@@ -8,12 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train
-from estimate import H200, MACHINES, busiest_rollout, decoding, dit_flops, estimate, estimate_line, rollout_counts
+from estimate import (H200, MACHINES, busiest_rollout, decoding, dit_config, dit_flops, estimate, estimate_line,
+                      rollout_counts)
 from lora import add_lora
-from model import VAE, DiT, DiTConfig, VAEConfig
+from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig
 from policy import Policy
 from run import Processes
 from train import deal, parse_arguments, roll_out, step_window
+from weights import write_json
 
 
 def estimated(preset, gpus=None, options=()):
@@ -170,6 +172,29 @@ def test_a_batch_that_cannot_be_is_said_before_batches_are_counted():
         estimated("node", 8, ["--batch", "0"])
     with pytest.raises(ValueError, match="--members must be a multiple of --batch"):
         estimated("node", 8, ["--batch", "500"])
+
+
+@pytest.mark.parametrize("parts", (("--estimate", "small", "--rehearse", "gpu"),
+                                   ("--estimate", "small", "--check-memory")))
+def test_two_questions_at_once_are_an_argument_error(parts, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main([*parts])
+    assert ended.value.code == 2
+    assert f"argument {parts[2]}: not allowed with argument --estimate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ("transformer", "."))
+def test_a_folder_is_of_the_size_that_its_config_says(folder, tmp_path):
+    """In both layouts and whatever its name; a twin's is of no size."""
+    model = tmp_path / "my-wan-1.3b"
+    assert dit_config(str(model)) == DIT_SIZES["1.3B"], "by its name alone"
+    write_json(model / folder / "config.json", dict(num_layers=40, ffn_dim=13824))
+    assert dit_config(str(model)) == DIT_SIZES["14B"]
+    options = ["--dynamic-steps", "0", "--model"]
+    assert estimated("node", 8, [*options, str(model)]) == estimated("node", 8, [*options, "Wan2.1-T2V-14B"])
+    write_json(model / folder / "config.json", dict(num_layers=2, ffn_dim=13824))
+    with pytest.raises(ValueError, match="the estimate knows Wan2.1"):
+        estimated("node", 8, [*options, str(model)])
 
 
 def test_training_begins_with_its_estimate(tmp_path, capsys, monkeypatch):

@@ -1,8 +1,10 @@
 import json
 import math
+import os
 import shutil
 import sys
 
+import imageio.v2
 import numpy as np
 import pytest
 import torch
@@ -455,7 +457,7 @@ def test_a_model_is_sampled_and_scored(judges, checkpoint, tmp_path):
     shutil.copytree(checkpoint, model)
     sampling = dict(frames=5, height=32, width=32, steps=2, guidance=2.0, fps=8)
     (model / "sampling.json").write_text(json.dumps(sampling))
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=f"push_in room {i}", split=split)) + "\n"
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=f"push_in {split} room {i}", split=split)) + "\n"
                                               for split in ("train", "test") for i in range(12)))
     command = ["metrics", "--model", str(model), "--prompts", str(tmp_path / "p.jsonl"), "--num", "11",
                "--out", str(out), "--views", "3", *judges]
@@ -493,12 +495,54 @@ def test_prompts_are_matched_by_id_or_by_order(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"id": "b", "prompt": "second"}\n')
     prompts, _ = folder_videos(tmp_path, tmp_path / "p.jsonl")
     assert prompts == {"a": None, "b": "second"}
+    (tmp_path / "p.jsonl").write_text('{"id": "c", "prompt": "another\'s"}\n{"prompt": "nobody\'s"}\n')
+    with pytest.raises(ValueError, match="no id in .*p.jsonl is the name of a video in .*; name the videos by"):
+        folder_videos(tmp_path, tmp_path / "p.jsonl")
+    (tmp_path / "None.mp4").write_bytes(b"")  # a name, not a row without an id
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\n{"prompt": "z"}\n')
+    prompts, _ = folder_videos(tmp_path, tmp_path / "p.jsonl")
+    assert prompts == {"None": "x", "a": "y", "b": "z"}
+    (tmp_path / "None.mp4").unlink()
     (tmp_path / "p.txt").write_text("one\n")
     prompts, _ = folder_videos(tmp_path, tmp_path / "p.txt")
     assert prompts == {"a": "one", "b": None}
     (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n{}\n')
     with pytest.raises(ValueError, match="q.jsonl, line 2"):
         folder_videos(tmp_path, tmp_path / "q.jsonl")
+
+
+def test_hidden_files_are_no_videos(tmp_path):
+    """What a killed call left, and a Mac's: else each video would be scored against its neighbour's prompt."""
+    for name in ("0000", ".0000.part-deadbeef", "._0000", "0001"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"")
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    assert folder_videos(tmp_path, tmp_path / "p.txt")[0] == {"0000": "one", "0001": "two"}
+
+
+def test_a_name_that_no_results_file_could_hold_is_refused_before_any_scoring(one_video, judges, tmp_path, capsys):
+    os.link(tmp_path / "videos" / "0.mp4", os.fsencode(tmp_path / "videos" / "1") + b"\xff.mp4")
+    assert main([*one_video, "--out", str(tmp_path / "out"), *judges]) == 2
+    assert r"1\udcff.mp4' is not UTF-8; give another name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.part").exists()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(OSError, match="cannot write '.*out' .No space left on device.; free some space, or choose"):
+        with new_folder(tmp_path / "out"):
+            with open("/dev/full", "w") as log:
+                print("{}", file=log, flush=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_is_one_line(one_video, judges, tmp_path, monkeypatch, capsys):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imageio.v2, "get_reader", pressed)
+    assert main([*one_video, "--out", str(tmp_path / "out"), *judges]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("eval.py: interrupted")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage, message", (

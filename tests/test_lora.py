@@ -449,6 +449,13 @@ def test_an_alpha_may_be_a_whole_number(dit, checkpoint, tmp_path):
     assert_pairs_merged(dit, checkpoint, pairs, 2 / RANK)
 
 
+def test_an_alpha_that_is_not_given_is_pefts_default(dit, checkpoint, tmp_path):
+    pairs = peft_folder(load_wan(checkpoint).dit, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=RANK)))
+    merge_lora(dit, tmp_path)
+    assert_pairs_merged(dit, checkpoint, pairs, peft.LoraConfig().lora_alpha / RANK)
+
+
 @pytest.mark.parametrize("config, message", [
     ([1], "adapter_config.json: Expected object, got array"),
     ({"r": "4"}, "adapter_model.safetensors, entry r: Expected int . null, got str"),
@@ -457,7 +464,8 @@ def test_an_alpha_may_be_a_whole_number(dit, checkpoint, tmp_path):
     ({"rank_pattern": ["to_q"]}, "entry rank_pattern: Expected object, got array"),
     ({"alpha_pattern": {"to_q": None}}, "entry alpha_pattern.*: Expected float, got null"),
     ({"alpha_pattern": {r"(.|\w)+(?<=!)": 1}}, "or takes too long"),
-    ({"alpha_pattern": {"(": 1}}, r"the pattern '\(', which is no regular expression")])
+    ({"alpha_pattern": {"(": 1}}, r"the pattern '\(', which is no regular expression"),
+    ({"alpha_pattern": {5000 * "(" + 5000 * ")": 1}}, r"the pattern '\({80}', which is no regular expression")])
 def test_configurations_of_another_form_are_named(dit, checkpoint, tmp_path, config, message):
     peft_folder(load_wan(checkpoint).dit, tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -336,3 +336,11 @@ def test_a_folder_that_is_no_checkpoint_is_named(checkpoint, tmp_path):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ValueError, match="lacks the tokenizer folder tokenizer"):
         load_wan(folder)
+
+
+def test_a_model_of_two_transformers_is_refused(checkpoint, tmp_path):
+    """Wan2.2 has one for the noisy steps and one for the rest: either alone would make other videos."""
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    with pytest.raises(ValueError, match="holds two transformers, as Wan2.2 does; give a Wan2.1"):
+        load_wan(folder)

@@ -1,8 +1,12 @@
+import json
 import math
+import re
+import time
 import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -23,6 +27,8 @@ from noise_warp import (FOV, MOTIONS, MOVE, ORBIT, PAN, PUSH, camera_path, draw_
     ("Camera fixed. A clock.", ["fixed"]),
     ("a clock on a wall", ["fixed"]),
     ("he pushes into the inn", ["fixed"]),
+    ("Camera push\u2011in, then pan\u2010left.", ["push_in", "pan_left"]),  # a hyphen that breaks no line
+    ("\uff50\uff55\uff53\uff48\u3000\uff49\uff4e", ["push_in"]),  # full-width letters and space
 ])
 def test_parse_motion(prompt, motions):
     assert parse_motion(prompt) == motions
@@ -33,8 +39,35 @@ def test_lookalike_motion_warns_with_the_list():
         assert parse_motion("Camera zoom in on a tower") == ["fixed"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prompt = "Camera push in. Crocuses push up through snow; the slats tilt down."
-        assert parse_motion(prompt) == ["push_in"]
+        for prompt in ("Camera push in. Crocuses push up through snow; the slats tilt down.",
+                       "Camera push in, then pull left into pan right.", "a panda before window panes in a movie"):
+            parse_motion(prompt)
+
+
+@pytest.mark.parametrize("words", [
+    "pans to the left", "moves slowly left", "orbits around to the right", "pushes forward", "pulls back",
+    "pushed in", "dollies in", "panning up", "tilting upward", "rotates left", "zooming out"])
+def test_what_sounds_like_a_motion_is_not_silently_a_camera_that_stands(words):
+    with pytest.warns(UserWarning, match=f"'{words}' is not a camera motion here"):
+        assert parse_motion(f"The camera {words}. A tower") == ["fixed"]
+
+
+@pytest.mark.parametrize("file", ["prompts.jsonl", "tiny/prompts.jsonl"])
+def test_shipped_prompts_keep_their_motions_without_a_warning(file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            spelt = re.findall("|".join(MOTIONS), row["prompt"].lower().replace(" ", "_"))  # tiny/'s are plain
+            assert parse_motion(row["prompt"]) == row.get("camera", spelt or ["fixed"])
+
+
+def test_a_long_prompt_is_parsed_in_a_moment():
+    for words in ("ly_", "slowly ", "push ", "to_the_"):
+        prompt = "camera move " + words * 250
+        started = time.perf_counter()
+        parse_motion(prompt)
+        assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize("motion", MOTIONS)

@@ -43,12 +43,16 @@ def test_plain_text_is_one_prompt_a_line_and_its_last_tenth_is_for_testing(tmp_p
     ('{"prompt": 1}\n', "b.jsonl, line 1, entry prompt: Expected str, got int"),
     ('{"prompt": "x", "id": ["a"]}\n', "b.jsonl, line 1, entry id: Expected .*, got array"),
     ('{"prompt": "x"}\n{"prompt": " "}\n', "b.jsonl, line 2: the prompt is empty"),
+    ('{"prompt": "\u200b \u00ad\ufe0f"}\n', "b.jsonl, line 1: the prompt is empty"),  # nothing is seen of it
+    ('{"prompt": "x"}\n{"prompt": "x", "split": "test"}\n', "the test prompt 'x' in another split too; remove"),
+    ('{"prompt": "x", "split": "dynamic"}\n{"prompt": "x", "split": "test"}\n', "'x' in another split too"),
     ('{"prompt": "%s"}\n' % ("x" * 180_000), "line 1: the prompt has 180000 characters; shorten it to at most"),
     ('{"prompt": "a \\u0007 b"}\n', r"line 1: the prompt holds the control character '.x07'; leave it out"),
     ('{"prompt": "x", "split": "validation"}\n',
      "line 1: unknown split 'validation'; a split is train, dynamic, test"),
     ('{"prompt": "x", "split": "test"}\n', 'b.jsonl holds no train prompt; it needs a line .* "train"'),
-    ('{"prompt": "x", "id": 1}\n{"prompt": "y", "id": "1"}\n', "b.jsonl gives the id '1' to 2 prompts")])
+    ('{"prompt": "x", "id": 1}\n{"prompt": "y", "id": "1"}\n', "b.jsonl gives the id '1' to 2 prompts"),
+    ('{"prompt": "x", "id": "1"}\n{"prompt": "y", "id": "1.mp4"}\n', "b.jsonl gives the id '1' to 2 prompts")])
 def test_a_line_that_cannot_be_used_is_named(text, message, tmp_path):
     (tmp_path / "b.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -66,6 +70,18 @@ def test_json_is_not_read_as_text(tmp_path):
     (tmp_path / "p.json").write_text('[{"prompt": "a lake"}]')
     with pytest.raises(ValueError, match="one object a line and name it .jsonl"):
         read_prompts(tmp_path / "p.json")
+    for name in ("p.ndjson", "p.txt", "p"):
+        (tmp_path / name).write_text('a {"lake"}\n { "prompt": "a lake"}\n')
+        with pytest.raises(ValueError, match=f"{name}, line 2 is JSON and would be read as text; name the file"):
+            read_prompts(tmp_path / name)
+
+
+def test_a_suffix_is_the_same_in_capitals(tmp_path):
+    (tmp_path / "P.JSONL").write_text('{"prompt": "a lake"}\n{"prompt": "a hill", "split": "test"}\n')
+    assert read_prompts(tmp_path / "P.JSONL") == dict(train=["a lake"], dynamic=[], test=["a hill"])
+    (tmp_path / "P.JSON").write_text('[{"prompt": "a lake"}]')
+    with pytest.raises(ValueError, match="name it .jsonl"):
+        read_prompts(tmp_path / "P.JSON")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -199,4 +215,14 @@ def test_a_folder_holds_a_file_a_split(tmp_path):
                                           test=["pan_left a street"])
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(ValueError, match="holds no train prompt; it needs a train.jsonl or train.txt"):
+        read_prompts(tmp_path)
+
+
+def test_a_folders_file_holds_no_other_split(tmp_path):
+    """A row may say its split: its file's. Rows that say none are of the file's."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a hill", "split": "train"}\n')
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a lake", "split": "test"}\n{"prompt": "a moor"}\n')
+    assert read_prompts(tmp_path)["test"] == ["a lake", "a moor"]
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a hill"}\n{"prompt": "a fen", "split": "test"}\n')
+    with pytest.raises(ValueError, match="train.jsonl holds a prompt of the split 'test'; move it to test.jsonl"):
         read_prompts(tmp_path)

@@ -143,8 +143,8 @@ def test_a_study_is_blind(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "copyfile", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main([*command[:-1], str(tmp_path / "three")])
+    assert main([*command[:-1], str(tmp_path / "three")]) == 130
+    assert capsys.readouterr().err.splitlines() == ["report.py: interrupted; give the same command again"]
     assert not (tmp_path / "three").exists()
 
 
@@ -443,6 +443,14 @@ def test_missing_steps_are_named_hatched_and_no_line_crosses_them(tmp_path):
     ("metrics.jsonl", '[]', "metrics.jsonl, line 1: "),
     ("eval.jsonl", '{"step": 0, "total": []}', "eval.jsonl, line 1"),
     ("eval.jsonl", '{"step": "<img>"}', "eval.jsonl, line 1"),
+    ("eval.jsonl", '{"step": 0}\n{"total": 1}', "eval.jsonl has a line without its step; take the line out"),
+    ("eval.jsonl", '{"step": 0}\n{"step": 1, "total": 1%s}' % ("0" * 400), "eval.jsonl, line 2"),
+    ("metrics.jsonl", '{"step": 0, "total": 1e308}', "metrics.jsonl, line 1, entry total: "),
+    ("metrics.jsonl", '{"step": 0, "grad": [-1e308]}', "metrics.jsonl, line 1, entry grad"),
+    ("metrics.jsonl", '{"step": 1000000000000}', "metrics.jsonl, line 1, entry step: "),
+    ("a\nb/summary.json", '{}', "a results folder with a line break in its name, 'a\\nb'; rename it"),
+    ("eval/000000/best.mp4", '', "eval/000000/best.mp4 has no prompt"),
+    ("eval/000000/02.mp4", '', "eval/000000/02.mp4 has no prompt"),
     ("config.json", '{"name": 1}', "config.json, entry name: "),
     ("config.json", '[]', "config.json"),
     ("config.json", '{', "config.json"),
@@ -450,9 +458,12 @@ def test_missing_steps_are_named_hatched_and_no_line_crosses_them(tmp_path):
     ("x/summary.json", '{}', "summary.json"),
 ))
 def test_a_damaged_run_is_one_sentence(name, content, message, tmp_path, capsys):
-    (tmp_path / "x").mkdir()
-    write_json(tmp_path / "config.json", dict(name="x"))
-    write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0)])
+    for folder in ("x", "a\nb", "eval/000000", "eval/000001"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "eval/000000/prompts.txt").write_text("push_in a box\npan_left a ball\n")
+    (tmp_path / "eval/000001/00.mp4").touch()
+    write_json(tmp_path / "config.json", dict(name="x", depth_anything="nowhere"))
+    write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0), dict(step=1, total=2.0)])
     (tmp_path / name).write_text(content)
     assert main(["run", str(tmp_path)]) == 2
     error = capsys.readouterr().err

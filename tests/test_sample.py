@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -400,6 +401,43 @@ def test_adapters_stand_side_by_side_from_one_noise(checkpoint, tmp_path, capsys
     assert S.main([*arguments, "--out", str(tmp_path / "y" / "x.mp4"), "--lora", str(adapter), "nowhere"]) == 2
     assert "no LoRA file 'nowhere'" in capsys.readouterr().err
     assert not (tmp_path / "y").exists()
+
+    # a bad one of the second column is found before the first is sampled
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 8)
+    save_file({"stranger.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    for name, message in (("bad", "is not a whole safetensors file"), ("other", "fits no layer of this model")):
+        bad = tmp_path / f"{name}.safetensors"
+        out = tmp_path / "y" / "x.mp4"
+        assert S.main([*arguments, "--out", str(out), "--lora", "none", str(adapter), str(bad)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1  # no progress bar
+        assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("out, more, message", [
+    ("{tmp}/" + "x" * 242 + ".mp4", "", "File name too long"),  # with its temporary name
+    ("{tmp}/nowhere/x.mp4", "", "nowhere/x.mp4' .No such file"),
+    ("{tmp}/nowhere/y/x.mp4", "", "nowhere/y/x.mp4' .No such file"),
+    ("{tmp}/sheet.mp4", "", "sheet.png is a folder"),
+    ("{tmp}/many.mp4", "--num 2", "many_1.mp4 is a folder"),
+    ("{tmp}/\udcff.mp4", "", r"udcff.mp4' is not UTF-8; give another name")])
+def test_what_could_not_be_written_in_the_end_is_found_before_the_model_is_read(out, more, message, tmp_path, capsys):
+    (tmp_path / "nowhere").symlink_to("no such folder")
+    for name in ("sheet.png", "many_1.mp4"):
+        (tmp_path / name).mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert S.main(["a box", "--out", out.format(tmp=tmp_path), "--model", "no model", *more.split()]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("idle", [["--strength", "5"], ["--no-transport"]])
+def test_a_path_leaves_no_option_idle(idle, tmp_path, capsys):
+    assert S.main(["a box", "--path", "p.json", *idle, "--out", str(tmp_path / "x.mp4")]) == 2
+    assert "--path is the noise's camera path, which --strength does not scale" in capsys.readouterr().err
 
 
 def test_what_is_no_video_is_named(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -59,6 +60,16 @@ def test_another_encoder_or_dtype_does_not_answer(checkpoint, cache, tmp_path):
     weights, = (tmp_path / "other" / "text_encoder").glob("*.safetensors")
     weights.touch()
     assert not TextCache(tmp_path / "other", cache.folder).file(PROMPTS[0]).exists()
+
+
+def test_an_encoder_of_another_config_does_not_answer(checkpoint, cache, tmp_path):
+    """The same weights with a larger epsilon in their norms."""
+    expected = cache(PROMPTS[0])
+    assert torch.equal(TextCache(checkpoint, cache.folder)(PROMPTS[0]), expected)
+    model = shutil.copytree(checkpoint, tmp_path / "other")
+    file = model / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(layer_norm_epsilon=.5)))
+    assert not torch.allclose(TextCache(model, cache.folder)(PROMPTS[0]), expected, atol=1e-3)
 
 
 def test_padding_is_not_kept_on_disk(cache):

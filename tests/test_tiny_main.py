@@ -1,5 +1,13 @@
+import argparse
+
 import pytest
 
+import ablate
+import bench
+import report
+import rewards
+import tiny.__main__
+import walkthrough
 from tiny.__main__ import main
 
 
@@ -21,3 +29,15 @@ def test_bad_arguments_get_one_sentence(arguments, message, tmp_path, monkeypatc
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module, name", [
+    (ablate, "ablate.py"), (bench, "bench.py"), (report, "report.py"), (rewards, "rewards.py"), (tiny.__main__, "tiny"),
+    (walkthrough, "walkthrough.py")])
+def test_ctrl_c_is_one_line(module, name, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
+    assert module.main(["a prompt"]) == 130
+    assert capsys.readouterr().err == f"{name}: interrupted; give the same command again\n"

@@ -1,15 +1,18 @@
 import json
+import os
 
 import pytest
 import torch
 
+import tiny.train
 from conftest import ROOT, VAE_, randomise, train_twice
 from lora import merge_lora
 from model import VAE, VAEConfig, load_wan
 from sample import sampling_of
 from tiny.__main__ import main
 from tiny.probe import load_probe, read, sample_in_batches, scores
-from tiny.train import export_web, inflate, load_trained_vae, make_tokenizer, train_vae, train_web, trained
+from tiny.train import (export_web, inflate, load_trained_vae, make_data, make_tokenizer, train_vae, train_web,
+                        trained)
 from tiny.world import COLOURS, render_all, unseen_scenes
 
 
@@ -64,7 +67,7 @@ def test_vae_inflation_keeps_single_frames_and_repeats_them():
         assert torch.allclose(vae.decode_raw(clip), decoded, atol=1e-4)
 
 
-def test_the_vae_trains_resumes_and_is_read_back(tmp_path):
+def test_the_vae_trains_resumes_and_is_read_back(tmp_path, monkeypatch):
     """It starts with single frames, which leave the weights that look back at 0; clips, near the end, do not."""
     first, second = train_twice(lambda minutes: train_vae(tmp_path, minutes), tmp_path / "vae" / "state.pt")
     assert second["step"] > first["step"] > 0
@@ -76,11 +79,23 @@ def test_the_vae_trains_resumes_and_is_read_back(tmp_path):
     assert not backwards[0].any()
     assert backwards[1].any()
 
+    # latents are of the VAE that has made them
+    monkeypatch.setattr(tiny.train, "training_latents", lambda vae, clips: torch.rand(len(clips), 16, 5, 8, 8))
+    make_data(tmp_path, 1)  # renders none: that takes minutes
+    assert load_trained_vae(tmp_path).config.latents_mean[0] == pytest.approx(.5, abs=.05)
+    make_data(tmp_path, 1)
+    torch.save(second | dict(step=second["step"] + 1), tmp_path / "vae" / "state.pt")
+    with pytest.raises(ValueError, match=f"data was made when .*vae was at step {second['step']}, and it has gone on"):
+        load_trained_vae(tmp_path)
+
 
 def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_path):
     first, second = train_twice(lambda minutes: train_web(tmp_path, minutes, clips=4),
                                 tmp_path / "web" / "state.pt")
     assert second["step"] > first["step"] > 0
+    for given, told in (dict(seed=1), "4 of seed 1"), (dict(clips=6), "6 of seed 0"):
+        with pytest.raises(ValueError, match=f"clips.pt holds 4 clips of seed 0, not {told}; give that --seed"):
+            train_web(tmp_path, 1, **dict(clips=4) | given)
     export_web(tmp_path, tmp_path / "shipped")
     wan = load_wan(ROOT / "tiny" / "wan")
     pairs = merge_lora(wan.dit, tmp_path / "shipped")
@@ -89,8 +104,31 @@ def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_p
     assert merge_lora(wan.dit, ROOT / "tiny" / "web").keys() == pairs.keys()
 
 
+@pytest.mark.parametrize("command", [["vae", "--minutes", ".001"], ["data", "--clips", "1"],
+                                     ["dit", "--minutes", ".001"], ["export", "--out", "{run}/out"]])
+@pytest.mark.parametrize("content", [
+    None, b"", b"junk" * 100, dict(x=1), dict(model={}, ema={}, step=0, spent=0.0, optimisers=[])])
+def test_a_state_that_is_none_is_one_sentence(content, command, tmp_path, capsys):
+    """None: a pipe, which would never end."""
+    name = "dit" if command[0] == "export" else "vae"
+    file = tmp_path / name / "state.pt"
+    file.parent.mkdir()
+    if content is None:
+        os.mkfifo(file)
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    assert main([word.format(run=tmp_path) for word in command] + ["--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    ending = "missing, or no regular file; train it first" if content is None else "damaged, or of another model"
+    assert f"tiny: {file} is {ending}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_trained_yet_is_an_error_by_name(tmp_path, capsys):
-    with pytest.raises(ValueError, match="state.pt is missing; train it first"):
+    with pytest.raises(ValueError, match="state.pt is missing, or no regular file; train it first"):
         trained(tmp_path, "vae")
     assert main(["data", "--run", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("tiny: ")

@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 from test_report import browser, complaints, wait  # noqa: F401
 
 import walkthrough
+from model import load_dit
 from noise_warp import camera_path, latent_noise, parse_motion, path_flow
 from rewards import TERMS
 from run import Processes
@@ -291,15 +293,52 @@ def test_an_own_model_gets_no_adapter_of_the_tiny_one(given):
     ([PROMPT, "--trained", "nowhere"], "nowhere"),
     ([PROMPT, "--model", "nowhere"], "nowhere"),
     ([PROMPT, "--out", "/proc/no/page.html"], "/proc/no/page.html"),
+    ([PROMPT, "--out", "keep.csv"], "--out must end in .html, got 'keep.csv'"),
+    ([PROMPT, "--markdown", "book"], "cannot write 'book/walkthrough/01_0.svg'"),
+    ([PROMPT, "--trained", "junk.safetensors"], "junk.safetensors is not a whole safetensors file"),
 ))
 def test_wrong_options_are_one_sentence_and_write_nothing(options, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "keep.csv").write_text("kept")
+    (tmp_path / "junk.safetensors").write_text("junk" * 9)
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "walkthrough").write_text("a file")
     assert main(options) == 2
     error = capsys.readouterr().err
     assert error.startswith("walkthrough.py: ")
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "runs").exists()
+    assert (tmp_path / "keep.csv").read_text() == "kept"
+
+
+def adapter(file, **layers):
+    """A LoRA file of rank 2 for layers of the first block: {name: (what A holds, what B holds)}."""
+    tensors = {}
+    for name, (a, b) in layers.items():
+        tensors[f"transformer.blocks.0.attn1.{name}.lora_A.weight"] = a
+        tensors[f"transformer.blocks.0.attn1.{name}.lora_B.weight"] = b
+    save_file(tensors, file)
+    return str(file)
+
+
+def test_an_adapter_that_does_not_fit_is_found_before_any_work(given, tmp_path, capsys):
+    """Nothing is written: not the prompts' embeddings either. One that makes no number is a sentence, too."""
+    (*_, width), = [p.shape for name, p in load_dit(given[1]).named_parameters()
+                    if name == "blocks.0.attn1.to_v.weight"]
+    out = tmp_path / "page.html"
+    command = [PROMPT, *given, "--runs", str(tmp_path / "runs"), "--out", str(out), "--trained"]
+    wide = adapter(tmp_path / "wide.safetensors", to_v=(torch.ones(2, width + 1), torch.ones(width, 2)))
+    assert main([*command, wide]) == 2
+    assert "fits no layer of this model" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    huge = adapter(tmp_path / "huge.safetensors",
+                   to_v=(torch.full((2, width), 1e18), torch.full((width, 2), 1e19)))
+    assert main([*command, huge]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"walkthrough.py: '{huge}' made latents that are not finite; give another adapter, or a smaller --lr")
+    assert not out.exists()
 
 
 def test_videos_that_no_judge_can_score_are_one_sentence(given, tmp_path, capsys):

@@ -191,6 +191,28 @@ def test_an_index_of_another_form_is_named(shards, content, message):
         load_dit(folder)
 
 
+def test_a_tensor_is_in_one_shard_the_one_that_the_index_names(shards):
+    """Two of one name, with and without an index; an index that names the other shard; shards of two counts."""
+    folder, state = shards
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    last = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    weight_map = read_json(index)["weight_map"]
+    first = next(name for name, file in weight_map.items() if file != last.name)
+    write_json(index, dict(weight_map=weight_map | {first: last.name}))
+    with pytest.raises(ValueError, match="index.json says that .* is in .*00002-of-00002.safetensors, but"):
+        load_dit(folder)
+    write_json(index, dict(weight_map=weight_map))
+    save_file({**load_file(last), first: state[first] + 1}, last)
+    with pytest.raises(ValueError, match=f"index.json says that {first} is in .*00001-of-00002.safetensors, but"):
+        load_dit(folder)
+    index.unlink()
+    with pytest.raises(ValueError, match=f"00002-of-00002.safetensors holds the tensor {first}, as another shard"):
+        load_dit(folder)
+    shutil.copy(last, folder / "diffusion_pytorch_model-00003-of-00003.safetensors")
+    with pytest.raises(ValueError, match="holds shards of 00002 and of 00003; delete those of another"):
+        load_dit(folder)
+
+
 @pytest.mark.parametrize("total", ["00003", "99999", "00000", "99999999"])
 def test_shards_that_promise_more_than_there_are(shards, total):
     folder, _ = shards
@@ -222,7 +244,9 @@ def test_shards_that_promise_more_than_there_are(shards, total):
     ("text_encoder/config.json", dict(d_ff=-1), "describes no model that can be"),
     ("text_encoder/config.json", dict(vocab_size=10 ** 9), "the config asks for"),
     ("scheduler/scheduler_config.json", dict(flow_shift="5"), "entry flow_shift: Expected .*float.*, got str"),
-    ("scheduler/scheduler_config.json", dict(flow_shift=-1), "entry flow_shift: Expected float > 0")])
+    ("scheduler/scheduler_config.json", dict(flow_shift=-1), "entry flow_shift: Expected float > 0"),
+    ("scheduler/scheduler_config.json", dict(prediction_type="epsilon"),
+     "entry prediction_type: Invalid enum value 'epsilon'")])
 def test_a_config_that_its_weights_contradict_is_named(checkpoint, tmp_path, file, entries, message):
     """In a moment and without memory: 10^7 layers would take hours."""
     folder = shutil.copytree(checkpoint, tmp_path / "wan")
@@ -309,7 +333,10 @@ class Payload:
     """Something that only unpickling could bring back."""
 
 
-@pytest.mark.parametrize("content", [Payload(), [torch.zeros(2)], {"a": {"b": torch.zeros(2)}}, {}])
+@pytest.mark.parametrize("content", [
+    Payload(), [torch.zeros(2)], {"a": {"b": torch.zeros(2)}}, {}, {0: torch.zeros(2)},
+    {"a": torch.eye(2).to_sparse()}, {"a": torch.zeros(2, device="meta")},
+    {"a": torch.nested.nested_tensor([torch.zeros(2)])}, {"a": torch.zeros(1, 1).expand(10 ** 10, 48)}])
 def test_pth_that_is_not_plain_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "vae.pth")
     with pytest.raises(ValueError, match="vae.pth is not a .pth of plain tensors"):

@@ -25,7 +25,7 @@ from depth_anything import load_depth_anything
 from rewards import add_reward_options, rewards_of
 from sample import LIMITS, check_limits, check_writable, contact_sheet
 from tiny import judges, probe, train, validity, world
-from weights import TINY, write_text
+from weights import TINY, as_command, write_text
 
 # ----------------------------------------------------------------------------------------------- the commands
 
@@ -161,16 +161,12 @@ def check(options):
         check_writable(options["run"] / "state.pt", "--run")
 
 
+@as_command("tiny")
 def main(argv=None):
     options = vars(parse_arguments(argv))
     function = options.pop("function")
-    try:
-        check(options)
-        function(**options)
-    except (ValueError, OSError) as e:
-        print(f"tiny: {e}", file=sys.stderr)
-        return 2
-    return 0
+    check(options)
+    function(**options)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from eval import rerender
 from noise_warp import FOV, camera_path, relative_to_first, rotation_angle
 from rewards import meta_views, native_intrinsics
 from sample import contact_sheet, generator, psnr
-from tiny.train import fit, load_trained_vae, make_tokenizer, round_trip, save, trained, write_tensors
+from tiny.train import (fit, load_trained_vae, make_tokenizer, round_trip, save, state_of, trained,
+                        write_tensors)
 from tiny.world import (COLOURS, DAMAGE, DEGRADATIONS, SHAPES, caption, corrupt, damage, degrade, intrinsics,
                         pixel_rays, random_scene, render)
 from weights import write_json
@@ -281,7 +282,7 @@ def depth_metrics(da3, count, sheet):
 
 def load_trained_depth(run):
     da3 = build_depth()
-    da3.load_state_dict(trained(run, "depth", "da3."))
+    trained(run, "depth", "da3.", into=da3)
     return da3.eval().requires_grad_(False)
 
 
@@ -407,8 +408,8 @@ def train_critic(run, minutes, seed=0):
         examples = [critic_examples(da3, i, seed) for i in tqdm(range(400), desc="critic data", unit="clip")]
         pictures, digits = (torch.cat(parts) for parts in zip(*examples))
         save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits)
-    data = torch.load(folder / "data.pt", weights_only=True)
-    pictures, digits = data["pictures"], data["digits"]
+    with state_of(folder / "data.pt") as data:
+        pictures, digits = data["pictures"], data["digits"]
     held = len(pictures) // 10
 
     if not (folder / "state.pt").exists():
@@ -434,7 +435,7 @@ def train_critic(run, minutes, seed=0):
 
 def export_critic(run, folder):
     critic = Critic(run / "critic" / "start")
-    critic.model.load_state_dict(trained(run, "critic"))
+    trained(run, "critic", into=critic.model)
     critic.model.to(torch.bfloat16).save_pretrained(folder)
     critic.processor.save_pretrained(folder)
 
@@ -569,4 +570,5 @@ def train_preference(run, minutes, seed=0, batch=16):
 
 def export_preference(run, folder):
     shutil.copytree(run / "preference" / "start", folder, dirs_exist_ok=True)
-    write_preference(folder, trained(run, "preference"))
+    judge = Preference(run / "preference" / "start")
+    write_preference(folder, trained(run, "preference", into=judge.model))

@@ -201,7 +201,7 @@ def train_probe(run, minutes, seed=0):
 
 
 def export_probe(run, folder):
-    write_tensors(folder / "probe.safetensors", trained(run, "probe"))
+    write_tensors(folder / "probe.safetensors", trained(run, "probe", into=Probe()))
 
 
 # --------------------------------------------------------------------------------------------------- rigidity

@@ -12,6 +12,7 @@ rate. The pretraining is not World-R1's subject: the losses are the usual ones, 
 function.
 """
 
+import contextlib
 import dataclasses
 import random
 import re
@@ -37,6 +38,19 @@ def save(path, **state):
         torch.save(state, part)
 
 
+@contextlib.contextmanager
+def state_of(file):
+    """with state_of(file) as state: what `save` has written. ValueError if the block finds that it is not."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing, or no regular file; "
+                         "train it first (python -m tiny --help lists the order)")
+    try:
+        yield torch.load(file, weights_only=True)
+    except Exception:  # torch's own of any kind, an entry that is not there, weights of another model
+        raise ValueError(f"{file} is damaged, or of another model; "
+                         "delete it, or give another --run") from None
+
+
 def write_tensors(path, tensors, dtype=torch.bfloat16):
     """Writes {name: tensor} as a safetensors file in the dtype that the twins are shipped in."""
     tensors = {name: value.to(dtype).contiguous() for name, value in tensors.items()}
@@ -53,14 +67,20 @@ def append_log(run, **values):
     return line
 
 
-def trained(run, name, prefix=""):
+def trained(run, name, prefix="", into=None):
     """The weights that training `name` has reached: the moving average of the parameters under a prefix,
-    without it."""
-    file = run / name / "state.pt"
-    if not file.exists():
-        raise ValueError(f"{file} is missing; train it first (python -m tiny --help lists the order)")
-    average = torch.load(file, weights_only=True)["ema"]
-    return {key.removeprefix(prefix): value for key, value in average.items() if key.startswith(prefix)}
+    without it. into: a model that takes them."""
+    with state_of(run / name / "state.pt") as state:
+        found = {key.removeprefix(prefix): value
+                 for key, value in state["ema"].items() if key.startswith(prefix)}
+        if into is not None:
+            into.load_state_dict(found)
+        return found
+
+
+def steps_of(run, name):
+    with state_of(run / name / "state.pt") as state:
+        return state["step"]
 
 
 def optimisers_of(model, lr, muon):
@@ -93,11 +113,12 @@ def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, muon=No
     average = snapshot(model)
     step, seconds = 0, 0.0
     if (run / "state.pt").exists():
-        state = torch.load(run / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        average, step, seconds = state["ema"], state["step"], state["spent"]
-        for optimiser, saved in zip(optimisers, state["optimisers"]):
-            optimiser.load_state_dict(saved)
+        with state_of(run / "state.pt") as state:
+            average, step, seconds = state["ema"], int(state["step"]), float(state["spent"])
+            model.load_state_dict(average)  # fits as well
+            model.load_state_dict(state["model"])
+            for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
 
     budget = minutes * 60
     start = time.monotonic() - seconds
@@ -236,9 +257,13 @@ def load_trained_vae(run):
     file = run / "data" / "statistics.json"
     statistics = dict(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
     if file.exists():
-        statistics = {name: tuple(values) for name, values in read_json(file).items()}
+        statistics = read_json(file, dict[str, tuple[float, ...]])
+        step, = statistics.pop("vae_step", [steps_of(run, "vae")])
+        if step != steps_of(run, "vae"):  # its latents are not this VAE's
+            raise ValueError(f"{file.parent} was made when {run / 'vae'} was at step {step:.0f}, and it has "
+                             "gone on; delete it, and make it again: python -m tiny data")
     vae = VAE(VAEConfig(**TINY_VAE, **statistics))
-    vae.load_state_dict(trained(run, "vae"))
+    trained(run, "vae", into=vae)
     return vae.eval().requires_grad_(False)
 
 
@@ -272,7 +297,8 @@ def make_data(run, clips):
         vae = load_trained_vae(run)
         channels = training_latents(vae, range(256)).transpose(0, 1).flatten(1)  # (16, everything else)
         write_json(folder / "statistics.json", dict(latents_mean=channels.mean(1).tolist(),
-                                                    latents_std=channels.std(1).tolist()))
+                                                    latents_std=channels.std(1).tolist(),
+                                                    vae_step=[steps_of(run, "vae")]))
 
     # A shard that is there is kept: the command goes on where it was stopped.
     vae = load_trained_vae(run)
@@ -432,8 +458,8 @@ def write_wan(folder, dit, vae, text_encoder, tokenizer, shift, sampling, dtype=
 def export_wan(run, folder):
     """Writes RUN's models (EMA weights) as a Diffusers folder in bfloat16."""
     dit, text_encoder, tokenizer = build_dit()
-    dit.load_state_dict(trained(run, "dit", "dit."))
-    text_encoder.load_state_dict(trained(run, "dit", "text."))
+    trained(run, "dit", "dit.", into=dit)
+    trained(run, "dit", "text.", into=text_encoder)
     sampling = dict(frames=17, height=64, width=64, steps=20, guidance=2.0, fps=8, degradation=0.0)
     write_wan(folder, dit, load_trained_vae(run), text_encoder, tokenizer, shift=5.0, sampling=sampling)
 
@@ -483,8 +509,12 @@ def train_web(run, minutes, seed=0, clips=2304):
     if not (folder / "clips.pt").exists():
         bar = tqdm(range(clips), desc="clips")
         parts = [wan.vae.encode(web_clip(i, seed)[None]).half() for i in bar]
-        save(folder / "clips.pt", latents=torch.cat(parts))
-    latents = torch.load(folder / "clips.pt", weights_only=True)["latents"]
+        save(folder / "clips.pt", latents=torch.cat(parts), seed=seed)
+    with state_of(folder / "clips.pt") as kept:
+        latents, of = kept["latents"], kept.get("seed", 0)
+    if (len(latents), of) != (clips, seed):
+        raise ValueError(f"{folder / 'clips.pt'} holds {len(latents)} clips of seed {of}, not {clips} of "
+                         f"seed {seed}; give that --seed, or another --run")
     scenes = [web_scene(i, seed) for i in range(len(latents))]
 
     # Only the adapter is trained.
@@ -497,5 +527,5 @@ def train_web(run, minutes, seed=0, clips=2304):
 def export_web(run, folder):
     wan = load_wan(TINY / "wan")
     add_lora(wan.dit, WEB_RANK, WEB_RANK)
-    wan.dit.load_state_dict(trained(run, "web"))
+    trained(run, "web", into=wan.dit)
     write_tensors(folder / "lora.safetensors", lora_weights(wan.dit))
