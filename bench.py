@@ -3,6 +3,8 @@
     python bench.py [wan] [transport] [splat] [tiny]  all four parts by default; medians, ratios ours / theirs
     python bench.py --estimate node --gpus 8          memory per GPU, seconds by phase: arithmetic, no run
     python bench.py --estimate node --with --kl .004  the same with other options of train.py
+    python bench.py --rehearse node --gpus 8          the step's own code at that size, without data
+    python bench.py --dress small                     a true step at that size, on random weights
     python bench.py --check-memory                    the estimate's activations against allocated ones
 
 Both sides get the same weights, inputs, threads and dtype, and take turns. Needs the "test" extra
@@ -21,12 +23,13 @@ from pathlib import Path
 import torch
 
 import splat
+from dress import dress
 from estimate import (DEPTH, JUDGES, MACHINES, UTILISATION, activations, allocated_peak, estimate,
                       forward_bytes)
 from lora import add_lora
 from model import VAE, DiT, DiTConfig, VAEConfig, load_wan
 from noise_warp import MOTIONS, camera_path, latent_noise, path_flow
-from rehearse import rehearse, rehearse_depth, rehearse_devices
+from rehearse import rehearse, rehearse_depth, rehearse_devices, rehearse_judges
 from rewards import TERMS, load_rewards
 from sample import generator, sample_videos, sampling_of
 from tiny.world import random_scene, random_scenes, render, render_all
@@ -376,6 +379,7 @@ def print_rehearsal(preset, gpus=None, options=()):
                f"the weights of {preset} alone")
     start = time.perf_counter()
     rehearse_devices(c)
+    rehearse_judges()
     phases = rehearse(c, gpus)
     depth, depth_flops = rehearse_depth(c)
     print(f"TRACE of the step's own code, without data: preset {' '.join([preset, *options])}, one batch of "
@@ -397,6 +401,27 @@ def print_rehearsal(preset, gpus=None, options=()):
     check_fits(peak, f"weights and work of {preset}")
 
 
+def print_dress(preset, options=()):
+    """A true step of one group on random weights, beside its trace (dress.py)."""
+    c = training_arguments(["--preset", preset, *options])
+    row, phases, depth = dress(preset, options)
+    batches = c.members // (c.batch or c.members)
+    flops = {phase: batches * found for phase, (_, found) in phases.items()}
+    traced = {"rollout": flops["rollout, decoding"], "reward": c.members * depth[1],
+              "update": flops["update"] + flops["optimiser step"]}
+    on_gpu = c.device.startswith("cuda")
+    where = torch.cuda.get_device_name(c.device) if on_gpu else f"a CPU, {torch.get_num_threads()} threads"
+    print(f"DRESS REHEARSAL on {where}, {c.dtype}: preset {' '.join([preset, *options])}, one step of one "
+          f"group of {c.members}, random weights; stand-ins: text encoder, critic, preference model, LPIPS")
+    print_head("phase", "seconds", "TFLOP traced (reward: Depth Anything 3)", "TFLOP/s")
+    for phase, seconds in row["machine"]["seconds"].items():
+        found = traced.get(phase, 0) / 1e12
+        print_row(phase, f"{seconds:.1f}", f"{found:.2f}", f"{found / max(seconds, .001):.3f}")
+    peak, policy = row["machine"]["peak_bytes"] / 1e9, max(size for size, _ in phases.values()) / 1e9
+    print(f"\npeak of the {'GPU' if on_gpu else 'process'}: {peak:.1f} GB; traced: {policy:.1f} GB of the "
+          f"policy, {depth[0] / 1e9:.1f} of Depth Anything 3; {row['masked']} of {c.members} videos masked")
+
+
 @as_command("bench.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -406,10 +431,11 @@ def main(argv=None):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--estimate", choices=MACHINES, help="a preset")
     instead.add_argument("--rehearse", choices=MACHINES, help="a preset's step at its size, without data")
+    instead.add_argument("--dress", choices=MACHINES, help="a preset's step on random weights of its size")
     parser.add_argument("--gpus", type=int, help="--estimate, --rehearse: how many (default: "
                         + ", ".join(f"{name} {gpus}" for name, (_, gpus) in MACHINES.items()) + ")")
     parser.add_argument("--with", dest="options", nargs=argparse.REMAINDER, default=[],
-                        help="--estimate, --rehearse: further options of train.py; the last of all")
+                        help="--estimate, --rehearse, --dress: further options of train.py; the last of all")
     instead.add_argument("--check-memory", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "FRAMES"), help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
@@ -422,6 +448,8 @@ def main(argv=None):
         print_estimate(a.estimate, a.gpus, a.options)
     elif a.rehearse:
         print_rehearsal(a.rehearse, a.gpus, a.options)
+    elif a.dress:
+        print_dress(a.dress, a.options)
     elif a.check_memory:
         check_memory()
     else:

@@ -248,7 +248,8 @@ def alarms(evaluations, margin=.1):
             total, before, total_now, now = values
             if total_now > total and sign * (now - before) > margin * before:
                 found.append(f"After {row['step']} steps the total has risen from {total:.3f} to "
-                             f"{total_now:.3f}, but {words} from {before:.2f} to {now:.2f}: look at the videos.")
+                             f"{total_now:.3f}, but {words} from {before:.2f} to {now:.2f}: "
+                             "look at the videos.")
     return found
 
 

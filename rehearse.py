@@ -34,7 +34,11 @@ import train
 from depth_anything import SIZES, DepthAnything3, processed_size
 from estimate import dit_config
 from model import VAE, DiT, VAEConfig, Wan
+from noise_warp import camera_path
+from rewards import Clip, Rewards, lpips_distance, meta_views, native_intrinsics, trajectory_term
 from run import Processes
+from texts import encode_text, load_text
+from weights import TINY
 
 # --------------------------------------------------------------------------------------------- what is traced
 
@@ -227,3 +231,27 @@ def rehearse_devices(c, config=None, change=lambda wan: None):
         videos, _ = sample.sample_videos(wan, ["push_in a lighthouse"], sampling)
         depth(frames)
     return videos[0].shape
+
+
+@torch.no_grad()
+def rehearse_judges(change=lambda clip: None):
+    """The same of the tiny twins: text encoder, Depth Anything 3 with its glue, LPIPS. The critics read
+    pictures' sizes out of tensors, which have none here. change(clip): for tests, plants a mistake."""
+    encoder, tokenizer = load_text(TINY / "wan", "cpu", torch.bfloat16)
+    judges = Rewards(views=3)
+    networks = [encoder, judges.depth_anything, judges.lpips]
+    with without_data(Trace()):
+        for module in [module for network in networks for module in network.modules()]:
+            for held in (module._parameters, module._buffers):
+                for name, values in held.items():
+                    if values is not None:
+                        held[name] = torch.empty_like(values, device="cuda")
+        encode_text(encoder, tokenizer, ["push_in a lighthouse"])
+        video = torch.zeros(5, 3, 64, 64, device="cuda")
+        clip = Clip(video, "push_in a lighthouse", camera_path(["push_in"], 5))
+        clip.reconstruction = rec = judges.depth_anything(video, judges.views)
+        change(clip)
+        trajectory_term(judges, clip)
+        meta_views(rec)
+        lpips_distance(judges.lpips, video, video)
+        return native_intrinsics(rec, 64, 64).device

@@ -34,6 +34,17 @@ def test_critic_batched_equals_single(critic):
     assert (batched[0] - batched[1]).abs().max() > 1e-5
 
 
+def test_a_critic_in_two_shards_loads(critic, twins, tmp_path):
+    """As Qwen/Qwen3-VL-4B-Instruct is published: two files and their index, written by transformers."""
+    folder = shutil.copytree(twins / "qwen3_vl", tmp_path / "critic")
+    (folder / "model.safetensors").unlink()
+    size = sum(p.numel() * p.element_size() for p in critic.model.parameters())
+    critic.model.save_pretrained(folder, max_shard_size=int(.8 * size))
+    assert sorted(file.name for file in folder.glob("model*")) == [
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert torch.equal(Critic(folder)(pictures(1)), critic(pictures(1)))
+
+
 def test_critic_reads_the_digits_of_its_tokenizer(critic):
     """The probabilities are the softmax over the ten digits' logits of the full forward pass."""
     tokenizer = critic.processor.tokenizer

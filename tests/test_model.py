@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 from conftest import DIT, ROOT, VAE_, randomise
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 
 import model
 import texts
@@ -271,6 +272,28 @@ def test_both_layouts_load_the_same_model(checkpoint, tmp_path, monkeypatch):
         assert all(torch.equal(x[k], y[k]) for k in x)
     assert torch.equal(a.encode_text(["a red box"]), b.encode_text(["a red box"]))
     assert (a.shift, b.shift) == (3.0, None)
+
+
+def test_the_original_layout_in_shards_loads(checkpoint, tmp_path, monkeypatch):
+    """Wan-AI/Wan2.1-T2V-14B holds its transformer in six files with an index; written by the hub's own function."""
+    folder = tmp_path / "original"
+    wan = as_original(checkpoint, folder, monkeypatch)
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(whole)
+    whole.unlink()
+    size = sum(tensor.numel() * tensor.itemsize for tensor in state.values())
+    for tenths in range(50, 90):
+        for file in folder.glob("diffusion_pytorch_model*"):
+            file.unlink()
+        save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+                              max_shard_size=10 * size // tenths)
+        files = sorted(file.name for file in folder.glob("*-of-*.safetensors"))
+        if len(files) == 6:
+            break
+    assert files == [f"diffusion_pytorch_model-{i:05d}-of-00006.safetensors" for i in range(1, 7)]
+    assert (folder / "diffusion_pytorch_model.safetensors.index.json").exists()
+    loaded = load_wan(folder).dit.state_dict()
+    assert all(torch.equal(loaded[name], values) for name, values in wan.dit.state_dict().items())
 
 
 def test_text_embedding_is_padded_with_zeros_and_cleaned(checkpoint):

@@ -9,9 +9,11 @@ import torch
 import torch.multiprocessing as mp
 
 import bench
+import dress
 import rehearse
 import sample
 import train
+from depth_anything import DA3Config, DepthAnything3
 from lora import add_lora
 from model import DiT, DiTConfig, VAEConfig
 from policy import Policy
@@ -151,6 +153,17 @@ def test_a_planted_mistake_is_caught():
         rehearse.rehearse_devices(c, SMALL, in_float32)
 
 
+def test_a_planted_mistake_among_the_judges_is_caught():
+    assert rehearse.rehearse_judges().type == "cuda"
+
+    def on_the_cpu(clip):
+        clip.reconstruction.intrinsics = torch.zeros(3, 3, 3)
+        clip.reconstruction.gaussians.means = torch.zeros(8, 3)
+
+    with pytest.raises(Exception, match="device"):
+        rehearse.rehearse_judges(on_the_cpu)
+
+
 def test_what_cannot_work_is_one_sentence_before_any_work(capsys):
     for options, message in (
         (["large", "--gpus", "12"], "--shard-size"),
@@ -173,3 +186,24 @@ def test_the_command_traces_a_step(capsys):
     for phase in ("rollout, decoding", "update", "optimiser step", "evaluation of 2 steps", "Depth Anything 3"):
         assert phase in printed
     assert "GB with the judges and a gather in flight" in printed
+
+
+# ------------------------------------------------------------------------------------------------------- dressed
+
+def test_a_dress_rehearsal_trains_a_step_from_folders_it_has_written(monkeypatch, tmp_path, capfd):
+    """Of cut-down models here: loaded by train.py in a process of its own, which leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    depth = DA3Config(64, 4, 2, features=32, out_channels=(16, 16, 16, 16), out_layers=(0, 1, 2, 3), alt_start=1,
+                      gaussians=True, patch_size=8, grid=8, process_res=64)
+    options = "--frames 5 --height 32 --width 48 --members 2 --views 2 --steps 3 --noisy-steps 2".split()
+    row, phases, (depth_peak, depth_flops) = dress.dress("small", options, (SMALL, VAE_CONFIG, depth))
+    assert row["masked"] < 2
+    assert row["grad"][0] > 0
+    assert {"rollout", "reward", "update"} <= row["machine"]["seconds"].keys()
+    assert row["machine"]["peak_bytes"] > phases["weights, optimiser"][0]
+    assert depth_peak > sum(p.numel() * 4 for p in DepthAnything3(depth).parameters())
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="train.py ended with status 2"):
+        dress.dress("small", [*options, "--window", "9"], (SMALL, VAE_CONFIG, depth))
+    assert "a window of 9 steps does not fit" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
