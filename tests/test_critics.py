@@ -42,7 +42,8 @@ def test_a_critic_in_two_shards_loads(critic, twins, tmp_path):
     critic.model.save_pretrained(folder, max_shard_size=int(.8 * size))
     assert sorted(file.name for file in folder.glob("model*")) == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    assert torch.equal(Critic(folder)(pictures(1)), critic(pictures(1)))
+    loaded = Critic(folder).model.state_dict()
+    assert all(torch.equal(loaded[name], values) for name, values in critic.model.state_dict().items())
 
 
 def test_critic_reads_the_digits_of_its_tokenizer(critic):
