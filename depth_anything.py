@@ -20,7 +20,6 @@ metric model, sky masks, drop-path, dropout.
 import argparse
 import functools
 import math
-import os
 import re
 import sys
 from collections import OrderedDict
@@ -495,8 +494,9 @@ def free_memory(device):
     if device.type == "cuda":  # and what torch keeps for itself without using it
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    if device.type == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.exists():  # with what the system caches of files, and would give back
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
     return math.inf
 
 

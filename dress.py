@@ -8,7 +8,7 @@ from them in a process of its own, and prints seconds and memory beside what `re
 sampling, decoding, reconstruction, update and checkpoint have run before anything is downloaded.
 
 Stand-ins: the text encoder has one layer (of the true width), the critic and the preference model are the
-tiny twins, LPIPS has a random trunk. Random weights make noise, on which rewards may fail: those are counted.
+tiny twins, LPIPS has a random trunk.
 """
 
 import json
@@ -29,40 +29,39 @@ from tiny.train import write_wan
 from train import parse_arguments
 from weights import TINY
 
-PROMPT = "push_in a lighthouse"
 
-
-def write_models(folder, size, dit, vae, depth):
-    """Random weights of these configurations, as folders that train.py loads. -> its options"""
+def write_models(_, folder, model, dit, vae, depth):
+    """Random weights of these configurations, as folders that train.py loads."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "wan" / "tokenizer")
     text = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), d_model=dit.text_dim, d_kv=64, d_ff=256,
                                        num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"))
     transformer = DiT(dit)
     torch.nn.init.normal_(transformer.proj_out.weight, std=.02)  # at zero nothing has a gradient
-    wan = folder / f"Wan2.1-T2V-{size}-random"
-    write_wan(wan, transformer, VAE(vae), text, tokenizer, shift=5.0, sampling={})
+    write_wan(folder / model, transformer, VAE(vae), text, tokenizer, shift=5.0, sampling={})
     write_depth(folder / "depth_anything", DepthAnything3(depth))
-    (folder / "prompts.txt").write_text(PROMPT + "\n")
-    return ["--model", str(wan), "--depth-anything", str(folder / "depth_anything"), "--lpips", "random",
-            "--critic", str(TINY / "qwen3_vl"), "--preference", str(TINY / "hpsv3"),
-            "--prompts", str(folder / "prompts.txt"), "--runs", str(folder / "runs")]
+    (folder / "prompts.txt").write_text("push_in a lighthouse\n")
 
 
 def dress(preset, options=(), models=None):
     """One step of one group. -> (its line of metrics.jsonl, {phase: (bytes, FLOPs)} as traced, the same of
     Depth Anything 3 on one video). models: other (DiT, VAE, Depth Anything 3) configurations."""
-    given = parse_arguments(["--preset", preset, *options])
-    size = "14B" if "14B" in given.model else "1.3B"
-    dit, vae, depth = models or (dit_config(given.model), VAEConfig(), SIZES["da3-giant"])
-    one_step = ["--groups", "1", "--total-steps", "1", "--main-steps", "1", "--dynamic-steps", "0",
-                "--eval-every", "0", "--max-masked", "1", "--name", "dress"]
+    model = Path(parse_arguments(["--preset", preset, *options]).model).name + "-random"
+    models = models or (dit_config(model), VAEConfig(), SIZES["da3-giant"])
     with tempfile.TemporaryDirectory(prefix="dress_", dir=".") as scratch:
         folder = Path(scratch)
-        arguments = ["--preset", preset, *options, *write_models(folder, size, dit, vae, depth), *one_step]
+        # in a process of its own, whose memory is free again when the step is made
+        torch.multiprocessing.spawn(write_models, (folder, model, *models))
+        arguments = [
+            "--preset", preset, *options, "--model", str(folder / model),
+            "--depth-anything", str(folder / "depth_anything"), "--critic", str(TINY / "qwen3_vl"),
+            "--preference", str(TINY / "hpsv3"), "--lpips", "random",
+            "--prompts", str(folder / "prompts.txt"), "--runs", str(folder / "runs"), "--name", "dress", "--groups", "1", "--total-steps", "1",
+            "--main-steps", "1", "--dynamic-steps", "0", "--eval-every", "0"]
         trained = subprocess.run([sys.executable, Path(__file__).parent / "train.py", *arguments])
         if trained.returncode:
             raise ValueError(f"train.py ended with status {trained.returncode}, for the reason above")
         row = json.loads((folder / "runs" / "dress" / "metrics.jsonl").read_text())
         c = parse_arguments(arguments)
+        dit, vae, depth = models
         return row, rehearse(c, 1, dit, vae), rehearse_depth(c, depth)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import depth_anything as D
-from depth_anything import SIZES, DA3Config, DepthAnything3, load_depth_anything
+from depth_anything import SIZES, DA3Config, DepthAnything3, free_memory, load_depth_anything
 from noise_warp import relative_to_first, rotation_angle
 from sample import read_video, write_video
 from tiny.world import random_scene
@@ -233,3 +233,9 @@ def test_the_shipped_twin_finds_cameras_and_depth():
     assert sorted(angles)[2] < 2, angles
     assert min(directions) > math.cos(math.radians(15)), directions
     assert sum(depths) / 5 < .10, depths
+
+
+def test_memory_that_the_system_would_give_back_is_free():
+    """What it caches of files is: after a download nearly all memory is."""
+    psutil = pytest.importorskip("psutil")
+    assert free_memory(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=.1)

@@ -7,7 +7,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -251,7 +250,7 @@ class Interrupting:
     """Ctrl-C comes when it is pickled."""
 
     def __reduce__(self):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
 
 DIES_ONCE = """

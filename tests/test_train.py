@@ -2,7 +2,6 @@ import dataclasses
 import json
 import math
 import shlex
-import signal
 
 import pytest
 import torch
@@ -443,7 +442,7 @@ OUT_OF_MEMORY = ("out of memory; run fewer videos at once with a smaller --batch
 
 
 def interrupted(*_):
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 def too_much(*_):
