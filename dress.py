@@ -56,8 +56,9 @@ def dress(preset, options=(), models=None):
             "--preset", preset, *options, "--model", str(folder / model),
             "--depth-anything", str(folder / "depth_anything"), "--critic", str(TINY / "qwen3_vl"),
             "--preference", str(TINY / "hpsv3"), "--lpips", "random",
-            "--prompts", str(folder / "prompts.txt"), "--runs", str(folder / "runs"), "--name", "dress", "--groups", "1", "--total-steps", "1",
-            "--main-steps", "1", "--dynamic-steps", "0", "--eval-every", "0"]
+            "--prompts", str(folder / "prompts.txt"), "--runs", str(folder / "runs"), "--name", "dress",
+            "--groups", "1", "--total-steps", "1", "--main-steps", "1", "--dynamic-steps", "0",
+            "--eval-every", "0"]
         trained = subprocess.run([sys.executable, Path(__file__).parent / "train.py", *arguments])
         if trained.returncode:
             raise ValueError(f"train.py ended with status {trained.returncode}, for the reason above")
