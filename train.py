@@ -322,8 +322,10 @@ def train(c, processes):
     # A run goes on from its newest whole checkpoint.
     begin_run(c, folder, policy)
     steps_done = load_checkpoint(policy, folder / "checkpoints")
+    rows = []
     if processes.rank == 0:
-        gaps = missing_steps(drop_lines(folder / "metrics.jsonl", steps_done), steps_done)
+        rows = drop_lines(folder / "metrics.jsonl", steps_done)
+        gaps = missing_steps(rows, steps_done)
         if gaps:
             tqdm.write(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
                        "the rest of the run is whole", file=sys.stderr)
@@ -340,7 +342,9 @@ def train(c, processes):
     work = deal(c, processes.world)
     mine = work[processes.rank]  # [(group, members)]
     group_ids = torch.arange(c.groups).repeat_interleave(c.members)  # (groups x G,)
-    skipped = 0  # optimiser steps in a row that were left out
+    # optimiser steps in a row that were left out, up to where the run goes on
+    norms = reversed([norm for row in rows for norm in row.get("grad", [])])
+    skipped = processes.gather(len(list(itertools.takewhile(lambda norm: norm is None, norms))))[0]
     bar = tqdm(total=c.total_steps, initial=steps_done, desc=c.name, unit="step",
                disable=processes.rank > 0)
     for step in range(steps_done, c.total_steps):
