@@ -308,7 +308,7 @@ SUMMARY = {  # README's rows
     "R_3D": COLUMNS["R_3D"],
     "motion, 50 dynamic prompts": COLUMNS["motion, dynamic prompts"],
     "epipolar error, px of 256": COLUMNS["epipolar error"],
-    "prompts whose scene and camera are read right": COLUMNS["probe: all"],
+    "camera read right": COLUMNS["probe: motion"], "objects read right": COLUMNS["probe: objects"],
 }
 SCENES = {f"{title}, {kind}": (kind, metric) for title, metric in (("PSNR", "psnr"), ("motion", "motion"))
           for kind in KINDS}

@@ -304,8 +304,9 @@ def flow_to_noise(w):
         "z'(v') = Σ<sub>v</sub> w(v) z(v) / √(Σ<sub>v</sub> w(v)<sup>2</sup>), &ensp; "
         "z'(v'<sub>k</sub>) = z(v) / √n + e<sub>k</sub> − mean(e)",
         "z(v): a value of the frame before; v': a cell where v arrives; w(v): how much of a cell of frame 0 "
-        "v holds, so that stretched values count less (any weights would leave white noise); v'_k: the n "
-        "cells that v is stretched over; e_k ~ N(0, 1).",
+        "v holds, so that stretched values count less (any weights leave white noise: no value reaches two "
+        "cells unsplit); v'_k: the n cells that v is stretched over; e_k ~ N(0, 1): variance "
+        "1/n + (1 − 1/n), covariance 1/n − 1/n.",
         "Go-with-the-Flow (arXiv 2501.08331); noise_warp.py",
         [latent_noise, transport_noise],
         {"noise": w.noise} | {name: f"{fresh[name]:.3f} → {moved[name]:.3f}" for name in moved},
@@ -401,11 +402,12 @@ def stochastic_window(w):
         "replaced by an SDE of the same marginals: a Gaussian around a mean that the model decides. The "
         f"{c.members} members {start}. Flow-GRPO makes every step stochastic and trains on all {c.steps}; "
         f"its Fast variant trains on the window: {c.window} forward and backward passes a video instead of "
-        f"{c.steps}, as many states to keep, and what members share is computed once. The steps after the "
-        "window are still made for each.",
+        f"{c.steps}, and {c.window} states kept instead of {c.steps}; steps before it that members share are "
+        f"made once (here {w.batch.transitions[0].index * c.shared}). The steps after the window are still "
+        "made for each.",
         "x' ~ N(x − [v + s<sup>2</sup>/2σ (x + (1 − σ) v)] Δ, s<sup>2</sup> Δ), &ensp; s = η √(σ / (1 − σ))",
         "x, x': the state before and after a step; Δ: how far σ falls in it; v: the model's velocity. "
-        "At σ = 1 the denominator takes the next level's σ.",
+        "At σ = 1, s has the next level's 1 − σ below.",
         "Flow-GRPO (arXiv 2505.05470); sample.py",
         [step_window, rollout, transition],
         {"state before the window": w.batch.transitions[0].x, "η": c.eta, "kind of step": c.sde} | spreads,
@@ -495,10 +497,10 @@ def four_rewards(w):
         "Four judges make it a number",
         "S_meta: a vision-language model looks at the Gaussians from beside the path, where a flat card or a "
         "floating bit shows, and is asked for a digit; the score is the digit it expects, / 9. S_recon: the "
-        "Gaussians are rendered where the video's own cameras stood; a world that changes comes back blurred."
-        " S_traj: the path recovered against the path asked for. R_gen: a model of human preference looks at "
-        "the first frames, so that beauty is not given up for geometry. A judge that fails gives no number: "
-        "its video is masked.",
+        "Gaussians are rendered where the video's own cameras stood; a world that changes comes back "
+        "blurred, the less so the slower it does. S_traj: the path recovered against the path asked for. "
+        "R_gen: a model of human preference looks at the first frames, so that beauty is not given up for "
+        "geometry. A judge that fails gives no number: its video is masked.",
         "R = S<sub>meta</sub> + S<sub>recon</sub> + S<sub>traj</sub> + λ R<sub>gen</sub>, &ensp; "
         "S<sub>traj</sub> = exp(−(α |t − s t̂| + β ∠(Q, Q̂)))",
         "The S lie in [0, 1], R_gen in [−1, 1]; λ: its weight. t, Q: where the cameras asked for stand and "
@@ -509,7 +511,8 @@ def four_rewards(w):
         {"S_meta sees": f"{len(w.clips[0].meta_views)} renders; not the prompt, the path or the video",
          "S_recon sees": f"{w.c.views} frames and their renders; not the prompt or the path; a still video "
                          "is well with it",
-         "S_traj sees": f"{w.c.views} cameras; no pixel, and not how far the camera went",
+         "S_traj sees": f"the path and {w.c.views} found cameras; no pixel; the length of a move is scaled "
+                        "away, the angle of a turn counts",
          "R_gen sees": f"the prompt and {w.c.frames_seen} frames; no motion and no geometry"}
         | {f"member {i}": scores(clip) for i, clip in enumerate(w.clips)},
         [*meta, *digits, *recon, *traj, *general])
@@ -538,7 +541,7 @@ def group_advantages(w):
         f"{float(raw.max() - raw.min()):.3f} between members. So one group may reward what looks worse; "
         "training goes by the mean over many.",
         "A<sub>i</sub> = clip((R<sub>i</sub> − mean R) / (std R + 10<sup>−4</sup>))",
-        f"R_i: the sum of member i's terms; clip: to ± {w.c.adv_clip:g}.",
+        f"R_i: the sum of member i's terms as they count (below); clip: to ± {w.c.adv_clip:g}.",
         "GRPO (arXiv 2402.03300); grpo.py",
         [standardise, combine, advantages],
         {f"{term.label}: weight, share": f"{w.c.weights[name]:g}, {w.shares[name]:.1%}"
