@@ -8,6 +8,9 @@ but no numbers, in a process group of which only rank 0 exists. `Trace` follows 
 allocates and how many FLOPs it takes. On a CPU it agrees with what the allocator hands out in a true run of
 the same lines (tests/test_rehearse.py).
 
+Two checks of devices come first: forward passes on a fake GPU (`rehearse_devices`), and rewards on a GPU
+that the CPU plays (`rehearse_judges`), where a tensor left on the CPU is an error, as it is with CUDA.
+
 Not in the trace: noise transport (its indices depend on values; its result is there), rendering of Gaussians,
 the critic and the preference model (bench.py counts their weights), and what CUDA takes beside PyTorch's
 tensors: its context, workspaces of kernels, gaps of the allocator.
@@ -16,15 +19,19 @@ tensors: its context, workspaces of kernels, gaps of the allocator.
 import contextlib
 import dataclasses
 import math
+import sys
 import weakref
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 import depth_anything
@@ -35,7 +42,7 @@ from depth_anything import SIZES, DepthAnything3, processed_size
 from estimate import dit_config
 from model import VAE, DiT, VAEConfig, Wan
 from noise_warp import camera_path
-from rewards import Clip, Rewards, lpips_distance, meta_views, native_intrinsics, trajectory_term
+from rewards import Rewards
 from run import Processes
 from texts import encode_text, load_text
 from weights import TINY
@@ -233,25 +240,126 @@ def rehearse_devices(c, config=None, change=lambda wan: None):
     return videos[0].shape
 
 
+# --------------------------------------------------------------------------------- a GPU that the CPU plays
+
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU. Unlike a fake one it has numbers, which critics ask
+    for."""
+
+    @staticmethod
+    def __new__(cls, on_cpu):
+        out = torch.Tensor._make_wrapper_subclass(
+            cls, on_cpu.shape, strides=on_cpu.stride(), storage_offset=on_cpu.storage_offset(),
+            dtype=on_cpu.dtype, device="cuda:0")
+        out.on_cpu = on_cpu
+        return out
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        raise RuntimeError(f"{function} outside of the GPU that is played")
+
+    def tolist(self):
+        return self.on_cpu.tolist()
+
+    def __format__(self, spec):
+        return format(self.on_cpu, spec)
+
+
+def on_cpu(value):
+    return value.on_cpu if isinstance(value, OnGPU) else value
+
+
+class PlayedGPU(TorchDispatchMode):
+    """Computes on the CPU what is asked of a GPU; RuntimeError for tensors of two devices, as CUDA has it."""
+    # which may take both
+    TRANSFERS = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put.default,
+                 aten.index_put_.default}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        tensors = [value for value in tree_leaves((arguments, options)) if isinstance(value, torch.Tensor)]
+        there = [tensor for tensor in tensors if isinstance(tensor, OnGPU)]
+        here = [tensor for tensor in tensors if not isinstance(tensor, OnGPU) and tensor.dim()]
+        if there and here and function not in self.TRANSFERS:
+            raise RuntimeError(f"{function} of tensors on more than one device: "
+                               f"{tuple(here[0].shape)} is on the CPU")
+
+        # where the result goes: where it is asked for, or where the (first) tensors are
+        to_gpu = bool(there) and (function is not aten.copy_.default or there[0] is tensors[0])
+        if options.get("device") is not None:
+            to_gpu = options["device"].type == "cuda"
+            options["device"] = torch.device("cpu")
+        out = function(*tree_map(on_cpu, tuple(arguments)), **tree_map(on_cpu, options))
+        if not to_gpu:
+            return out
+        known = {id(tensor.on_cpu): tensor for tensor in there}
+
+        def placed(value):
+            if id(value) in known:  # changed in place
+                return known[id(value)]
+            return OnGPU(value) if isinstance(value, torch.Tensor) else value
+
+        return tree_map(placed, out)
+
+
+class PlayedConstants(TorchFunctionMode):
+    """torch.tensor of tensors, which PyTorch makes without asking a mode."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if function is not torch.tensor:
+            return function(*arguments, **options)
+        device = options.pop("device", "cpu")
+        return torch.tensor(*tree_map(on_cpu, arguments), **options).to(device)
+
+
+def rasterization(*arguments, **options):
+    """Of gsplat, whose kernels only a GPU runs: pictures of nothing, where all it is given is there."""
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+    if not all(isinstance(tensor, OnGPU) for tensor in tensors):
+        raise RuntimeError("gsplat is given tensors of the CPU: more than one device")
+    views, width, height = len(tensors[-1]), *arguments[7:9]
+    return (torch.zeros(views, height, width, 4, device=tensors[0].device),
+            torch.zeros(views, height, width, 1, device=tensors[0].device), {})
+
+
+@contextlib.contextmanager
+def played_gpu():
+    """with played_gpu(): a module's .to("cuda") aside, whatever is put on a GPU is on one."""
+    torch._C._ensureCUDADeviceGuardSet()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        with (patch.object(torch.cuda, "_lazy_init", lambda: None),
+              patch.object(depth_anything, "free_memory", lambda device: math.inf),
+              patch.dict(sys.modules, gsplat=SimpleNamespace(rasterization=rasterization)),
+              PlayedGPU(), PlayedConstants(), sdpa_kernel(SDPBackend.MATH)):
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(False)
+
+
 @torch.no_grad()
-def rehearse_judges(change=lambda clip: None):
-    """The same of the tiny twins: text encoder, Depth Anything 3 with its glue, LPIPS. The critics read
-    pictures' sizes out of tensors, which have none here. change(clip): for tests, plants a mistake."""
+def rehearse_judges(change=lambda judges: None):
+    """A video of noise scored by the tiny twins on a GPU that the CPU plays; the text encoder too. -> scores
+
+    RuntimeError where tensors of two devices or dtypes meet. change(judges): for tests, plants a mistake.
+    """
     encoder, tokenizer = load_text(TINY / "wan", "cpu", torch.bfloat16)
-    judges = Rewards(views=3)
-    networks = [encoder, judges.depth_anything, judges.lpips]
-    with without_data(Trace()):
+    judges = Rewards(views=3, dtype=torch.bfloat16).load()
+    networks = [encoder, judges.depth_anything, judges.lpips, judges.critic.model, judges.preference.model]
+    with played_gpu():
         for module in [module for network in networks for module in network.modules()]:
             for held in (module._parameters, module._buffers):
                 for name, values in held.items():
                     if values is not None:
-                        held[name] = torch.empty_like(values, device="cuda")
+                        held[name] = values.detach().to("cuda:0")
+        judges.device = judges.home = torch.device("cuda:0")
+        change(judges)
         encode_text(encoder, tokenizer, ["push_in a lighthouse"])
-        video = torch.zeros(5, 3, 64, 64, device="cuda")
-        clip = Clip(video, "push_in a lighthouse", camera_path(["push_in"], 5))
-        clip.reconstruction = rec = judges.depth_anything(video, judges.views)
-        change(clip)
-        trajectory_term(judges, clip)
-        meta_views(rec)
-        lpips_distance(judges.lpips, video, video)
-        return native_intrinsics(rec, 64, 64).device
+        video = torch.rand(5, 3, 64, 64, generator=sample.generator(0))
+        clip = judges.score(video, "push_in a lighthouse", camera_path(["push_in"], 5))
+    for reason in clip.errors.values():
+        raise RuntimeError(reason)
+    return clip.scores

@@ -154,14 +154,26 @@ def test_a_planted_mistake_is_caught():
 
 
 def test_a_planted_mistake_among_the_judges_is_caught():
-    assert rehearse.rehearse_judges().type == "cuda"
+    """On a GPU that the CPU plays: every judge scores; with one weight on the CPU, or of another dtype, it raises."""
+    assert all(-1 <= score <= 1 for score in rehearse.rehearse_judges().values())
 
-    def on_the_cpu(clip):
-        clip.reconstruction.intrinsics = torch.zeros(3, 3, 3)
-        clip.reconstruction.gaussians.means = torch.zeros(8, 3)
+    def critic_on_the_cpu(judges):
+        layer = next(module for module in judges.critic.model.modules() if isinstance(module, torch.nn.Linear))
+        layer._parameters["weight"] = torch.zeros(layer.weight.shape, dtype=torch.bfloat16)
 
-    with pytest.raises(Exception, match="device"):
-        rehearse.rehearse_judges(on_the_cpu)
+    def camera_on_the_cpu(judges):
+        network = judges.depth_anything.network
+        judges.depth_anything.network = lambda images: [out.cpu() if out is not None and isinstance(out, torch.Tensor)
+                                                        else out for out in network(images)]
+
+    def preference_in_float32(judges):
+        layer = judges.preference.model.model.language_model.layers[0].mlp.gate_proj
+        layer._parameters["weight"] = torch.zeros(layer.weight.shape, device="cuda:0")
+
+    for change, message in ((critic_on_the_cpu, "device"), (camera_on_the_cpu, "device"),
+                            (preference_in_float32, "dtype")):
+        with pytest.raises(RuntimeError, match=message):
+            rehearse.rehearse_judges(change)
 
 
 def test_what_cannot_work_is_one_sentence_before_any_work(capsys):
