@@ -11,6 +11,7 @@ Stand-ins: the text encoder has one layer (of the true width), the critic and th
 tiny twins, LPIPS has a random trunk.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from model import VAE, DiT, VAEConfig
 from rehearse import rehearse, rehearse_depth
 from tiny.judges import write_depth
 from tiny.train import write_wan
-from train import parse_arguments
+from train import check, parse_arguments
 from weights import TINY
 
 
@@ -46,7 +47,9 @@ def write_models(_, folder, model, dit, vae, depth):
 def dress(preset, options=(), models=None):
     """One step of one group. -> (its line of metrics.jsonl, {phase: (bytes, FLOPs)} as traced, the same of
     Depth Anything 3 on one video). models: other (DiT, VAE, Depth Anything 3) configurations."""
-    model = Path(parse_arguments(["--preset", preset, *options]).model).name + "-random"
+    c = parse_arguments(["--preset", preset, *options])
+    check(dataclasses.replace(c, groups=1), 1)  # before gigabytes are written
+    model = Path(c.model).name + "-random"
     models = models or (dit_config(model), VAEConfig(), SIZES["da3-giant"])
     with tempfile.TemporaryDirectory(prefix="dress_", dir=".") as scratch:
         folder = Path(scratch)

@@ -202,7 +202,7 @@ def test_the_command_traces_a_step(capsys):
 
 # ------------------------------------------------------------------------------------------------------- dressed
 
-def test_a_dress_rehearsal_trains_a_step_from_folders_it_has_written(monkeypatch, tmp_path, capfd):
+def test_a_dress_rehearsal_trains_a_step_from_folders_it_has_written(monkeypatch, tmp_path):
     """Of cut-down models here: loaded by train.py in a process of its own, which leaves nothing behind."""
     monkeypatch.chdir(tmp_path)
     depth = DA3Config(64, 4, 2, features=32, out_channels=(16, 16, 16, 16), out_layers=(0, 1, 2, 3), alt_start=1,
@@ -215,7 +215,6 @@ def test_a_dress_rehearsal_trains_a_step_from_folders_it_has_written(monkeypatch
     assert row["machine"]["peak_bytes"] > phases["weights, optimiser"][0]
     assert depth_peak > sum(p.numel() * 4 for p in DepthAnything3(depth).parameters())
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="train.py ended with status 2"):
-        dress.dress("small", [*options, "--window", "9"], (SMALL, VAE_CONFIG, depth))
-    assert "a window of 9 steps does not fit" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="a window of 9 steps does not fit"):
+        dress.dress("small", [*options, "--window", "9"])
     assert list(tmp_path.iterdir()) == []

@@ -220,12 +220,12 @@ def test_an_evaluation_under_fsdp_samples_each_prompt_once(arguments, tmp_path):
 
 
 def test_host_memory_does_not_grow_with_the_groups_of_a_process(arguments, tmp_path):
-    """Videos of 17 x 256 x 256 are 13 MB each: 16 groups of 2 would be 430 MB, were they kept."""
+    """Videos of 17 x 256 x 256 are 13 MB each: 12 groups of 2 would be 320 MB, were they kept."""
     base = [*arguments, "--runs", str(tmp_path), "--total-steps", "1", "--frames", "17",
             "--height", "256", "--width", "256", "--meta", "0", "--recon", "0"]
-    counts = (1, 4, 16)
+    counts = (1, 12)
     codes, err = run_jobs([dict(args=[*base, "--name", str(n), "--groups", str(n)]) for n in counts])
-    assert codes == [[0]] * 3, err[-3000:]
+    assert codes == [[0]] * 2, err[-3000:]
     peaks = []
     for n in counts:
         row = json.loads((tmp_path / str(n) / "metrics.jsonl").read_text())
