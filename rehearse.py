@@ -1,7 +1,7 @@
 """A step of training at its real size, on tensors without data: what does not fit, or mixes devices or
 dtypes, is found on a laptop.
 
-    python bench.py --rehearse large --gpus 96        two to five minutes; no weights, no GPU
+    python bench.py --rehearse large --gpus 96        about a minute; no weights, no GPU
 
 The real functions run one batch of a step on PyTorch's fake tensors, which have shapes, dtypes and devices
 but no numbers, in a process group of which only rank 0 exists. `Trace` follows what every operation
