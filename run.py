@@ -115,7 +115,7 @@ def check_run(c, folder, base=None):
     if checkpoints and not config.exists():
         raise ValueError(f"{folder} has checkpoints and no config.json, so nobody knows what was trained; "
                          "put the file back, or choose another --name")
-    others = {file.name for file in folder.glob("*")} - {".lock", "checkpoints"}
+    others = {file.name for file in folder.glob("[!.]*")} - {"checkpoints"}  # a kill may leave hidden ones
     if others and not config.exists():
         raise ValueError(f"{folder} holds {min(others)} and no config.json, so it is no run; "
                          "choose another --name")

@@ -471,3 +471,14 @@ def test_ctrl_c_while_a_checkpoint_is_read_is_no_damage():
     with pytest.raises(KeyboardInterrupt):
         run.reason_of(interrupted)
     assert run.reason_of(CheckpointException("", {0: (OSError(5, "Input/output error"), None)})) == "Input/output error"
+
+
+def test_what_a_kill_leaves_of_the_first_config_is_no_obstacle(tmp_path):
+    """config.json is written under a hidden name, then renamed."""
+    c = train.parse_arguments(["--name", "a", "--runs", str(tmp_path)])
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / ".config.part-0123.json").write_text("{")
+    run.check_run(c, tmp_path / "a")
+    (tmp_path / "a" / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds summary.json and no config.json, so it is no run"):
+        run.check_run(c, tmp_path / "a")
