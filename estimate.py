@@ -238,14 +238,15 @@ def estimate_line(c, world):
     """-> the estimate in a sentence, before anything is loaded; None where there is none."""
     if c.full or dit_config(c.model) is None:
         return None
-    card = H200
+    card, where = H200, "no GPU here; "
     if c.device.startswith("cuda"):
+        where = ""
         properties = torch.cuda.get_device_properties(c.device)
         like = RTX_4090 if "4090" in properties.name else H200  # its speed
         card = like | dict(name=properties.name, memory=properties.total_memory)
     memory, seconds = estimate(c, world, card)
     peak, room = memory["peak"] / 1e9, card["memory"] / 1e9
     fits = "" if peak <= room else ": it does NOT fit; give --offload, --checkpointing or a smaller --batch"
-    return (f"estimate on {world} {card['name']} (python bench.py --estimate prints its parts): "
+    return (f"{where}estimate on {world} {card['name']} (python bench.py --estimate prints its parts): "
             f"{peak:.1f} GB of {room:.0f} each{fits}; {seconds['step']:,.0f} s a step, "
             f"{seconds['run'] / 3600:,.0f} hours in all")

@@ -17,6 +17,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_line_counts_are_those_of_the_files():
 def test_the_readme_is_one_page():
     words = [word for word in README.read_text().split() if re.search(r"\w", word)]
     assert len(words) <= 1000
+
+
+def test_every_file_is_installed_and_named_in_the_readme():
+    files = {file.stem for file in ROOT.glob("*.py")}
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(installed) == sorted(files)
+    text = README.read_text()
+    assert [name for name in files if f"[{name}.py]({name}.py)" not in text and f"`{name}.py`" not in text] == []
 
 
 def test_what_a_diff_leaves_stands_in_the_code():

@@ -204,6 +204,7 @@ def test_training_begins_with_its_estimate(tmp_path, capsys, monkeypatch):
     assert train.main([*options, "--depth-anything", str(tmp_path / "missing")]) == 2  # at the first that is loaded
     memory, seconds = estimated("node", 1)
     said = capsys.readouterr().out
+    assert said.startswith("no GPU here; estimate on 1 H200")
     assert f"{memory['peak'] / 1e9:.1f} GB of 141 each; {seconds['step']:,.0f} s a step" in said
     small = estimate_line(parse_arguments([*options, "--batch", "8", "--no-checkpointing"]), 1)
     assert "it does NOT fit; give --offload" in small
