@@ -3,11 +3,14 @@
     python ablate.py run full --seed 1     trains runs/full-1 and scores it -> results/full/seed_1.json
     python ablate.py run base no_3d        several cells, one after the other; base is scored untrained
     python ablate.py run full --total-steps 48 --out runs/results    further arguments go to train.py
-    python ablate.py table                 tables of README.md and docs/learning_proof.md, from results/
+    python ablate.py table                 results/ -> tables and figure of README.md, docs/learning_proof.md
 
-A result is never replaced, and a stopped call goes on when it is made again. All cells and seeds are scored
-on the same noise, so differences are taken video by video. An interval is a bootstrap over prompts of the
-mean over seeds: it does not know how far other seeds would fall.
+A result is never replaced, and a stopped call goes on when it is made again.
+
+All cells and seeds are scored on the same prompts and noise, and runs of one seed begin alike. So a cell is
+compared with the same seeds of another, video by video. An interval is a bootstrap over prompts of the mean
+over seeds; it does not know how far other seeds would fall, so a change is called off zero (bold) only where
+its interval holds no 0 and every seed has its sign.
 """
 
 import argparse
@@ -22,16 +25,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from eval import REWARDS, VideoRow, failures, interval, markdown, read_lines, read_summary
 from prompts import read_prompts
+from report import CHART_STYLE, GREY, NO_METADATA
 from rewards import TERMS
 from sample import check_writable
 from train import ROOT, Config, check
 from train import parse_arguments as training_arguments
-from weights import as_command, read_bytes, read_json, write_json, write_text
+from weights import TINY, as_command, read_bytes, read_json, write_json, write_text, written_whole
 
 # ---------------------------------------------------------------------------------------------------- cells
 
@@ -42,28 +48,38 @@ class Cell:
     paper: tuple = ()  # World-R1-Small's PAPER_METRICS (its Tables I, J and E), None where it has no number
     seeds: int = 1  # that are wanted
     scoring: str = ""  # options of `eval.py metrics` and of the probe
+    against: str = "full"  # the cell that it is compared with
+    trained: bool = True  # False: what training would start from is scored
 
 
-PAPER_METRICS = ("psnr", "ssim", "lpips", "reward_recon", "reward_traj", "reward_meta", "reward_general")
+PAPER_METRICS = ("psnr", "ssim", "reward_recon", "reward_traj", "reward_meta", "reward_general")
 CELLS = {
-    "base": Cell("main"),  # what training starts from
-    "full": Cell("main", "", (27.63, .858, .201, .342, .296, .307, .37), 3),
+    "base": Cell("main", trained=False),  # what training starts from
+    "full": Cell("main", "", (27.63, .858, .342, .296, .307, .37), 3),
+    # tiny/wan without faults: how far training could come
+    "clean": Cell("untrained", "--lora none", against="base", trained=False),
+    # what the transported noise of the samples does by itself: before training, and after it
+    "base_no_transport": Cell("untrained", scoring="--no-transport", against="base", trained=False),
+    "world_r1_no_transport": Cell("untrained", f"--lora {TINY / 'world_r1'}", scoring="--no-transport",
+                                  trained=False),
     # one ingredient left out; without R_gen a dynamic phase would have no reward
-    "no_3d": Cell("ablations", "--meta 0 --recon 0 --traj 0", (18.93, .502, .496, None, None, None, .33), 2),
-    "no_decoupling": Cell("ablations", "--dynamic-steps 0", (27.89, .898, .192, .348, .310, .298, .18), 2),
+    "no_3d": Cell("ablations", "--meta 0 --recon 0 --traj 0", (18.93, .502, None, None, None, .33), 2),
+    "no_decoupling": Cell("ablations", "--dynamic-steps 0", (27.89, .898, .348, .310, .298, .18), 2),
     # all of the noise fresh, none carried along the camera path, in training and when it is scored
-    "no_transport": Cell("ablations", "--degradation 1", (24.46, .745, .298, .312, .213, .275, -.42), 2,
+    "no_transport": Cell("ablations", "--degradation 1", (24.46, .745, .312, .213, .275, -.42), 2,
                          "--no-transport"),
-    "no_traj": Cell("ablations", "--traj 0", (26.27, .829, .237)),
-    "no_recon": Cell("ablations", "--recon 0", (25.14, .798, .271)),
-    "no_meta": Cell("ablations", "--meta 0", (26.91, .841, .218)),
-    "no_general": Cell("ablations", "--general 0 --dynamic-steps 0", (27.57, .849, .206, .388, .231, .305)),
+    "no_traj": Cell("ablations", "--traj 0", (26.27, .829)),
+    "no_recon": Cell("ablations", "--recon 0", (25.14, .798)),
+    "no_meta": Cell("ablations", "--meta 0", (26.91, .841)),
+    "no_general": Cell("ablations", "--general 0 --dynamic-steps 0", (27.57, .849, .388, .231, .305),
+                       against="no_decoupling"),
     # the paper: 1,000 and 2,000 prompts of 3,000. Our main steps draw 320, so that these come up 10 and 2.5
     # times.
-    "prompts_32": Cell("data", "--train-prompts 32", (25.82, .812, .258)),
-    "prompts_128": Cell("data", "--train-prompts 128", (26.54, .839, .223)),
+    "prompts_32": Cell("data", "--train-prompts 32", (25.82, .812)),
+    "prompts_128": Cell("data", "--train-prompts 128", (26.54, .839)),
 }
 CHOICES = {  # with the full cell's number of videos, whose sampling and rewards are most of a step
+    "plain_sum": "--no-standardise --no-pooled --recon 1",  # the paper's
     "shared_off": "--no-shared",
     "window_1": "--window 1",
     "window_3": "--window 3",
@@ -78,11 +94,14 @@ CHOICES = {  # with the full cell's number of videos, whose sampling and rewards
     "updates_2": "--updates 2",
     # guidance takes two passes: half the denoising steps, and one of them trained; compare it with window_1
     "guidance_2": "--guidance 2 --steps 5 --noisy-steps 2 --window 1",
-    # as many passes of the DiT as the full cell, so more or fewer videos; its share of the steps is noisy
+    # as many passes of the DiT as the full cell, so more or fewer videos; as large a share of the steps is
+    # noisy, and about as large a share dynamic
     "steps_6": "--steps 6 --noisy-steps 2 --total-steps 120",
-    "steps_20": "--steps 20 --noisy-steps 6 --total-steps 64",
+    "steps_20": "--steps 20 --noisy-steps 6 --total-steps 64 --main-steps 27 --dynamic-steps 5",
 }
-CELLS |= {name: Cell("choices", options) for name, options in CHOICES.items()}
+AGAINST = {"window_1_rectify": "window_1", "guidance_2": "window_1"}
+CELLS |= {name: Cell("choices", options, against=AGAINST.get(name, "full"))
+          for name, options in CHOICES.items()}
 
 
 # -------------------------------------------------------------------------------------------------- a result
@@ -141,7 +160,7 @@ def run(a, rest):
             raise ValueError(f"--{option} must be at least {least}, got {getattr(a, option)}")
     files = {}
     for name in a.cells:
-        seed = 0 if name == "base" else a.seed  # nothing is drawn for the base
+        seed = a.seed if CELLS[name].trained else 0  # nothing is drawn
         options = [*rest, *CELLS[name].training.split(), "--name", f"{name}-{seed}", "--seed", str(seed)]
         c = training_arguments(options)
         check(c, a.processes)
@@ -164,12 +183,14 @@ def measured(a, name, options):
     folder = Path(c.runs) / c.name
     preset = dataclasses.asdict(training_arguments([]))
     config = {option: value for option, value in dataclasses.asdict(c).items() if value != preset[option]}
+    if config.get("lora"):  # a file of the repository, wherever that is
+        config["lora"] = str(c.lora).removeprefix(f"{ROOT}/")
     describe = "describe --always --abbrev=40 --exclude='*' --dirty=+changes"
     commit = subprocess.getoutput(f"git -C '{ROOT}' {describe}")
     machine = f"{processor()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
 
     minutes, seconds, curve = {}, {}, {}
-    if name != "base":
+    if CELLS[name].trained:
         minutes["training"], seconds, curve = trained(a, c, folder, options)
 
     # as many scorings at a time as processes, the longest first
@@ -211,7 +232,7 @@ def trained(a, c, folder, options):
 def scorings(name, c, folder, num):
     """-> {what is scored: command}. The judges of the training score it, too."""
     model = ["--model", c.model, "--prompts", c.prompts, *CELLS[name].scoring.split()]
-    adapter = c.lora if name == "base" else folder
+    adapter = folder if CELLS[name].trained else c.lora
     if adapter:
         model += ["--lora", adapter]
     judges = ["--depth-anything", c.depth_anything, "--critic", c.critic, "--preference", c.preference,
@@ -248,7 +269,7 @@ def check_scored(name, c, folder, num):
             differ.append("num or prompts")
         if any(size.split("x")[0] != str(given["--frames"]) for size in about.sizes):
             differ.append("frames")
-        if name != "base" and len(read_lines(folder / "metrics.jsonl", dict)) < c.total_steps:
+        if CELLS[name].trained and len(read_lines(folder / "metrics.jsonl", dict)) < c.total_steps:
             differ.append("total_steps")
         if differ:
             raise ValueError(f"{folder / way} was scored with another {', '.join(differ)}; give another "
@@ -294,14 +315,21 @@ COLUMNS = {  # title -> set, metric
     **{term.label: ("test", f"reward_{name}") for name, term in TERMS.items()},
     "R_3D": ("test", "three_d"),
     "epipolar error": ("test", "epipolar"),
+    "R_3D, dynamic prompts": ("dynamic", "three_d"),
     "motion, dynamic prompts": ("dynamic", "motion"),
     **{f"probe: {name}": ("probe", name) for name in ("objects", "motion", "all")},
     "re-projection": ("probe", "4 frames"),
 }
 LONGER = {"PSNR, longer videos": ("longer", "psnr")}
+TABLES = ("untrained", "ablations", "data", "choices")
+PAPER_TABLES = {"ablations": "paper_ablations", "data": "paper_data"}
 MARKS = "<!-- table: {} -->\n{}<!-- end -->"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!--).)*<!-- end -->", re.DOTALL)
-RISEN = ("PSNR", "S_traj", "R_3D", "epipolar error")  # the share of prompts is told too
+BETTER = {"PSNR, held-out frames": 1, "S_traj": 1, "R_3D": 1, "epipolar error": -1}  # up or down
+# of a cell: what says most, and where a choice shows first
+CHANGES = ("PSNR, held-out frames", "S_meta", "S_traj", "R_gen", "epipolar error", "R_3D, dynamic prompts",
+           "motion, dynamic prompts", "probe: motion", "probe: objects")
+PLOTTED = ("PSNR, held-out frames", "S_traj", "epipolar error", "motion, dynamic prompts")
 SUMMARY = {  # README's rows
     "re-render PSNR, dB": COLUMNS["PSNR"],
     "S_traj": COLUMNS["S_traj"],
@@ -345,71 +373,179 @@ def shown(values, sign=""):
     return f"{mean} [{', '.join(ends)}]" if len(values) > 1 else mean
 
 
-def seeds_of(full):
-    """-> {label: results} of every seed by itself."""
-    return {f"full, seed {seed}": {seed: result} for seed, result in full.items()}
-
-
-def main_table(found, columns, every=seeds_of):
-    """Base, every seed of full, and their mean; what it changes."""
-    full = found["full"]
-    groups = {"base": found["base"]} | every(full) | {f"full, {len(full)} seeds": full}
+def main_table(found, columns, every_seed=True):
+    """Base, the mean of full's seeds, each of them if wanted, and the mean's change."""
+    base, full = found["base"], found["full"]
     rows = []
     for title, column in columns.items():
-        means = [over_seeds(results, column) for results in groups.values()]
-        rows.append([title, *map(shown, means), shown(means[-1] - means[0], "+")])
-    return markdown("Base and full", [*groups, "change"], rows)
+        before, after = over_seeds(base, column), over_seeds(full, column)
+        seeds = [over_seeds({seed: result}, column) for seed, result in full.items()]
+        known = [f"{interval(values)[0]:.4g}" for values in seeds if not np.isnan(values).all()]
+        row = [title, shown(before), shown(after), shown(after - before, "+")]
+        if every_seed:
+            row.append(", ".join(known))
+        rows.append(row)
+    titles = ["base", f"full, {len(full)} seeds", "change"]
+    if every_seed:
+        titles.append(f"seeds {', '.join(full)}")
+    return markdown("Base and full", titles, rows)
 
 
-def risen_table(found):
-    """On what share of the prompts a metric rose, in every seed and in their mean."""
+def better_table(found):
+    """On what share of the prompts a metric became better, in every seed and in their mean."""
     full = found["full"]
-    groups = seeds_of(full) | {f"full, {len(full)} seeds": full}
+    groups = {f"seed {seed}": {seed: result} for seed, result in full.items()} | {"mean": full}
     rows = []
-    for title in RISEN:
+    for title, sign in BETTER.items():
         base = over_seeds(found["base"], COLUMNS[title])
-        changes = [over_seeds(results, COLUMNS[title]) - base for results in groups.values()]
+        changes = [sign * (over_seeds(results, COLUMNS[title]) - base) for results in groups.values()]
         rows.append([title, *(f"{(change[~np.isnan(change)] > 0).mean():.0%}" for change in changes)])
-    return markdown("Prompts on which it rose", groups, rows)
+    return markdown("Prompts on which full is better than base", groups, rows)
+
+
+def changes(found, name, column, against=None):
+    """How far a cell is from the one it is compared with, video by video -> (seeds, N): each seed from the
+    same one, or from the only one of a cell without training; NaN if there is none."""
+    against = against or CELLS[name].against
+    parts = []
+    for seed, result in found[name].items():
+        other = found.get(against, {}).get(seed if CELLS[against].trained else "0")
+        if other is not None:
+            parts.append(over_seeds({seed: result}, column) - over_seeds({seed: other}, column))
+    return np.stack(parts) if parts else np.full((1, 1), math.nan)
+
+
+def change_shown(each):
+    """Changes (seeds, N) in three lines: the mean over seeds, bold if it is off zero; its interval; every
+    seed's mean. Of the probe's one value the mean alone."""
+    mean, low, high = interval(each.mean(0))
+    if math.isnan(mean):
+        return ""
+    if each.shape[1] == 1:
+        return f"{mean:+.2g}"
+    seeds = [interval(seed)[0] for seed in each]
+    text = f"{mean:+.3g}"
+    if is_off_zero(each):
+        text = f"**{text}**"
+    text += f"<br>[{low:+.3g}, {high:+.3g}]"
+    if len(seeds) > 1:
+        text += "<br>" + ", ".join(f"{seed:+.3g}" for seed in seeds)
+    return text
+
+
+def is_off_zero(each):
+    """Of changes (seeds, N): has the mean's interval no 0, and every seed one sign?"""
+    _, low, high = interval(each.mean(0))
+    seeds = [interval(seed)[0] for seed in each]
+    return low * high > 0 and min(seeds) * max(seeds) > 0
+
+
+def label(found, name):
+    cell = CELLS[name]
+    options = f"{cell.training} {cell.scoring}".replace(f"{ROOT}/", "").strip()
+    notes = [f"`{options}`"]
+    if cell.trained:
+        notes.append(f"{len(found[name])} of {cell.seeds} seeds")
+    if cell.against != "full":
+        notes.append(f"against {cell.against}")
+    return "<br>".join([name, *notes])
+
+
+def cells_of(found, table):
+    """-> the names of a table's cells that can be compared: of both there is a seed."""
+    names = [name for name, cell in CELLS.items() if cell.table == table and name in found]
+    return [name for name in names if changes(found, name, COLUMNS["R_gen"]).shape[1] > 1]
 
 
 def cells_table(found, table):
-    """What every cell of a table changes against full, beside the paper's change, and whether both rise or
-    both fall: "open" where our interval holds 0."""
+    """What every cell of a table changes."""
+    rows = [[label(found, name), *(change_shown(changes(found, name, COLUMNS[title])) for title in CHANGES)]
+            for name in cells_of(found, table)]
+    return markdown("Changes", CHANGES, rows) if rows else ""
+
+
+def paper_table(found, table):
+    """The paper's change of each metric without what a cell leaves out, and whether ours agrees: "open" where
+    it is not off zero."""
+    columns = {title: metric for title, (way, metric) in COLUMNS.items()
+               if way == "test" and metric in PAPER_METRICS}
+    from_full = dict(zip(PAPER_METRICS, CELLS["full"].paper))
     rows = []
-    for name, cell in CELLS.items():
-        if cell.table != table or name not in found:
-            continue
-        row = [f"{name} (`{cell.training}`), {len(found[name])} of {cell.seeds} seeds"]
-        paper = dict(zip(PAPER_METRICS, cell.paper))
-        for column in COLUMNS.values():
-            change = over_seeds(found[name], column) - over_seeds(found["full"], column)
-            row.append(shown(change, "+"))
-            metric = column[1]
-            if row[-1] and paper.get(metric) is not None:
-                theirs = paper[metric] - CELLS["full"].paper[PAPER_METRICS.index(metric)]
-                mean, low, high = interval(change)
-                agreement = "agrees" if mean * theirs > 0 else "disagrees"
-                row[-1] += f"<br>paper {theirs:+.3f}: {'open' if low <= 0 <= high else agreement}"
+    for name in cells_of(found, table):
+        theirs = dict(zip(PAPER_METRICS, CELLS[name].paper))
+        row = [name]
+        for title, metric in columns.items():
+            text = ""
+            if theirs.get(metric) is not None:
+                change = theirs[metric] - from_full[metric]
+                each = changes(found, name, COLUMNS[title])
+                verdict = "open"
+                if is_off_zero(each):
+                    verdict = "agrees" if interval(each.mean(0))[0] * change > 0 else "disagrees"
+                text = f"{change:+.3g}: {verdict}"
+            row.append(text)
         rows.append(row)
-    return markdown("Change from full", COLUMNS, rows) if rows else ""
+    return markdown("World-R1-Small's changes, and whether ours agree", columns, rows) if rows else ""
+
+
+def subsets_table(found):
+    """What cells change from the base, on those prompts alone that an objection leaves."""
+    obeyed = over_seeds(found["base"], COLUMNS["S_traj"]) >= .8
+    subsets = {"all": np.ones_like(obeyed), "from the 25th on": np.arange(len(obeyed)) >= 24,
+               "base obeys the camera (S_traj at least .8)": obeyed}
+    columns = [title for title in PLOTTED if COLUMNS[title][0] == "test"]
+    rows = []
+    for name in ("full", "no_3d"):
+        if name not in found:
+            continue
+        for subset, chosen in subsets.items():
+            each = [changes(found, name, COLUMNS[title], "base")[:, chosen] for title in columns]
+            rows.append([f"{name}: {subset}, {chosen.sum()} prompts", *map(change_shown, each)])
+    return markdown("Changes from base", columns, rows)
+
+
+def draw_changes(file, found):
+    """The cells' changes as a picture: a bar is an interval, a dot a seed; grey is how far full's own seeds
+    are from their mean."""
+    names = [name for table in ("ablations", "data", "choices") for name in cells_of(found, table)]
+    with matplotlib.rc_context(CHART_STYLE | {"axes.prop_cycle": matplotlib.cycler(color=["#3f87c9"])}):
+        height = .6 + .24 * len(names)
+        figure = Figure(figsize=(9, height))
+        figure.subplots_adjust(left=.13, right=.99, bottom=.3 / height, top=1 - .25 / height, wspace=.08)
+        panels = figure.subplots(1, len(PLOTTED), sharey=True)
+        for axes, title in zip(panels, PLOTTED):
+            own = [interval(over_seeds({"": result}, COLUMNS[title]))[0] for result in found["full"].values()]
+            axes.axvspan(min(own) - np.mean(own), max(own) - np.mean(own), color=GREY, alpha=.25, linewidth=0)
+            axes.axvline(0, color=GREY, linewidth=.8)
+            for place, name in enumerate(names):
+                each = changes(found, name, COLUMNS[title])
+                _, low, high = interval(each.mean(0))
+                axes.plot([low, high], [place, place], linewidth=4, alpha=.5, solid_capstyle="butt")
+                axes.plot([interval(seed)[0] for seed in each], [place] * len(each), "o", markersize=3.5)
+            axes.set_title(title, fontsize=8)
+        panels[0].set_yticks(range(len(names)), names, color="black")
+        panels[0].set_ylim(len(names) - .4, -.6)  # the first on top
+        with written_whole(file) as part:
+            figure.savefig(part, format="svg", facecolor="white", metadata=NO_METADATA)
 
 
 def tables_of(out):
     """-> {marker: table, or nothing where there are no results} of a folder."""
     found = read_results(out)
-    made = dict.fromkeys(("summary", "main", "risen", "scenes", "ablations", "data", "choices"), "")
+    names = "summary", "main", "better", "scenes", "subsets", *TABLES, *PAPER_TABLES.values()
+    made = dict.fromkeys(names, "")
     if "base" in found and "full" in found:
-        made |= dict(
-            summary=main_table(found, SUMMARY, lambda full: {}), main=main_table(found, COLUMNS | LONGER),
-            risen=risen_table(found), scenes=main_table(found, SCENES))
+        made |= dict(summary=main_table(found, SUMMARY, every_seed=False), main=main_table(found, COLUMNS | LONGER),
+                     better=better_table(found), scenes=main_table(found, SCENES),
+                     subsets=subsets_table(found))
     if "full" in found:
-        made |= {table: cells_table(found, table) for table in ("ablations", "data", "choices")}
+        made |= {table: cells_table(found, table) for table in TABLES}
+        made |= {name: paper_table(found, table) for table, name in PAPER_TABLES.items()}
     return {name: table and table + "\n" for name, table in made.items()}
 
 
-def write_tables(out, pages):
-    """Puts the tables of the results in `out` between the pages' markers."""
+def write_tables(out, pages, picture):
+    """Puts the tables of the results in `out` between the pages' markers, and draws the cells' changes."""
     made = tables_of(out)
     texts = {page: read_bytes(page).decode() for page in pages}
     for page, text in texts.items():
@@ -420,7 +556,10 @@ def write_tables(out, pages):
         texts[page] = MARKED.sub(lambda place: MARKS.format(place[1], made[place[1]]), text)
     for page, text in texts.items():
         write_text(page, text)
-    print(f"{', '.join(map(str, pages))}: the results of {out}")
+    found = read_results(out)
+    if "full" in found and cells_of(found, "ablations"):
+        draw_changes(picture, found)
+    print(f"{', '.join(map(str, [*pages, picture]))}: the results of {out}")
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -439,6 +578,7 @@ def main(argv=None):
     table_parser = commands.add_parser("table", help="the tables of what is there")
     pages = [Path("README.md"), Path("docs/learning_proof.md")]
     table_parser.add_argument("--pages", type=Path, nargs="+", default=pages)
+    table_parser.add_argument("--picture", type=Path, default=Path("docs/ablations.svg"))
     for command in (run_parser, table_parser):
         command.add_argument("--out", type=Path, default=Path("results"), help="folder of results")
     a, rest = parser.parse_known_args(argv)
@@ -447,7 +587,7 @@ def main(argv=None):
     if a.command == "run":
         run(a, rest)
     else:
-        write_tables(a.out, a.pages)
+        write_tables(a.out, a.pages, a.picture)
 
 
 if __name__ == "__main__":

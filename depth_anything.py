@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from noise_warp import draw_paths
-from sample import check_device, check_writable, psnr, read_video, spread, write_video
+from sample import check_device, check_writable, evenly_spaced, psnr, read_video, write_video
 from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh
 from weights import (TINY, Size, config_from, described, fill, match_tensors, model_folder, open_tensors,
                      read_json, weight_files, written_whole)
@@ -472,7 +472,7 @@ class DepthAnything3(nn.Module):
             raise ValueError("frames have NaN or infinite pixels")
 
         # Evenly spread frames, as the transformer's training saw them.
-        index = spread(len(frames), count)
+        index = evenly_spaced(len(frames), count)
         images = preprocess(frames[index], self.config)
         normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         return Reconstruction(*self.network(normalised.to(device)), images=images.to(device), frames=index)

@@ -358,10 +358,10 @@ def sampled_videos(a, folder):
 
     @functools.lru_cache(maxsize=1)
     def sampled_batch(start):
-        members = range(start, min(start + BATCH, len(prompts)))
-        videos, _ = sample_videos(wan, prompts[start:start + BATCH], sampling, a.seed, members=members,
+        noise_ids = range(start, min(start + BATCH, len(prompts)))
+        videos, _ = sample_videos(wan, prompts[start:start + BATCH], sampling, a.seed, noise_ids=noise_ids,
                                   transport=a.transport)
-        for k, video in zip(members, videos):
+        for k, video in zip(noise_ids, videos):
             write_video(folder / f"{k:04d}.mp4", video, sampling.fps)
         return videos
 

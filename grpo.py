@@ -11,15 +11,15 @@ window.
     loss       mean max(-A rho, -A clip(rho, 1-eps, 1+eps))                              `surrogate`
                + beta |mean - mean_ref|^2 / (2 std^2)                                    `kl`
 
-Two choices are options of train.py. The paper sums the terms plainly; --standardise first brings each term to
-its own spread inside the group (`standardise`), so that no term drowns the others. A spread is each group's
-own; --pooled takes one over all groups of the step, so that a group whose members are alike counts for
-little. The presets say which.
+Two choices are options of train.py. The paper sums the terms plainly; --standardise first divides each term
+by its std inside the group (`standardise`), so that no term drowns the others. A std is each group's own;
+--pooled takes one over all groups of the step, so that a group whose members are alike counts for little. The
+presets say which.
 
-"Fast": only the window is trained, so a rollout keeps a few transitions instead of all. The window is drawn
+"Fast": only the window is trained, so a rollout keeps a few steps instead of all. The window is drawn
 for each prompt, the same for its members. A rollout is used once: with --updates n the step's groups are
-split among n optimiser steps, not used n times. At the first of them the ratio is 1, so with one update
-(the tiny preset) clipping never acts and the gradient is REINFORCE's with a baseline.
+split among n optimiser steps, not used n times. At the first of them the ratio is 1; so with one update
+(every preset) clipping never acts, and the gradient is REINFORCE's with a baseline.
 
 Sources: Flow-GRPO (arXiv 2505.05470) and its Fast variant, GRPO-Guard's ratio normalisation (arXiv
 2510.22319). `sample.transition` gives mean and std for sampling, log-probability and KL alike. Left out:
@@ -34,7 +34,7 @@ from sample import log_prob, transition, unchanged
 
 
 @dataclass
-class Transition:
+class SDEStep:
     """One stochastic step of a batch's rollout, as the update needs it. All float32."""
     index: int  # which of the denoising steps
     x: torch.Tensor  # (B, C, T, h, w), the state before
@@ -51,7 +51,7 @@ class Batch:
     members: range  # which of the group's members, B of its G
     prompt: str
     levels: torch.Tensor  # noise levels sigma (steps + 1,)
-    transitions: list  # of Transition, one a step of the window
+    sde_steps: list  # of SDEStep, one a step of the window
     terms: dict = field(default_factory=dict)  # reward term -> (B,); NaN = masked
     motion: list = field(default_factory=list)  # B x motion magnitude, watched beside the rewards
     advantages: torch.Tensor | None = None  # (B,)
@@ -60,8 +60,8 @@ class Batch:
 # --------------------------------------------------------------------------------------------------- rollouts
 
 def draw_window(generator, steps, size, noisy_steps):
-    """A random window of `size` consecutive steps among the first `noisy_steps`, never the last one: its
-    noise would stay in the video (and with cps it has none to compare)."""
+    """A random window of `size` consecutive steps among the first `noisy_steps`, but never the last step: its
+    noise would stay in the video, and with cps it has none and so no log-probability."""
     noisy_steps = min(noisy_steps, steps - 1)
     if not 1 <= size <= noisy_steps:
         raise ValueError(f"a window of {size} steps does not fit into "
@@ -76,12 +76,12 @@ def rollout(velocity, x, levels, window, eta=.7, kind="flow", generators=None, f
 
     velocity(x, sigma) -> v; x (B, ...) at levels[first], levels (steps + 1,); generators: one torch.Generator
     a sample, for its step noise. after_step(x, i) may change x after step i, which is no part of the policy.
-    -> latents (B, ...), and the window's transitions.
+    -> latents (B, ...), and the window's [SDEStep].
 
     Members may share what comes before the window, which is an ODE: x is then `euler` of one noise, repeated,
     and first the window's first step.
     """
-    x, transitions = x.float(), []
+    x, sde_steps = x.float(), []
     for i in range(first, len(levels) - 1):
         sigma, sigma_next = levels[i], levels[i + 1]
         stochastic = i in window
@@ -89,13 +89,13 @@ def rollout(velocity, x, levels, window, eta=.7, kind="flow", generators=None, f
         if stochastic:
             # the step noise: here the group's members part, and this is what the policy's probability is
             # about
-            draws = [torch.randn(mean.shape[1:], generator=g) for g in generators]
-            x_next = mean + std * torch.stack(draws).to(mean.device)
-            transitions.append(Transition(i, x, x_next, mean, log_prob(x_next, mean, std)))
+            noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+            x_next = mean + std * noise.to(mean.device)
+            sde_steps.append(SDEStep(i, x, x_next, mean, log_prob(x_next, mean, std)))
         else:
             x_next = mean
         x = after_step(x_next, i)
-    return x, transitions
+    return x, sde_steps
 
 
 # --------------------------------------------------------------- how processes share a step, c: train.Config
@@ -133,9 +133,9 @@ def standardise(values, group_ids, pooled=False, eps=1e-6):
     stays NaN.
 
     pooled: one std for all, the root mean square of what is left after each group's mean. A group whose
-    members are nearly alike then counts for little; by its own std it counts as much as any other
-    (Flow-GRPO's global_std). A group whose values are all equal, or of which fewer than two are left, has
-    nothing to compare and gets 0.
+    members are nearly alike then counts for little, where by its own std it counts as much as any other. A
+    group whose values are all equal, or of which fewer than two are left, has nothing to compare and gets 0;
+    these zeros count in the pooled std.
     """
     values = values.float()
     centred = torch.full((len(values),), torch.nan, device=values.device)
@@ -163,6 +163,7 @@ def variance_shares(terms, weights, group_ids):
     terms {name: (N,)}, NaN = masked or not asked for; weights {name: weight}; group_ids (N,). -> {name:
     share}, share = cov(w r, R) / var(R) about the groups' means, over the samples that no term masks. Shares
     sum to 1; a term that pulls against the sum has a negative one. Where nothing varies, every share is 0.
+    All groups count as they vary, also where `advantages` then gives each its own std.
     """
     parts = {name: weights[name] * values.double() for name, values in terms.items() if weights[name]}
     parts = {name: values for name, values in parts.items() if not values.isnan().all()}
@@ -202,8 +203,8 @@ def normalise_log_ratio(log_ratio, mean, mean_old, std):
     return (log_ratio + kl(mean, mean_old, std)) * std
 
 
-def rectification(levels, drawn, eta=.7, kind="flow"):
-    """Weights (drawn,) of the surrogate at each of the first `drawn` steps, mean 1: all of them then teach
+def rectification(levels, noisy_steps, eta=.7, kind="flow"):
+    """Weights (noisy_steps,) of the surrogate at each of the first steps, mean 1: all of them then teach
     alike.
 
     A step x' = mean + std noise moves the policy by d log p / dv = (x' - mean) / std^2 . d mean / dv, which
@@ -214,7 +215,7 @@ def rectification(levels, drawn, eta=.7, kind="flow"):
     """
     zero, one = torch.zeros(1), torch.ones(1)
     strengths = []
-    for sigma, sigma_next in zip(levels[:drawn], levels[1:]):
+    for sigma, sigma_next in zip(levels[:noisy_steps], levels[1:]):
         mean, std = transition(zero, zero, sigma, sigma_next, eta, kind)
         moved, _ = transition(zero, one, sigma, sigma_next, eta, kind)
         strengths.append((moved - mean).abs() / std)

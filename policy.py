@@ -2,10 +2,11 @@
 
     policy = Policy(c, processes)                  # c: train.Config
     policy.velocity(prompt)(x, sigma)              # v of the model in training
-    policy.velocity(prompt, reference=True)        # of the model before training, for the KL
+    policy.reference_velocity(prompt)(x, sigma)    # of the model before training, for the KL
     loss.backward(); policy.collect_gradients()    # after each batch
     norm = policy.sum_gradients()                  # over processes, clipped
-    policy.step(lr)
+    taken = policy.step(lr, norm)                  # False: the gradient is not finite, and left out
+    policy.update_average(step)
 
 Processes: gradients of replicated weights are summed in float64, in one all-reduce per optimiser step: what
 DDP does, without hooks that need a backward pass from a process without work in the update, and without the
@@ -36,8 +37,17 @@ from weights import written_whole
 
 
 class Policy:
-    """.wan the model; .fingerprint of what it was before training; .trained {name: parameter}; .average
-    {name: averaged weights}; .sharded whether .trained is."""
+    """The model in training, and all that an update of it needs.
+
+    .wan            the model, on this process's device
+    .base           the adapter that training starts from, as `lora_weights` adds it to what is exported
+    .fingerprint    of the model before training
+    .reference_dit  with --full and --kl, a frozen copy from before training
+    .trained        {name: parameter}, in what is saved too; .sharded: do processes hold parts of them?
+    .average        {name: averaged weights}, which are evaluated and exported
+    .sums           {name: float64 gradients of the batches so far}
+    .in_lockstep    must every process make the same forward passes (FSDP)?
+    """
 
     def __init__(self, c, processes, wan=None):
         """wan: another than c.model's, with its own embeddings (rehearse.py)."""
@@ -95,25 +105,35 @@ class Policy:
         self.wan.texts.encode(list(dict.fromkeys(prompts))[rank::world], progress=rank == 0)
         self.processes.wait()
 
-    def velocity(self, prompt, reference=False):
-        """-> velocity(x, sigma) for videos of one prompt. reference: of the untouched model."""
-        c, wan = self.c, self.wan
-        if reference and self.reference_dit is not None:
-            wan = copy.copy(wan)
-            wan.dit = self.reference_dit
+    def velocity(self, prompt, wan=None):
+        """-> velocity(x, sigma) for videos of one prompt. wan: another model than the one in training."""
+        wan, guidance = wan or self.wan, self.c.guidance
         text, negative = self.embedding(prompt), None
-        if c.guidance != 1:
+        if guidance != 1:
             negative = self.embedding("")
 
-        @functools.cache
-        def velocity_of(count):
+        @functools.cache  # a rollout asks for one number of videos many times, and trimming a text takes time
+        def for_videos(count):
             repeated = None if negative is None else negative.expand(count, -1, -1)
-            return guided_velocity(wan, text.expand(count, -1, -1), repeated, c.guidance)
+            return guided_velocity(wan, text.expand(count, -1, -1), repeated, guidance)
 
-        def velocity(x, sigma):
-            return velocity_of(len(x))(x, sigma)
+        return lambda x, sigma: for_videos(len(x))(x, sigma)
 
-        return velocity
+    def reference_velocity(self, prompt):
+        """-> velocity(x, sigma), without gradients, of the model before training (Wan with --lora's adapter):
+        LoRA is off for it, or with --full it is the frozen copy's."""
+        wan = self.wan
+        if self.c.full:
+            wan = copy.copy(wan)
+            wan.dit = self.reference_dit
+        velocity = self.velocity(prompt, wan)
+
+        @torch.no_grad()
+        def reference(x, sigma):
+            with contextlib.nullcontext() if self.c.full else lora_off(wan.dit):
+                return velocity(x, sigma)
+
+        return reference
 
     @torch.no_grad()
     def keep_pace(self, passes):
@@ -126,11 +146,6 @@ class Policy:
         text = torch.zeros(1, 1, dit.config.text_dim, device=device, dtype=getattr(torch, self.c.dtype))
         for _ in range(passes):
             dit(x, torch.zeros(1, device=device), text)
-
-    def untouched(self):
-        """with policy.untouched(): the model as it was before training (a frozen copy is used with
-        --full)."""
-        return contextlib.nullcontext() if self.c.full else lora_off(self.wan.dit)
 
     # ------------------------------------------------------------------------------------------------ updates
 
@@ -186,7 +201,7 @@ class Policy:
                                    "start again from an earlier checkpoint with a smaller --lr")
 
     @torch.no_grad()
-    def follow(self, step):
+    def update_average(self, step):
         """Every ema_every steps the averaged weights move towards the trained ones."""
         if (step + 1) % self.c.ema_every == 0:
             for name, p in self.trained.items():

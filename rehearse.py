@@ -175,17 +175,17 @@ def one_batch(trained, lap):
 
     del videos
     batch.advantages = torch.zeros(len(members))
-    for transition in batch.transitions:
-        loss, _ = train.policy_loss(trained, batch, transition)
+    for sde_step in batch.sde_steps:
+        loss, _ = train.policy_loss(trained, batch, sde_step)
         loss.backward()
         trained.collect_gradients()
     lap("update")
 
     trained.step(c.lr, trained.sum_gradients())
-    trained.follow(c.ema_every - 1)
+    trained.update_average(c.ema_every - 1)
     lap("optimiser step")
 
-    sampling = dataclasses.replace(train.own_sampling(c), steps=2)
+    sampling = dataclasses.replace(train.sampling_for(c), steps=2)
     with torch.no_grad(), trained.averaged():
         latents, _ = sample.sample_latents(trained.wan, [prompt] * len(members), sampling, c.seed)
         sample.decode_videos(trained.wan, latents)
@@ -234,7 +234,7 @@ def rehearse_devices(c, config=None, change=lambda wan: None):
             depth = DepthAnything3(SIZES["da3-giant"]).eval()
             frames = torch.zeros(2, 3, 56, 56)
         change(wan)
-        sampling = dataclasses.replace(train.own_sampling(c), steps=2, frames=5, height=64, width=64)
+        sampling = dataclasses.replace(train.sampling_for(c), steps=2, frames=5, height=64, width=64)
         videos, _ = sample.sample_videos(wan, ["push_in a lighthouse"], sampling)
         depth(frames)
     return videos[0].shape

@@ -42,7 +42,7 @@ from noise_warp import camera_path, draw_paths, parse_motion
 from rewards import TERMS, paths_in_depths
 from run import in_words, missing_steps
 from sample import as_bytes, read_video, write_video
-from train import Config, own_rewards
+from train import Config, rewards_for
 from weights import as_command, config_from, read_bytes, read_json, write_json, write_text
 
 STYLE = """
@@ -114,6 +114,7 @@ CHART_STYLE = {
     "xtick.color": GREY, "ytick.color": GREY, "legend.framealpha": 0,
     "axes.prop_cycle": matplotlib.cycler(color=["#3f87c9", "#d0663f", "#4b9a5f", "#9a6fc4"]),
 }
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # it would name web addresses
 
 
 def inline_svg(size, description, draw, *arguments):
@@ -122,8 +123,7 @@ def inline_svg(size, description, draw, *arguments):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot(), *arguments)
         out = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata would name web addresses
-        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(out, format="svg", transparent=True, metadata=NO_METADATA)
     _, _, picture = out.getvalue().partition("<svg")  # without the XML prologue
     return f'<svg role="img" aria-label="{html.escape(description)}"{picture}'
 
@@ -304,7 +304,7 @@ def examples(run, config, count=6):
             raise ValueError(f"{file} has no prompt, which is the line of its number in prompts.txt; "
                              "take it out of the folder")
     # scored again, with the training's judges: they show what they see
-    rewards = own_rewards(config)
+    rewards = rewards_for(config)
 
     sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
     for file in tqdm(files, desc="report", unit="prompt"):

@@ -10,12 +10,15 @@ One Depth Anything 3 reconstruction of a video (3D Gaussians and cameras) serves
     S_traj    exp(-(alpha |translation error| + beta |rotation error|)), path asked against
               path recovered                                                             `trajectory_reward`
     R_gen     HPSv3, a human-preference score, averaged over the first frames            `preference_reward`
+              (`general` in options, logs and files)
 
 `TERMS` is the one table of them: sums, options, logs, tables and pages read it. To add a reward, write a
-function (judges, clip) -> float and a line of the table. A video is scored alone: no score depends on the
-batch it came in. What fails is NaN, counted, and never a number. What the paper does not state (alpha, beta,
-the meta-view's offset, the number of frames) is a named argument here. Left out: reward servers, and rewards
-of single latents.
+function (judges, clip) -> float and a line of the table: the judges are a `Rewards`, whose attributes are the
+loaded models (.depth_anything, .critic, ...), the clip is one video with what was asked of it.
+
+A video is scored alone: no score depends on the batch it came in. What fails is NaN, counted, and never a
+number. What the paper does not state (alpha, beta, the meta-view's offset, the number of frames) is a named
+argument here. Left out: reward servers, and rewards of single latents.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from critics import Critic, Preference, digit_score, load_lpips, lpips_distance
 from depth_anything import Reconstruction, load_depth_anything
 from noise_warp import camera_path, draw_paths, parse_motion, relative_to_first, rotation_angle
 from prompts import usable_prompt
-from sample import as_bytes, check_device, check_writable, read_video, spread
+from sample import as_bytes, check_device, check_writable, evenly_spaced, read_video
 from weights import TINY, as_command, written_whole
 
 
@@ -408,8 +411,12 @@ class Rewards:
         return self.score_clips([Clip(video, prompt, path)], dynamic)[0]
 
     def terms(self, videos, prompts, paths, dynamic=False):
-        """As calling the object, but it is no error when every sample fails: training counts and masks
-        them."""
+        """B videos (F, 3, H, W), prompts, requested paths (F, 4, 4) -> {every term, three_d, total: (B,)}.
+
+        float32; NaN = masked, or not asked for (weight 0, or 3D terms with dynamic=True). A term that is
+        asked for and failed masks the total. dynamic: R_gen alone, no 3D work. It is no error when every
+        sample fails: training counts and masks them.
+        """
         self.failures.clear()
         self.reasons.clear()
         items = list(zip(videos, prompts, paths, strict=True))
@@ -422,12 +429,7 @@ class Rewards:
         return out
 
     def __call__(self, videos, prompts, paths, dynamic=False):
-        """B videos (F, 3, H, W), prompts, requested paths (F, 4, 4) -> {every term, three_d, total: (B,)}.
-
-        float32; NaN = masked, or not asked for (weight 0, or 3D terms with dynamic=True). A term that is
-        asked for and failed masks the total. dynamic: the preference alone, no 3D work. Raises when no sample
-        has a total.
-        """
+        """As `terms`, but RuntimeError says why when no sample has a total."""
         out = self.terms(videos, prompts, paths, dynamic)
         if out["total"].isnan().all():
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
@@ -518,7 +520,7 @@ def draw_clip(file, clip, columns=6):
         if images is None:
             return
         axes[row, 0].set_title(title, loc="left", fontsize=9)
-        for ax, image in zip(axes[row], images[spread(len(images), columns)]):
+        for ax, image in zip(axes[row], images[evenly_spaced(len(images), columns)]):
             ax.imshow(as_bytes(image))
 
     rec = clip.reconstruction

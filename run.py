@@ -1,5 +1,4 @@
-"""A run's machine room: processes, the run's folder, checkpoints, the clock and the log. No word of the
-method here.
+"""A run's machine room: processes, the run's folder, checkpoints, the clock and the log.
 
 runs/NAME/ holds config.json, metrics.jsonl (one line a step; what a clock or the machine decides is under
 "machine"), eval.jsonl, eval/, checkpoints/ and, at every evaluation and at the end, lora.safetensors. A run
@@ -96,7 +95,7 @@ class ConfigJson(TypedDict, total=False):
 
 def flat(config):
     """A configuration with the reward terms' weights beside the other options, as on the command line."""
-    return config | config.get("weights", {}) | dict(weights=0.0)
+    return {name: value for name, value in config.items() if name != "weights"} | config.get("weights", {})
 
 
 def open_run(c, processes):
@@ -126,13 +125,13 @@ def check_run(c, folder, base=None):
         may_change = MAY_CHANGE
         if c.decay:  # which depends on the run's length
             may_change = MAY_CHANGE - {"total_steps"}
-        # what an older run did not know: an option had its default, a term no weight
+        # an option that an older run did not know had its default
         defaults = {f.name: f.default for f in dataclasses.fields(c) if f.default is not dataclasses.MISSING}
         before = read_json(config)
         config_from(ConfigJson, before, config)
         before = defaults | flat(before)
         for name, value in flat(dataclasses.asdict(c)).items():
-            was = before.get(name, 0.0)
+            was = before.get(name, 0.0)  # 0: the weight of a term that it did not have
             if name not in may_change and was != value:
                 raise ValueError(f"{folder} was started with --{name.replace('_', '-')} {was}, not {value}; "
                                  "choose another --name, or keep its settings")
@@ -185,13 +184,13 @@ def lock(folder, processes):
     """Rank 0 locks a run's folder, if there is one; ValueError on all if another run holds it."""
     error = None
     if processes.rank == 0 and folder.exists() and processes.lock is None:
-        error = own(folder, processes)
+        error = acquire_lock(folder, processes)
     error = processes.gather(error)[0]
     if error:
         raise ValueError(error)
 
 
-def own(folder, processes):
+def acquire_lock(folder, processes):
     """Locks the run's folder until this process ends, however it ends. -> who holds it, if another does."""
     processes.lock = open(folder / ".lock", "a+")
     try:
@@ -442,7 +441,7 @@ def mean_of(values):
     return sum(values) / len(values) if values else None
 
 
-def spread_in_groups(values):
+def std_in_groups(values):
     """values (groups, G) -> mean over groups of the standard deviation inside the group, masked samples left
     out."""
     known = [row[~row.isnan()] for row in values]
@@ -450,23 +449,27 @@ def spread_in_groups(values):
 
 
 def metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norms, processes, clock):
-    """One line of metrics.jsonl, the same on every process.
+    """One line of metrics.jsonl: of all processes, and the same on each.
 
     indices: of the step's prompts; terms {name: (groups x G,)}; motion and A, the advantages, (groups x G,);
-    notes: this process's statistics of transitions; norms: of the gradients, one an update.
+    notes: this process's statistics, one a step of a batch; norms: of the gradients, one an update.
     """
     # what the processes know of their own batches
-    gathered = processes.gather((notes, clock.seconds))
-    notes = [note for others, _ in gathered for note in others]
+    if processes.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gathered = processes.gather((notes, clock.seconds, peak))
+    notes = [note for others, _, _ in gathered for note in others]
     row = dict(step=step, phase="dynamic" if dynamic else "main", prompts=indices)
 
     # rewards and advantages: means, and how far members of a group are apart
     for name, values in terms.items():
         row[name] = mean_of(values.tolist())
-        row[f"{name}_std"] = spread_in_groups(values.view(c.groups, -1))
+        row[f"{name}_std"] = std_in_groups(values.view(c.groups, -1))
     for name, share in shares.items():
         row[f"share_{name}"] = share
-    row["advantage_abs"], row["advantage_max"] = mean_of([A.abs().mean().item()]), mean_of([A.max().item()])
+    row["advantage_abs"], row["advantage_max"] = A.abs().mean().item(), A.max().item()
     row["flat_groups"] = int((A.view(c.groups, -1) == 0).all(1).sum())
     row["masked"] = int(terms["total"].isnan().sum())
     row["motion"] = mean_of(motion)
@@ -474,16 +477,13 @@ def metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norm
     # the update: how far the policy has moved from the one that rolled out, and from the reference
     for name in ("ratio", "clipped", "kl", "loss"):
         row[name] = mean_of([note[name] for note in notes])
-    row["ratio_max"] = mean_of([max(note["ratio_max"] for note in notes)])
+    row["ratio_max"] = mean_of([max(note["ratio_max"] for note in notes)])  # of one: JSON has no infinity
     row["grad"] = [norm if math.isfinite(norm) else None for norm in norms]
     row["skipped"] = row["grad"].count(None)
 
-    # what only the machine decides
-    if processes.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    phases = dict.fromkeys(phase for _, others in gathered for phase in others)
-    seconds = {phase: max(others.get(phase, 0.0) for _, others in gathered) for phase in phases}
+    # what only the machine decides: the slowest process's seconds, the largest one's memory
+    phases = dict.fromkeys(phase for _, seconds, _ in gathered for phase in seconds)
+    seconds = {phase: max(others.get(phase, 0.0) for _, others, _ in gathered) for phase in phases}
+    peak = max(peak for _, _, peak in gathered)
     row["machine"] = dict(seconds=seconds, peak_bytes=peak, processes=processes.world)
     return row

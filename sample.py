@@ -98,7 +98,15 @@ def sigmas(steps, shift):
     return torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1, dtype=torch.float64)]).float()
 
 
+def noise_levels(wan, steps, shift=None):
+    """`sigmas` for a model. shift None takes its scheduler_config's, else 5.0 (Wan's for text-to-video)."""
+    return sigmas(steps, shift if shift is not None else wan.shift or 5.0)
+
+
 # --------------------------------------------------------------------------------------------------- one step
+
+SDE_KINDS = ("flow", "dance", "cps")
+
 
 def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     """One step sigma -> sigma_next < sigma as a Gaussian. -> mean (like x), std (a 0-dim tensor), float32.
@@ -111,10 +119,12 @@ def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     cps          std = sigma_next sin(eta pi/2); mean = (1-sigma_next) x0 + sigma_next cos(eta pi/2) eps
                  with x0 = x - sigma v, eps = x + (1-sigma) v (Flow-CPS, arXiv 2509.05952)
 
-    sigma, sigma_next: floats or 0-dim tensors. eta = 0 is the ODE in every kind, bit for bit.
+    sigma, sigma_next: floats or 0-dim tensors. eta = 0 is the ODE in every kind, bit for bit. What holds of
+    every kind is relied on: mean is linear in v (`grpo.rectification`), std does not depend on v
+    (`grpo.kl`), and is above 0 but for the step to sigma_next = 0 (`grpo.draw_window`).
     """
-    if kind not in ("flow", "dance", "cps"):
-        raise ValueError(f"kind must be flow, dance or cps, got '{kind}'")
+    if kind not in SDE_KINDS:
+        raise ValueError(f"kind must be one of {', '.join(SDE_KINDS)}, got '{kind}'")
     x, v = x.float(), v.float()
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
@@ -242,15 +252,15 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
            progress=False, after_step=None):
     """Noise (B, C, T, h, w), N(0, 1) per element -> latents of the same shape, float32, for B prompts.
 
-    shift: of the schedule; None takes the model's scheduler_config, else 5.0 (Wan's for text-to-video).
-    after_step(x, i) may change the latents after step i (`noise_warp.released_push`).
+    shift: of the schedule (`noise_levels`). after_step(x, i) may change the latents after step
+    i (`noise_warp.released_push`).
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got '{solver}'")
     if len(prompts) != len(noise):
         raise ValueError(f"{len(prompts)} prompts need as many noise samples, got {len(noise)}")
     # the schedule, and the velocity that the solver integrates
-    levels = sigmas(steps, shift if shift is not None else wan.shift or 5.0)
+    levels = noise_levels(wan, steps, shift)
     unconditional = None
     if guidance != 1:
         unconditional = wan.encode_text([negative]).expand(len(prompts), -1, -1)
@@ -285,12 +295,13 @@ def initial_noise(wan, path, height, width, generators, transport=True, degradat
     return latent_noise(path, frames, h, w, len(generators), generators, channels, degradation)
 
 
-def sample_latents(wan, prompts, sampling, seed=0, members=None, paths=None, strength=1.0, transport=True,
-                   released=False, solver="unipc", negative="", progress=False):
+def sample_latents(wan, prompts, sampling, seed=0, noise_ids=None, paths=None, strength=1.0,
+                   transport=True, released=False, solver="unipc", negative="", progress=False):
     """One sample a prompt. -> latents (B, C, T, h, w), and the camera paths [(F, 4, 4)] that were asked for.
 
-    members: which of the seed's noises each prompt takes (default: the i-th the i-th), so that no sample
-    depends on the batch. paths: instead of the prompts' own camera paths, which are scaled by strength.
+    noise_ids: of each prompt the number that keys its noise, beside the seed (default: 0, 1, 2, ...); with
+    numbers of their own, samples do not depend on the batch. paths: instead of the prompts' own camera paths,
+    which are scaled by strength.
     released: as World-R1's released code uses transport, white noise with the transported pushed in over the
     first steps.
     """
@@ -298,22 +309,24 @@ def sample_latents(wan, prompts, sampling, seed=0, members=None, paths=None, str
     if paths is None:
         paths = [camera_path(parse_motion(prompt), sampling.frames, strength) for prompt in prompts]
     # path -> flow -> noise, each sample's from its own generator
-    members = range(len(prompts)) if members is None else members
+    noise_ids = range(len(prompts)) if noise_ids is None else noise_ids
 
-    def noise_of(transported):
+    def noise_of(purpose, transport):
         parts = []
-        for path, member in zip(paths, members, strict=True):
-            draws = [generator(seed, 0, 0, member, "noise")]
-            parts.append(initial_noise(wan, path, sampling.height, sampling.width, draws, transported,
+        for path, number in zip(paths, noise_ids, strict=True):
+            generators = [generator(seed, 0, 0, number, purpose)]
+            parts.append(initial_noise(wan, path, sampling.height, sampling.width, generators, transport,
                                        sampling.degradation))
         return torch.cat(parts)
 
     # noise -> latents
-    start, push = noise_of(transport and not released), None
     if released:
-        push = released_push(start, noise_of(True))
-    latents = sample(wan, prompts, start, sampling.steps, sampling.guidance, sampling.shift, solver, negative,
-                     progress, push)
+        noise = noise_of("white", False)
+        after_step = released_push(noise, noise_of("noise", True))
+    else:
+        noise, after_step = noise_of("noise", transport), None
+    latents = sample(wan, prompts, noise, sampling.steps, sampling.guidance, sampling.shift, solver, negative,
+                     progress, after_step)
     return latents, paths
 
 
@@ -380,18 +393,18 @@ def read_video(path):
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, fps
 
 
-def spread(frames, columns=6):
-    """-> the indices of `columns` of so many frames, evenly spread."""
+def evenly_spaced(frames, columns=6):
+    """-> the indices of `columns` of so many frames, from the first to the last."""
     return torch.linspace(0, frames - 1, min(columns, frames)).round().long()
 
 
 def contact_sheet(path, videos, columns=6, width=1152):
-    """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames evenly spread, small frames
+    """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames each, small frames
     enlarged."""
     import imageio.v3 as iio
     rows = []
     for video in videos:
-        pick = spread(len(video), columns)
+        pick = evenly_spaced(len(video), columns)
         rows.append(torch.cat(list(video[pick].float().cpu()), -1))  # (3, H, columns * W)
     sheet = as_bytes(torch.cat(rows, 1))
     scale = max(1, width // sheet.shape[1])

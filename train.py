@@ -9,7 +9,7 @@ One step of `train`, top to bottom:
     reconstruction) -> gather -> advantages inside each group -> gradients of the clipped surrogate plus KL ->
     optimiser step
 
-Every main_steps steps a dynamic phase trains dynamic_steps steps on moving scenes with the preference reward
+Every main_steps steps a dynamic phase trains dynamic_steps steps on moving scenes without R_3D, so with R_gen
 alone (periodic decoupling). Processes share a step by batches of a group's members, and every random draw is
 keyed by (seed, step, phase, prompt, member, purpose): the same run on 1, 2 or 8 processes makes the same
 videos. The method's parts are in noise_warp.py, sample.py, rewards.py and grpo.py; policy.py holds model and
@@ -42,9 +42,9 @@ from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
 from run import (Clock, Processes, append_line, begin_run, drop_lines, in_words, load_checkpoint, mean_of,
                  metrics_row, missing_steps, open_run, read_lines, save_checkpoint, wandb_log)
-from sample import (check_device, check_size, check_writable, contact_sheet, decode_videos, euler, generator,
-                    initial_noise, log_prob, sample_latents, sampling_of, sigmas, spread, transition,
-                    unchanged, write_video)
+from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
+                    evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
+                    sampling_of, transition, unchanged, write_video)
 from weights import TINY, write_text
 
 ROOT = Path(__file__).parent
@@ -67,17 +67,17 @@ class Config:
     lora: str | None = option("what", None, "an adapter to start from; exports hold both")
     prompts: str = option("what", str(TINY / "prompts.jsonl"), "file: jsonl, or one prompt a line")
     train_prompts: int | None = option("what", None, "train on the first so many (default: on all)", least=1)
-    frames: int | None = option("what", None, "4k+1 (default: the model's, as for height and width)")
-    height: int | None = option("what", None)
-    width: int | None = option("what", None)
-    seed: int = option("what", 0, most=math.inf)
+    frames: int | None = option("what", None, "of a video, 4k+1 (default: the model's)")
+    height: int | None = option("what", None, "of a video, a multiple of 16 (default: the model's)")
+    width: int | None = option("what", None, "of a video, a multiple of 16 (default: the model's)")
+    seed: int = option("what", 0, "of all draws: prompts, noises, LoRA's start", most=math.inf)
 
     groups: int = option("rollout", 6, "prompts a step, over all processes", least=1)
     members: int = option("rollout", 8, "videos a prompt (G); advantages compare them", least=2)
     steps: int = option("rollout", 10, "denoising steps of a rollout", least=2)
     guidance: float = option("rollout", 1.0, "of a rollout; 1 = off", least=0)
     eta: float = option("rollout", .7, "noise level of the stochastic steps", least=0, most=1)
-    sde: str = option("rollout", "flow", "kind of stochastic step", choices=("flow", "dance", "cps"))
+    sde: str = option("rollout", "flow", "kind of stochastic step", choices=SDE_KINDS)
     window: int = option("rollout", 2, "consecutive stochastic steps, the ones that are trained", least=1)
     noisy_steps: int = option("rollout", 5, "the window lies within the first so many steps", least=1)
     shared: bool = option("rollout", False, "members share the steps before the window")
@@ -96,59 +96,60 @@ class Config:
     frames_seen: int = option("rewards", 2, "frames the preference model sees, from the first on", least=1)
     traj_alpha: float = option("rewards", 5.0, "weight of the translation error in S_traj", least=0)
     traj_beta: float = option("rewards", 5.0, "weight of the rotation error in S_traj", least=0)
-    general_center: float | None = option("rewards", None, "R_gen = tanh((score - center) / spread)",
-                                          least=-10 ** 6)
-    general_spread: float | None = option("rewards", None, "(default of both: the judge's own)", least=1e-6)
+    general_center: float | None = option("rewards", None, "R_gen = tanh((score - center) / spread) "
+                                          "(default: the judge's own)", least=-10 ** 6)
+    general_spread: float | None = option("rewards", None, "see --general-center", least=1e-6)
     # of the terms: --meta, --recon, ...
     weights: dict = field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
-    standardise: bool = option("rewards", True, "bring each term to its spread in the group before the sum")
-    pooled: bool = option("rewards", False, "one spread for all of the step's groups, not each its own")
+    standardise: bool = option("rewards", True, "divide each term by its std in the group before the sum")
+    pooled: bool = option("rewards", False, "one std for all of the step's groups, not each its own")
     max_masked: float = option("rewards", .5, "a step with a larger share of failed rewards stops the run",
                                least=0, most=1)
 
-    lr: float = option("update", 3e-4, least=0)
+    lr: float = option("update", 3e-4, "AdamW's learning rate", least=0)
     decay: float = option("update", 0.0, "share of the run in which the rate falls to 0 at its end",
                           least=0, most=1)
-    beta1: float = option("update", .9, least=0, most=.999999)
-    beta2: float = option("update", .999, least=0, most=.999999)
-    weight_decay: float = option("update", 1e-4, least=0)
-    clip: float = option("update", 1e-3, "of the ratio", least=0)
-    kl: float = option("update", .004, "weight of the KL to the untouched model", least=0)
-    adv_clip: float = option("update", 5.0, "of the advantages", least=0)
-    grad_clip: float = option("update", 1.0, least=0)
-    max_skipped: int = option("update", 3, "steps in a row without a finite gradient that stop the run",
-                              least=0)
+    beta1: float = option("update", .9, "AdamW's", least=0, most=.999999)
+    beta2: float = option("update", .999, "AdamW's", least=0, most=.999999)
+    weight_decay: float = option("update", 1e-4, "AdamW's", least=0)
+    clip: float = option("update", 1e-3, "epsilon: the ratio is clipped to 1 +- this", least=0)
+    kl: float = option("update", .004, "weight of the KL to the model before training", least=0)
+    adv_clip: float = option("update", 5.0, "advantages are clipped to +- this", least=1e-6)
+    grad_clip: float = option("update", 1.0, "longer gradients are scaled down to this norm", least=1e-6)
+    max_skipped: int = option("update", 3, "so many gradients in a row that are not finite are left out; "
+                              "one more stops the run", least=0)
     updates: int = option("update", 1, "optimiser steps a rollout: its groups are split among them", least=1)
     ratio_norm: bool = option("update", False, "GRPO-Guard's normalised ratio")
     rectify: bool = option("update", False, "Flash-GRPO's weights: every step's gradient of one size")
     full: bool = option("update", False, "train all weights instead of LoRA")
-    lora_rank: int = option("update", 32, least=1)
-    lora_alpha: float = option("update", 64.0, least=1e-6)
+    lora_rank: int = option("update", 32, "of LoRA's matrices", least=1)
+    lora_alpha: float = option("update", 64.0, "LoRA counts alpha / rank times", least=1e-6)
     ema_decay: float = option("update", .9, "of the averaged weights, which are evaluated and exported",
                               least=0, most=1)
-    ema_every: int = option("update", 8, least=1)
+    ema_every: int = option("update", 8, "steps between updates of the averaged weights", least=1)
 
-    total_steps: int = option("schedule", 200, least=1, most=999_999)  # a checkpoint's name has six digits
-    main_steps: int = option("schedule", 100, least=1)
-    dynamic_steps: int = option("schedule", 50, least=0)
-    eval_every: int = option("schedule", 50, "0: never", least=0)
+    total_steps: int = option("schedule", 200, "of the run", least=1, most=999_999)  # six digits in a name
+    main_steps: int = option("schedule", 100, "with all rewards, before each dynamic phase", least=1)
+    dynamic_steps: int = option("schedule", 50, "of a dynamic phase; 0 = none", least=0)
+    eval_every: int = option("schedule", 50, "steps between evaluations; 0 = none", least=0)
     eval_prompts: int = option("schedule", 16, "the last so many of the test prompts", least=1)
-    save_every: int = option("schedule", 1, least=1)
-    keep: int = option("schedule", 2, "checkpoints", least=1)
+    save_every: int = option("schedule", 1, "steps between checkpoints", least=1)
+    keep: int = option("schedule", 2, "how many checkpoints are kept", least=1)
 
     device: str | None = option("machine", None, "default: cuda when there is one")
     dtype: str | None = option("machine", None, "of the frozen weights (bfloat16 on CUDA, else float32)",
                                choices=("float32", "bfloat16"))
     batch: int | None = option("machine", None, "videos that are run at once; processes share a step by "
                                "batches of a group's members (default: a whole group)", least=1)
-    parallel: str = option("machine", "ddp", choices=("ddp", "fsdp"))
+    parallel: str = option("machine", "ddp", "every process holds the model, or a shard of it",
+                           choices=("ddp", "fsdp"))
     shard_size: int | None = option("machine", None, "processes that share one copy of the weights under "
                                     "fsdp, such as a node's 8 (default: all)", least=1)
     timeout: float = option("machine", 60.0, "minutes a process waits for the slowest", least=.1)
     checkpointing: bool = option("machine", False, "recompute activations in the backward pass")
-    compile: bool = option("machine", False)
+    compile: bool = option("machine", False, "torch.compile the DiT's blocks")
     offload: bool = option("machine", False, "keep reward models on the CPU, and move one at a time")
-    wandb: bool = option("machine", False)
+    wandb: bool = option("machine", False, "log to Weights & Biases, too")
 
 
 # Where a value comes from: the paper; the release, World-R1's published configuration; Flow-GRPO (arXiv
@@ -225,7 +226,7 @@ def parse_arguments(argv=None):
     c = Config(**preset | given, weights=weights)
 
     # what the model and the machine decide
-    sampling = own_sampling(c)
+    sampling = sampling_for(c)
     for name in ("frames", "height", "width", "degradation"):
         setattr(c, name, getattr(sampling, name))
     if c.device is None:
@@ -234,15 +235,16 @@ def parse_arguments(argv=None):
     return c
 
 
-def own_sampling(c):
+def sampling_for(c):
     """-> the Sampling of the model, at the run's size."""
     return sampling_of(c.model, frames=c.frames, height=c.height, width=c.width, degradation=c.degradation)
 
 
-def own_rewards(c, device="cpu"):
+def rewards_for(c, device="cpu"):
     """-> the run's Rewards; nothing is loaded yet."""
-    return Rewards(c.depth_anything, c.critic, c.preference, c.lpips, c.views, c.frames_seen, c.traj_alpha,
-                   c.traj_beta, c.weights, device, center=c.general_center, spread=c.general_spread,
+    return Rewards(depth_anything=c.depth_anything, critic=c.critic, preference=c.preference, lpips=c.lpips,
+                   views=c.views, frames_seen=c.frames_seen, alpha=c.traj_alpha, beta=c.traj_beta,
+                   weights=c.weights, device=device, center=c.general_center, spread=c.general_spread,
                    offload=c.offload)
 
 
@@ -296,9 +298,14 @@ def check(c, world):
                              f"members / batch) to be a multiple of the {world} processes")
         if world % min(c.shard_size or world, world):
             raise ValueError(f"--shard-size must divide the {world} processes, got {c.shard_size}")
+    if c.dynamic_steps and not any(c.weights[name] for name, term in TERMS.items() if not term.three_d):
+        outside = " or ".join(f"--{name}" for name, term in TERMS.items() if not term.three_d)
+        raise ValueError(f"the dynamic phase has no reward left: give {outside} a weight, or leave the phase "
+                         "out with --dynamic-steps 0")
+    # these raise for what cannot work; what they return is not needed yet
     check_device(c.device)
     check_writable(Path(c.runs) / c.name / "config.json", "--runs or --name")
-    own_rewards(c)
+    rewards_for(c)
     draw_window(generator(0), c.steps, c.window, c.noisy_steps)
     if c.lora:
         lora_file(c.lora)
@@ -315,7 +322,7 @@ def train(c, processes):
     if c.dynamic_steps and not prompts["dynamic"]:
         raise ValueError(f"{c.prompts} holds no dynamic prompts for the dynamic phase; "
                          "add some (split dynamic), or leave the phase out: --dynamic-steps 0")
-    rewards = own_rewards(c, processes.device).load()
+    rewards = rewards_for(c, processes.device).load()
     folder = open_run(c, processes)
     policy = Policy(c, processes)
 
@@ -329,7 +336,7 @@ def train(c, processes):
         if gaps:
             tqdm.write(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
                        "the rest of the run is whole", file=sys.stderr)
-    # Training is watched, and stopped, by the last test prompts; eval.py scores the first of them.
+    # `evaluate` watches training on the last test prompts; eval.py scores the first of them.
     validation = prompts["test"][-c.eval_prompts:] if c.eval_every else []
     policy.encode_prompts([*prompts_of_run(c, prompts, steps_done), *validation])
     stop_asked = []
@@ -343,8 +350,8 @@ def train(c, processes):
     mine = work[processes.rank]  # [(group, members)]
     group_ids = torch.arange(c.groups).repeat_interleave(c.members)  # (groups x G,)
     # optimiser steps in a row that were left out, up to where the run goes on
-    norms = reversed([norm for row in rows for norm in row.get("grad", [])])
-    skipped = processes.gather(len(list(itertools.takewhile(lambda norm: norm is None, norms))))[0]
+    past_norms = reversed([norm for row in rows for norm in row.get("grad", [])])
+    skipped = processes.gather(len(list(itertools.takewhile(lambda norm: norm is None, past_norms))))[0]
     bar = tqdm(total=c.total_steps, initial=steps_done, desc=c.name, unit="step",
                disable=processes.rank > 0)
     for step in range(steps_done, c.total_steps):
@@ -357,7 +364,7 @@ def train(c, processes):
         # Roll out: G videos of each prompt, from noise that was transported along the prompt's camera path.
         # Score: Depth Anything 3 lifts each video to Gaussians and cameras, and the terms look at it. Then
         # the video is dropped: the update needs the window's latents alone.
-        windows = [step_window(c, step, dynamic, index) for index, _ in chosen]
+        windows = [step_window(c, step, dynamic, key) for key in keys_of(chosen)]
         batches, failed = [], {}  # term -> why it was masked
         for batch, videos, path in roll_out(policy, step, dynamic, chosen, windows, mine):
             clock.lap("rollout")
@@ -391,19 +398,20 @@ def train(c, processes):
             for batch in batches:
                 if update_of(c, batch.group) != update:
                     continue
-                for sde_step in batch.transitions:
+                for sde_step in batch.sde_steps:
                     loss, note = policy_loss(policy, batch, sde_step)
 
                     # The objective is a mean over groups, the window's steps and members: this is a batch's
                     # share of it.
                     of_update = c.updates / c.groups
-                    of_window = 1 / len(batch.transitions)
+                    of_window = 1 / len(batch.sde_steps)
                     of_group = len(batch.members) / c.members
                     # FSDP averages over processes what is meant to be summed (--full --parallel fsdp)
                     averaged = processes.world if policy.sharded else 1
                     (loss * (of_update * of_window * of_group * averaged)).backward()
                     notes.append(note)
                 policy.collect_gradients()
+            # before a step's first update nothing has changed since its rollout
             if update == 0:
                 stop_if_drifted(c, notes)
             # a step whose gradient is not finite is left out and counted; too many in a row stop the run
@@ -413,7 +421,7 @@ def train(c, processes):
             if skipped > c.max_skipped:
                 raise RuntimeError(f"step {step}: {skipped} gradients in a row were not finite, more than "
                                    f"--max-skipped {c.max_skipped}; a smaller --lr may help")
-        policy.follow(step)
+        policy.update_average(step)
         clock.lap("update")
 
         # Log, evaluate, save.
@@ -444,9 +452,10 @@ def train(c, processes):
 
 def step_prompts(c, prompts, step):
     """-> is this a dynamic step, and its [(index, prompt)] * groups: each phase walks through its own list,
-    shuffled anew every time around."""
+    shuffled anew every time around. Nothing but the step decides it: a run that goes on, and every process,
+    asks again."""
     cycle, within = divmod(step, c.main_steps + c.dynamic_steps)
-    dynamic = within >= c.main_steps and bool(prompts["dynamic"])
+    dynamic = within >= c.main_steps
     rows = prompts["dynamic" if dynamic else "train"]
     if dynamic:
         done = cycle * c.dynamic_steps + within - c.main_steps
@@ -469,16 +478,24 @@ def prompts_of_run(c, prompts, steps_done):
     return used
 
 
-def drawn(c, step, dynamic, index, purpose, *member):
-    """-> the generator of one draw of a step, which nothing else depends on."""
+def keys_of(chosen):
+    """-> what keys each group's draws: its prompt's index; where a step has a prompt twice, the second group
+    draws for itself."""
+    indices = [index for index, _ in chosen]
+    times = [indices[:g].count(index) for g, index in enumerate(indices)]
+    return [(index, count) if count else index for index, count in zip(indices, times)]
+
+
+def generator_of(c, step, dynamic, key, purpose, *member):
+    """-> the generator of one draw of a step's group, which nothing else depends on."""
     phase = "dynamic" if dynamic else "train"
-    return generator(c.seed, step, phase, index, *member, purpose)
+    return generator(c.seed, step, phase, key, *member, purpose)
 
 
-def step_window(c, step, dynamic, index):
-    """-> the stochastic steps of a prompt's rollouts (a range)."""
-    whose = None if c.common_window else index
-    return draw_window(drawn(c, step, dynamic, whose, "window"), c.steps, c.window, c.noisy_steps)
+def step_window(c, step, dynamic, key):
+    """-> the stochastic steps of a group's rollouts (a range)."""
+    whose = None if c.common_window else key
+    return draw_window(generator_of(c, step, dynamic, whose, "window"), c.steps, c.window, c.noisy_steps)
 
 
 @torch.no_grad()
@@ -486,38 +503,50 @@ def roll_out(policy, step, dynamic, chosen, windows, work):
     """Rolls out a process's work [(group, members)], one batch after the other. Yields each as a Batch, its
     videos B x (F, 3, H, W), and the camera path that was asked for (F, 4, 4)."""
     c, wan = policy.c, policy.wan
-    levels = sigmas(c.steps, wan.shift or 5.0)
+    levels = noise_levels(wan, c.steps, sampling_for(c).shift)
+    keys = keys_of(chosen)
     for g, share in itertools.groupby(work, key=lambda place: place[0]):
-        index, prompt = chosen[g]
+        _, prompt = chosen[g]
+        whose = step, dynamic, keys[g]
         velocity, window = policy.velocity(prompt), windows[g]
         path = camera_path(parse_motion(prompt), c.frames, c.strength)  # (F, 4, 4)
 
-        def start(members):
-            """camera words -> path -> flow -> noise (B, C, T, h, w); and what changes latents after a step"""
-            def noise(transport=True):
-                draws = [drawn(c, step, dynamic, index, "noise", member) for member in members]
-                return initial_noise(wan, path, c.height, c.width, draws, transport,
-                                     c.degradation).to(wan.device)
-
-            if c.released:
-                white = noise(transport=False)
-                return white, released_push(white, noise())
-            return noise(), unchanged
-
         # members may share the steps before the window: one noise, and one path until it branches
         if c.shared:
-            noise, push = start([0])
             first = window[0]
-            branching = euler(velocity, noise, levels[:first + 1], push)  # (1, C, T, h, w)
+            noise, after_step = first_noise(policy, path, whose, [0])
+            branching = euler(velocity, noise, levels[:first + 1], after_step)  # (1, C, T, h, w)
         for _, members in share:
             if c.shared:
                 x = branching.repeat_interleave(len(members), 0)
             else:
                 first = 0
-                x, push = start(members)
-            draws = [drawn(c, step, dynamic, index, "sde", member) for member in members]
-            latents, transitions = rollout(velocity, x, levels, window, c.eta, c.sde, draws, first, push)
-            yield Batch(g, members, prompt, levels, transitions), decode_videos(wan, latents), path
+                x, after_step = first_noise(policy, path, whose, members)
+            generators = [generator_of(c, *whose, "sde", member) for member in members]
+            latents, sde_steps = rollout(velocity, x, levels, window, c.eta, c.sde, generators, first,
+                                         after_step)
+            yield Batch(g, members, prompt, levels, sde_steps), decode_videos(wan, latents), path
+
+
+def first_noise(policy, path, whose, members):
+    """-> the noise (B, C, T, h, w) that members of a group begin with, carried along the camera path; and
+    what changes the latents after each step: nothing, but with --released the noise is white, and the carried
+    one is pushed in step by step.
+
+    whose: (step, dynamic, key) of the group.
+    """
+    c, wan = policy.c, policy.wan
+
+    def noise(purpose, transport):
+        generators = [generator_of(c, *whose, purpose, member) for member in members]
+        drawn = initial_noise(wan, path, c.height, c.width, generators, transport, c.degradation)
+        return drawn.to(wan.device)
+
+    carried = noise("noise", transport=True)
+    if not c.released:
+        return carried, unchanged
+    white = noise("white", transport=False)
+    return white, released_push(white, carried)
 
 
 def gather_scores(processes, batches):
@@ -530,11 +559,21 @@ def gather_scores(processes, batches):
     return terms, [value for _, motion in ordered for value in motion]
 
 
+def stop_if_masked(c, processes, failed, total, step):
+    """A failed reward is masked, never a number; too many of them are a fault that training must not hide."""
+    masked = int(total.isnan().sum())
+    if masked > c.max_masked * len(total):
+        everywhere = {name: why for part in processes.gather(failed) for name, why in part.items()}
+        reasons = "; ".join(f"{name}: {why}" for name, why in everywhere.items())
+        raise RuntimeError(f"step {step}: {masked} of {len(total)} rewards failed, more than --max-masked "
+                           f"{c.max_masked} allows ({reasons})")
+
+
 def compare(c, terms, group_ids, dynamic=False):
     """-> advantages (N,) of terms {name: (N,)} with their total, and each term's share in deciding them.
 
     The paper standardises the plain sum of the terms, which is what the log calls total; with --standardise
-    each term is first brought to its own spread, so that none drowns the others. A masked video leaves the
+    each term is first divided by its own std, so that none drowns the others. A masked video leaves the
     statistics of every term.
     """
     compared = without_masked(terms)
@@ -545,19 +584,10 @@ def compare(c, terms, group_ids, dynamic=False):
 
 
 def without_masked(terms):
-    """Terms {name: (N,)} with their total -> the same; a sample without a total has no other term either."""
+    """Terms {name: (N,)} with their sums -> those of TERMS alone, where a sample without a total has no term
+    either (NaN)."""
     masked = terms["total"].isnan()
     return {name: terms[name].masked_fill(masked, torch.nan) for name in TERMS}
-
-
-def stop_if_masked(c, processes, failed, total, step):
-    """A failed reward is masked, never a number; too many of them are a fault that training must not hide."""
-    masked = int(total.isnan().sum())
-    if masked > c.max_masked * len(total):
-        everywhere = {name: why for part in processes.gather(failed) for name, why in part.items()}
-        reasons = "; ".join(f"{name}: {why}" for name, why in everywhere.items())
-        raise RuntimeError(f"step {step}: {masked} of {len(total)} rewards failed, more than --max-masked "
-                           f"{c.max_masked} allows ({reasons})")
 
 
 def policy_loss(policy, batch, sde_step):
@@ -582,12 +612,11 @@ def policy_loss(policy, batch, sde_step):
         possible = min(c.noisy_steps, c.steps - 1)  # the steps that can be drawn
         loss = loss * rectification(batch.levels, possible, c.eta, c.sde)[sde_step.index].to(loss.device)
 
-    # KL to the untouched model, whose step from x has the same std
+    # KL to the model before training, whose step from x has the same std
     distance = torch.zeros(())
     if c.kl:
-        with torch.no_grad(), policy.untouched():
-            v_reference = policy.velocity(batch.prompt, reference=True)(x, sigma)
-            mean_reference, _ = transition(x, v_reference, sigma, sigma_next, c.eta, c.sde)
+        v_reference = policy.reference_velocity(batch.prompt)(x, sigma)
+        mean_reference, _ = transition(x, v_reference, sigma, sigma_next, c.eta, c.sde)
         distance = kl(mean, mean_reference, std).mean()
         loss = loss + c.kl * distance
 
@@ -595,6 +624,20 @@ def policy_loss(policy, batch, sde_step):
     clipped = ((ratio - 1).abs() > c.clip).float().mean().item()
     return loss, dict(ratio=ratio.mean().item(), ratio_max=ratio.max().item(), drift=drift, clipped=clipped,
                       kl=distance.item(), loss=loss.item())
+
+
+def stop_if_drifted(c, notes):
+    """Before the first update nothing has changed since the rollout, so every ratio must be 1."""
+    drift = max((note["drift"] for note in notes), default=0.0)
+    if drift > (1e-5 if c.dtype == "float32" else 1e-3):
+        raise RuntimeError(f"before the first update log-ratios reach {drift:.1e}: "
+                           "rollout and update run the model differently")
+
+
+def learning_rate(c, step):
+    """lr, and over the last `decay` share of total_steps a line down to 0, which would be the step after the
+    last."""
+    return c.lr * min(1.0, (c.total_steps - step) / max(c.decay * c.total_steps, 1))
 
 
 def warn_of_one_term(file, share=.7, steps=20):
@@ -612,20 +655,6 @@ def warn_of_one_term(file, share=.7, steps=20):
                        f"for {count} steps; lower --{name}, or use --standardise")
 
 
-def stop_if_drifted(c, notes):
-    """Before the first update nothing has changed since the rollout, so every ratio must be 1."""
-    drift = max((note["drift"] for note in notes), default=0.0)
-    if drift > (1e-5 if c.dtype == "float32" else 1e-3):
-        raise RuntimeError(f"before the first update log-ratios reach {drift:.1e}: "
-                           "rollout and update run the model differently")
-
-
-def learning_rate(c, step):
-    """lr, and over the last `decay` share of total_steps a line down to 0, which would be the step after the
-    last."""
-    return c.lr * min(1.0, (c.total_steps - step) / max(c.decay * c.total_steps, 1))
-
-
 # ------------------------------------------------------------------------------------------------- evaluation
 
 def evaluate(policy, rewards, prompts, folder, step):
@@ -636,6 +665,8 @@ def evaluate(policy, rewards, prompts, folder, step):
         rows = evaluation_rows(policy, rewards, prompts, videos)
     if policy.processes.rank == 0:
         row = dict(step=step) | {name: mean_of([r[name] for r in rows]) for name in rows[0]}
+        # their means leave out what failed, so a model whose worst videos fail must not look better for it
+        row["masked"] = sum(math.isnan(r["total"]) for r in rows)
         evaluations = drop_lines(folder / "eval.jsonl", step)
         append_line(folder / "eval.jsonl", row)
         tqdm.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
@@ -656,7 +687,7 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
     Processes share the prompts by batches; the first `shown` are written as videos.
     """
     c, processes = policy.c, policy.processes
-    sampling = own_sampling(c)
+    sampling = sampling_for(c)
     size = c.batch or c.members
     rows, sheet = [], {}
     for start in range(0, len(prompts), size * processes.world):
@@ -674,7 +705,7 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
             rows.append((k, row | unrewarded(video)))
             if k < shown:
                 write_video(folder / f"{k:02d}.mp4", video, sampling.fps)
-                sheet[k] = video[spread(len(video))]
+                sheet[k] = video[evenly_spaced(len(video))]
     sheet = {k: frames for part in processes.gather(sheet) for k, frames in part.items()}
     if processes.rank == 0:
         contact_sheet(folder / "sheet.png", [sheet[k] for k in sorted(sheet)])

@@ -43,11 +43,11 @@ from prompts import usable_prompt
 from report import GREY, PAGE, PLAY, STYLE, figure, html_table, inline, inline_svg, inline_video
 from rewards import TERMS, Clip, combine, paths_in_depths
 from run import Processes
-from sample import (as_bytes, check_writable, decode_videos, euler, initial_noise, log_prob, sigmas, spread,
-                    transition, write_video)
+from sample import (as_bytes, check_writable, decode_videos, euler, evenly_spaced, initial_noise, log_prob,
+                    noise_levels, sigmas, transition, write_video)
 from texts import clean_prompt, encode_text, load_text
-from train import (Config, check, compare, drawn, learning_rate, own_rewards, own_sampling, parse_arguments,
-                   policy_loss, roll_out, step_prompts, step_window, without_masked)
+from train import (Config, check, compare, generator_of, learning_rate, parse_arguments, policy_loss,
+                   rewards_for, roll_out, sampling_for, step_prompts, step_window, without_masked)
 from weights import TINY, as_command, open_tensors, write_text, written_whole
 
 
@@ -83,12 +83,12 @@ def walk(c, prompt, trained=None):
     if trained:  # one that does not fit is found before any work
         other = Policy(dataclasses.replace(c, lora=trained), policy.processes)
     policy.encode_prompts([prompt, ""])
-    rewards = own_rewards(c, c.device).load()
+    rewards = rewards_for(c, c.device).load()
 
     # Words -> path -> noise, and the ODE from there: what the model makes of it now.
     path = camera_path(parse_motion(prompt), c.frames, c.strength)
     noise = first_noise(c, policy, path)
-    levels = sigmas(c.steps, policy.wan.shift or 5.0)
+    levels = noise_levels(policy.wan, c.steps, sampling_for(c).shift)
 
     def look(policy):
         predictions, latents = solve(policy.velocity(prompt), noise.to(policy.wan.device), levels)
@@ -119,9 +119,9 @@ def walk(c, prompt, trained=None):
 
     # Gradients of the window's steps, and one step of the optimiser.
     notes = []
-    for sde_step in batch.transitions:
+    for sde_step in batch.sde_steps:
         loss, note = policy_loss(policy, batch, sde_step)
-        (loss / len(batch.transitions)).backward()
+        (loss / len(batch.sde_steps)).backward()
         policy.collect_gradients()
         notes.append(note)
     norm = policy.sum_gradients()
@@ -130,8 +130,8 @@ def walk(c, prompt, trained=None):
 
     # After: the same steps' probabilities, and the same noise's video.
     with torch.no_grad():
-        notes_after = [policy_loss(policy, batch, step)[1] for step in batch.transitions]
-        log_ratios = torch.stack([log_ratio(policy, batch, step) for step in batch.transitions]).cpu()
+        notes_after = [policy_loss(policy, batch, step)[1] for step in batch.sde_steps]
+        log_ratios = torch.stack([log_ratio(policy, batch, step) for step in batch.sde_steps]).cpu()
     _, looks["after one step"] = look(policy)
     if trained:
         looks["after a whole training"] = after_all
@@ -141,8 +141,8 @@ def walk(c, prompt, trained=None):
 
 def first_noise(c, policy, path, transport=True):
     """The noise that `roll_out` begins the group's first member with, (1, C, T, h, w)."""
-    draws = [drawn(c, 0, False, 0, "noise", 0)]
-    return initial_noise(policy.wan, path, c.height, c.width, draws, transport, c.degradation)
+    generators = [generator_of(c, 0, False, 0, "noise", 0)]
+    return initial_noise(policy.wan, path, c.height, c.width, generators, transport, c.degradation)
 
 
 @torch.no_grad()
@@ -366,7 +366,7 @@ def text_and_transformer(w):
 
 
 def sampling(w):
-    some = spread(len(w.predictions), 4).tolist()
+    some = evenly_spaced(len(w.predictions), 4).tolist()
     return Stage(
         "Sampling turns noise into a video",
         "The model was trained on straight lines between videos and noise, so its velocity leads from one "
@@ -388,7 +388,7 @@ def sampling(w):
 def stochastic_window(w):
     c = w.c
     stds, spreads = {}, {}
-    for t in w.batch.transitions:
+    for t in w.batch.sde_steps:
         _, std = transition(t.x, t.x, w.levels[t.index], w.levels[t.index + 1], c.eta, c.sde)
         stds[t.index] = float(std)
         spreads[f"step {t.index}: std of the members after it"] = float(t.x_next.std(0).mean())
@@ -403,14 +403,14 @@ def stochastic_window(w):
         f"{c.members} members {start}. Flow-GRPO makes every step stochastic and trains on all {c.steps}; "
         f"its Fast variant trains on the window: {c.window} forward and backward passes a video instead of "
         f"{c.steps}, and {c.window} states kept instead of {c.steps}; steps before it that members share are "
-        f"made once (here {w.batch.transitions[0].index * c.shared}). The steps after the window are still "
+        f"made once (here {w.batch.sde_steps[0].index * c.shared}). The steps after the window are still "
         "made for each.",
         "x' ~ N(x − [v + s<sup>2</sup>/2σ (x + (1 − σ) v)] Δ, s<sup>2</sup> Δ), &ensp; s = η √(σ / (1 − σ))",
         "x, x': the state before and after a step; Δ: how far σ falls in it; v: the model's velocity. "
         "At σ = 1, s has the next level's 1 − σ below.",
         "Flow-GRPO (arXiv 2505.05470); sample.py",
         [step_window, rollout, transition],
-        {"state before the window": w.batch.transitions[0].x, "η": c.eta, "kind of step": c.sde} | spreads,
+        {"state before the window": w.batch.sde_steps[0].x, "η": c.eta, "kind of step": c.sde} | spreads,
         [Picture(f"member {i}", clip.video) for i, clip in enumerate(w.clips)]
         + [chart("noise levels, and the noise s√Δ that each step of the window adds", draw_levels, w.levels,
                  stds)])
@@ -439,7 +439,7 @@ def latents_to_pixels(w):
         [VAE.decode, VAE.encode],
         {"latents": latents, "video": video},
         [Picture("the middle latent frame: its first channels", strip(grey(middle[:8]))),
-         Picture("frames decoded from the latents", strip(video[spread(len(video))]))])
+         Picture("frames decoded from the latents", strip(video[evenly_spaced(len(video))]))])
 
 
 def reconstruction(w):
@@ -522,7 +522,7 @@ def group_advantages(w):
     values = without_masked(w.batch.terms)
     how = "summed as they are"
     if w.c.standardise:
-        how = "first divided by their own spread, so that none drowns the others, then weighted and summed"
+        how = "first divided by their own std, so that none drowns the others, then weighted and summed"
         values = {name: standardise(v, torch.zeros(len(v)), w.c.pooled) for name, v in values.items()}
     counted = {}  # what each member's advantage is made of
     for i, A in enumerate(w.batch.advantages.tolist()):
@@ -554,7 +554,7 @@ def group_advantages(w):
 
 def loss_and_gradient(w):
     numbers = {}
-    for t, before, after in zip(w.batch.transitions, w.notes, w.notes_after):
+    for t, before, after in zip(w.batch.sde_steps, w.notes, w.notes_after):
         for name in ("clipped", "kl", "loss"):
             numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
     followed = (w.log_ratios * w.batch.advantages > 0).float().mean().item()
@@ -578,7 +578,7 @@ def loss_and_gradient(w):
         "the untouched model.",
         "PPO (arXiv 1707.06347); Flow-GRPO",
         [policy_loss, surrogate, kl, log_prob],
-        {"drawn states": w.batch.transitions[0].x_next, "ε": w.c.clip, "β": w.c.kl} | numbers
+        {"drawn states": w.batch.sde_steps[0].x_next, "ε": w.c.clip, "β": w.c.kl} | numbers
         | {"largest |ρ − 1| after the step": w.log_ratios.expm1().abs().max().item(),
            "ratios that went with their advantage": f"{followed:.0%}", "norm of the gradient": w.norm,
            "it is clipped to": w.c.grad_clip},
@@ -589,7 +589,7 @@ def loss_and_gradient(w):
 
 def draw_ratios(axes, w):
     change = w.log_ratios.expm1()  # rho - 1, (window, B)
-    for t, values in zip(w.batch.transitions, change):
+    for t, values in zip(w.batch.sde_steps, change):
         axes.scatter(w.batch.advantages, values, s=14, label=f"step {t.index}")
     bounds = axes.get_ylim()
     axes.axhspan(-w.c.clip, w.c.clip, color=GREY, alpha=.15, linewidth=0)
@@ -931,7 +931,7 @@ def main(argv=None):
     made = (f"Made in {time.time() - start:.0f} s by python walkthrough.py {shlex.join(argv)}: every number, "
             "shape, source and picture comes from that run, but for the video of an adapter from another. "
             + who_is_who(c))
-    page = a.prompt, stages, made, c.frames / own_sampling(c).fps
+    page = a.prompt, stages, made, c.frames / sampling_for(c).fps
     if a.markdown:
         write_markdown(a.markdown, *page)
         print(a.markdown / "walkthrough.md")

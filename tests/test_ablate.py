@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ablate import CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, VALUES, Result, main, probe_scored, scorings
+from ablate import CELLS, CHANGES, CHOICES, COLUMNS, KINDS, PAPER_METRICS, VALUES, Result, main, probe_scored, scorings
 from eval import interval
 from grpo import draw_window
 from prompts import read_prompts
@@ -28,8 +29,9 @@ def config_of(name):
 def test_every_cell_is_a_training_that_exists():
     """The cells' options are options of train.py, and each changes what it says it leaves out."""
     full = config_of("full")
-    for name in CELLS:
-        assert (config_of(name) == full) == (name in ("base", "full")), name
+    for name, cell in CELLS.items():
+        assert (config_of(name) == full) == (name in ("base", "full", "base_no_transport")), name
+        assert cell.against in CELLS
     assert [term for term, weight in config_of("no_3d").weights.items() if weight == 0] == ["meta", "recon", "traj"]
     assert config_of("no_transport").degradation == 1
 
@@ -201,14 +203,16 @@ def test_every_cell_is_scored_by_its_own_weights():
         assert list(commands) == [*longer, "test", "dynamic", "probe"]
         for command in commands.values():
             adapter = command[command.index("--lora") + 1]
-            assert adapter == (c.lora if name == "base" else Path("runs/x"))
-            assert ("--no-transport" in command) == (name == "no_transport")
+            assert adapter == (Path("runs/x") if CELLS[name].trained else c.lora)
+            assert ("--no-transport" in command) == name.endswith("no_transport")
     numbers = [command[command.index("--num") + 1] for command in ways["full"].values()]
     assert numbers == [100, 100, 50, 100]
     assert ways["base"]["longer"][-1] == 33
     assert "probe" not in scorings("full", dataclasses.replace(c, prompts="prompts.jsonl"), Path("runs/x"), 100)
     untouched = scorings("base", dataclasses.replace(c, lora=None), Path("runs/x"), 100)
     assert not any("--lora" in command for command in untouched.values())
+    assert config_of("clean").lora is None
+    assert Path(config_of("world_r1_no_transport").lora) == ROOT / "tiny" / "world_r1"
 
 
 def test_the_base_has_no_seed_and_a_result_is_never_replaced(tmp_path, capsys):
@@ -285,13 +289,19 @@ def made_up(name, seed, rng):
 
 @pytest.fixture
 def results(tmp_path):
-    """Results of base, two seeds of full, and cells: no_traj has lost PSNR and LPIPS, no_meta nothing for sure."""
+    """Results of base, two seeds of full, and cells: no_traj has lost PSNR and S_traj and won SSIM, no_3d lost S_traj
+    in one seed and won some in the other; no_meta has a seed that full has not."""
     rng = np.random.default_rng(0)
-    made = {(name, seed): made_up(name, seed, rng)
-            for name, seed in (("base", 0), ("full", 0), ("full", 2), ("no_traj", 0), ("no_meta", 1), ("cps", 0))}
-    for metric in ("psnr", "lpips"):
-        values = made["no_traj", 0]["scored"]["test"]["values"]
-        values[metric] = [value and value - 3 for value in values[metric]]
+    names = (("base", 0), ("clean", 0), ("full", 0), ("full", 2), ("no_3d", 0), ("no_3d", 2), ("no_traj", 0),
+             ("no_meta", 1), ("cps", 0), ("window_1", 0), ("guidance_2", 0))
+    made = {(name, seed): made_up(name, seed, rng) for name, seed in names}
+    made["base", 0]["scored"]["test"]["values"]["reward_traj"] = [.5] * 8 + [.8] * 6 + [.9] * 6
+    full = {seed: made["full", seed]["scored"]["test"]["values"] for seed in (0, 2)}
+    for name, seed, metric, change in (("no_traj", 0, "psnr", -3), ("no_traj", 0, "ssim", 3),
+                                       ("no_traj", 0, "reward_traj", -3), ("no_3d", 0, "reward_traj", -3),
+                                       ("no_3d", 2, "reward_traj", .5)):
+        made[name, seed]["scored"]["test"]["values"][metric] = [
+            value if value is None else value + change for value in full[seed][metric]]
     for (name, seed), result in made.items():
         write_json(tmp_path / "results" / name / f"seed_{seed}.json", result)
     return made
@@ -302,7 +312,8 @@ def copied_pages(tmp_path):
 
 
 def table_command(tmp_path, pages, out="results"):
-    return ["table", "--out", str(tmp_path / out), "--pages", *map(str, pages)]
+    return ["table", "--out", str(tmp_path / out), "--picture", str(pages[0].parent / "changes.svg"),
+            "--pages", *map(str, pages)]
 
 
 def tables_of(tmp_path):
@@ -326,7 +337,7 @@ def values_of(made, name, seed, way, metric):
     return np.array(made[name, seed]["scored"][way]["values"][metric], dtype=float)
 
 
-def test_the_main_tables_show_base_seeds_their_mean_and_its_paired_change(results, tmp_path):
+def test_the_main_tables_show_base_full_its_seeds_and_the_paired_change(results, tmp_path):
     found = tables_of(tmp_path)
     for table, title, way, metric in (("main", "PSNR", "test", "psnr"),
                                       ("main", "motion, dynamic prompts", "dynamic", "motion"),
@@ -335,40 +346,83 @@ def test_the_main_tables_show_base_seeds_their_mean_and_its_paired_change(result
         base, first, second = (values_of(results, name, seed, way, metric)
                                for name, seed in (("base", 0), ("full", 0), ("full", 2)))
         assert row["base"] == in_words(base)
-        assert row["full, seed 0"] == in_words(first)
-        assert row["full, seed 2"] == in_words(second)
         assert row["full, 2 seeds"] == in_words((first + second) / 2)
+        assert row["seeds 0, 2"] == f"{np.nanmean(first):.4g}, {np.nanmean(second):.4g}"
         assert row["change"] == in_words((first + second) / 2 - base, "+")
-    change = values_of(results, "full", 2, "test", "psnr") - values_of(results, "base", 0, "test", "psnr")
-    assert found["risen"]["PSNR"]["full, seed 2"] == f"{sum(change > 0) / 19:.0%}", "one of 20 has no PSNR"
-    assert found["summary"]["re-render PSNR, dB"] == {
-        "": "re-render PSNR, dB", **{name: found["main"]["PSNR"][name] for name in ("base", "full, 2 seeds", "change")}}
+    for title, metric, sign in (("PSNR, held-out frames", "psnr_held_out", 1), ("epipolar error", "epipolar", -1)):
+        change = values_of(results, "full", 2, "test", metric) - values_of(results, "base", 0, "test", metric)
+        assert found["better"][title]["seed 2"] == f"{sum(sign * change > 0) / 20:.0%}"
+    assert found["summary"]["re-render PSNR, dB"] == {"": "re-render PSNR, dB"} | {
+        name: found["main"]["PSNR"][name] for name in ("base", "full, 2 seeds", "change")}
     row = found["main"]["probe: all"]
-    assert [row[name] for name in ("base", "full, seed 2", "full, 2 seeds", "change")] == ["0.5", "0.7", "0.6", "+0.1"]
+    assert [row[name] for name in ("base", "full, 2 seeds", "seeds 0, 2", "change")] == ["0.5", "0.6", "0.5, 0.7", "+0.1"]
     assert set(found["main"]["PSNR, longer videos"].values()) == {"PSNR, longer videos", ""}, "not scored"
 
 
-def test_cells_stand_beside_the_papers_changes(results, tmp_path):
-    found = tables_of(tmp_path)
-    assert [label.split(" ")[0] for label in found["ablations"]] == ["no_traj", "no_meta"], "in the order of CELLS"
-    assert found["data"] == {}
-    no_traj = found["ablations"]["no_traj (`--traj 0`), 1 of 1 seeds"]
-    no_meta = found["ablations"]["no_meta (`--meta 0`), 1 of 1 seeds"]
+def change_in_words(each):
+    """Changes [(N,)] of a cell's seeds, in the lines of a table."""
+    mean, low, high = interval(np.mean(each, 0))
+    seeds = [np.nanmean(seed) for seed in each]
+    bold = "**" if low * high > 0 and len(set(np.sign(seeds))) == 1 else ""
+    lines = [f"{bold}{mean:+.3g}{bold}", f"[{low:+.3g}, {high:+.3g}]"]
+    if len(seeds) > 1:
+        lines.append(", ".join(f"{seed:+.3g}" for seed in seeds))
+    return "<br>".join(lines)
 
-    # change from the mean of full's seeds; the paper's own, and whether both go one way
-    for row, name, seed in ((no_traj, "no_traj", 0), (no_meta, "no_meta", 1)):
-        for title, metric in (("PSNR", "psnr"), ("LPIPS", "lpips"), ("S_traj", "reward_traj")):
-            full = (values_of(results, "full", 0, "test", metric) + values_of(results, "full", 2, "test", metric)) / 2
-            expected = in_words(values_of(results, name, seed, "test", metric) - full, "+")
-            assert row[title].split("<br>")[0] == expected
-    assert no_traj["PSNR"].endswith("<br>paper -1.360: agrees")  # both fell
-    assert no_traj["LPIPS"].endswith("<br>paper +0.036: disagrees")  # ours fell
-    assert no_meta["PSNR"].endswith("<br>paper -0.720: open")
-    assert "paper" not in no_traj["S_traj"], "the paper has no such number"
-    assert no_traj["probe: all"] == "-0.1"
-    cps = found["choices"]["cps (`--sde cps`), 1 of 1 seeds"]
-    assert list(cps)[1:] == list(COLUMNS)
-    assert not any("paper" in text for text in cps.values())
+
+def test_a_cell_is_compared_with_its_own_seeds_and_with_the_paper(results, tmp_path):
+    found = tables_of(tmp_path)
+    assert [label.split("<br>")[0] for label in found["ablations"]] == ["no_3d", "no_traj"], "seed 1 is not in full"
+    assert found["data"] == found["paper_data"] == {}
+    no_3d = found["ablations"]["no_3d<br>`--meta 0 --recon 0 --traj 0`<br>2 of 2 seeds"]
+    no_traj = found["ablations"]["no_traj<br>`--traj 0`<br>1 of 1 seeds"]
+    for row, name, seeds in ((no_3d, "no_3d", (0, 2)), (no_traj, "no_traj", (0,))):
+        for title in CHANGES[:7]:
+            each = [values_of(results, name, seed, *COLUMNS[title]) - values_of(results, "full", seed, *COLUMNS[title])
+                    for seed in seeds]
+            assert row[title] == change_in_words(each), title
+    assert no_traj["S_traj"].startswith("**-")
+    assert no_3d["S_traj"].startswith("-"), "its interval is below 0, but one seed has risen"
+    assert no_3d["S_traj"].endswith(", +0.5")
+    assert no_traj["probe: motion"] == "+0"
+
+    # against another cell than full, and a table of scorings without training
+    guided = found["choices"]["guidance_2<br>`--guidance 2 --steps 5 --noisy-steps 2 --window 1`<br>1 of 1 seeds"
+                              "<br>against window_1"]
+    each = [values_of(results, "guidance_2", 0, "test", "epipolar") - values_of(results, "window_1", 0, "test", "epipolar")]
+    assert guided["epipolar error"] == change_in_words(each)
+    clean = found["untrained"]["clean<br>`--lora none`<br>against base"]
+    each = [values_of(results, "clean", 0, "test", "epipolar") - values_of(results, "base", 0, "test", "epipolar")]
+    assert clean["epipolar error"] == change_in_words(each)
+
+    # the paper's change of a metric, and whether ours goes its way off zero
+    paper = found["paper_ablations"]["no_traj"]
+    assert paper["PSNR"] == "-1.36: agrees"  # both fell
+    assert paper["SSIM"] == "-0.029: disagrees"  # ours rose
+    assert paper["S_meta"] == "", "the paper has no such number"
+    assert found["paper_ablations"]["no_3d"]["PSNR"].startswith("-8.7: ")
+    assert "no_meta" not in found["paper_ablations"]
+
+
+def test_subsets_of_prompts_are_those_that_they_name(results, tmp_path):
+    found = tables_of(tmp_path)["subsets"]
+    obeyed = values_of(results, "base", 0, "test", "reward_traj") >= .8
+    assert obeyed.sum() == 12
+    for subset, chosen in (("all, 20 prompts", slice(None)),
+                           ("base obeys the camera (S_traj at least .8), 12 prompts", obeyed)):
+        each = [values_of(results, "full", seed, "test", "epipolar")[chosen]
+                - values_of(results, "base", 0, "test", "epipolar")[chosen] for seed in (0, 2)]
+        assert found[f"full: {subset}"]["epipolar error"] == change_in_words(each)
+    assert "no_3d: from the 25th on, 0 prompts" in found
+
+
+def test_the_picture_shows_every_cell(results, tmp_path):
+    pages = copied_pages(tmp_path)
+    assert main(table_command(tmp_path, pages)) == 0
+    picture = (tmp_path / "changes.svg").read_text()
+    for name in ("no_3d", "no_traj", "cps", "guidance_2", "epipolar error"):
+        assert f">{name}<" in picture
+    assert ">no_meta<" not in picture
 
 
 def test_the_papers_changes_have_its_signs():
@@ -379,7 +433,6 @@ def test_the_papers_changes_have_its_signs():
         if name != "full" and paper:
             worse = name != "no_decoupling"
             assert (paper["psnr"] < full["psnr"]) == (paper["ssim"] < full["ssim"]) == worse, name
-            assert (paper["lpips"] > full["lpips"]) == worse, name
 
 
 def test_the_committed_tables_are_what_the_committed_results_make(tmp_path):
@@ -387,6 +440,10 @@ def test_the_committed_tables_are_what_the_committed_results_make(tmp_path):
     assert main(table_command(ROOT, pages)) == 0
     for page, committed in zip(pages, PAGES, strict=True):
         assert page.read_text() == committed.read_text(), "run: python ablate.py table"
+    # another Matplotlib may draw in other words, but not other bars
+    numbers = [re.findall(r'd="M ([\d.]+) ([\d.]+) ?\nL ([\d.]+) ([\d.]+) ?\n"', file.read_text())
+               for file in (tmp_path / "changes.svg", ROOT / "docs" / "ablations.svg")]
+    assert len(numbers[0]) > 20 and numbers[0] == numbers[1], "run: python ablate.py table"
 
 
 def test_without_results_the_tables_are_empty(results, tmp_path):
@@ -397,7 +454,7 @@ def test_without_results_the_tables_are_empty(results, tmp_path):
         return [page.read_text() for page in pages]
 
     empty = made("nowhere")
-    assert [text.count(" -->\n<!-- end -->") for text in empty] == [1, 6]
+    assert [text.count(" -->\n<!-- end -->") for text in empty] == [1, 10]
     filled = made("results")
     assert all(text != before for text, before in zip(filled, empty, strict=True))
     assert made("results") == filled

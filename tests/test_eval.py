@@ -481,8 +481,8 @@ def test_a_sample_does_not_depend_on_the_batch(checkpoint):
     from model import load_wan
     wan, sampling = load_wan(checkpoint), sampling_of(checkpoint)
     prompts = ["push_in a room", "pan_left a room", "fixed a room"]
-    together, _ = sample_videos(wan, prompts, sampling, 3, members=range(3))
-    alone, _ = sample_videos(wan, prompts[2:], sampling, 3, members=[2])
+    together, _ = sample_videos(wan, prompts, sampling, 3, noise_ids=range(3))
+    alone, _ = sample_videos(wan, prompts[2:], sampling, 3, noise_ids=[2])
     assert torch.allclose(together[2], alone[0], atol=1e-5)
 
 

@@ -255,15 +255,15 @@ def test_full_memory_of_the_card_is_not_masked(clips):
 # --------------------------------------------------------------------------------------------------- training
 
 def one_step(policy):
-    """Rolls out the first group and trains on it. -> statistics of its transitions, the gradient's norm."""
+    """Rolls out the first group and trains on it. -> statistics of its stochastic steps, the gradient's norm."""
     c = policy.c
     chosen = [(index, "push_in a red box") for index in range(c.groups)]
     windows = [train.step_window(c, 0, False, index) for index, _ in chosen]
     (batch, _, _), = train.roll_out(policy, 0, False, chosen, windows, [(0, range(c.members))])
     batch.advantages = torch.tensor([1.0, -1.0])
     notes = []
-    for transition in batch.transitions:
-        loss, note = train.policy_loss(policy, batch, transition)
+    for sde_step in batch.sde_steps:
+        loss, note = train.policy_loss(policy, batch, sde_step)
         loss.backward()
         notes.append(note)
     policy.collect_gradients()
@@ -358,13 +358,13 @@ def test_two_ranks_make_the_run_of_one(parallel, arguments, tmp_path):
 
 def test_offloaded_judges_score_alike_and_are_on_the_cpu_after(arguments, gsplat, tmp_path, monkeypatch):
     """A step of training with and without --offload, on the same videos: rewards to 1e-3."""
-    made, own_rewards = [], train.own_rewards
+    made, rewards_for = [], train.rewards_for
 
     def kept(*given):
-        made.append(own_rewards(*given))
+        made.append(rewards_for(*given))
         return made[-1]
 
-    monkeypatch.setattr(train, "own_rewards", kept)
+    monkeypatch.setattr(train, "rewards_for", kept)
     places = {}
     for option in ("--offload", "--no-offload"):
         given = ["--runs", str(tmp_path), "--name", option[2:], "--total-steps", "1", option]

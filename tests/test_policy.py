@@ -124,9 +124,9 @@ def test_the_average_follows_every_few_steps_and_is_left_again(policy):
     policy.step(lr=.1, norm=1.0)
     moved = policy.trained[name].detach().clone()
     assert not torch.equal(moved, start)
-    policy.follow(0)
+    policy.update_average(0)
     assert torch.equal(policy.average[name], start)
-    policy.follow(1)
+    policy.update_average(1)
     assert torch.allclose(policy.average[name], start + (moved - start) / 4)
     with policy.averaged():
         assert torch.equal(policy.trained[name], policy.average[name])
@@ -140,8 +140,7 @@ def test_the_velocity_of_the_reference_stays_when_the_weights_move(policy):
         some_gradients(policy, 0)
         policy.step(lr=.1, norm=1.0)
         assert (policy.velocity("push_in a red box")(x, sigma) - whole).abs().max() > 1e-3
-        with policy.untouched():
-            assert torch.equal(policy.velocity("push_in a red box", reference=True)(x, sigma), whole)
+        assert torch.equal(policy.reference_velocity("push_in a red box")(x, sigma), whole)
 
 
 # --------------------------------------------------------------------------------------------------- adapters

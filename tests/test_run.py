@@ -23,7 +23,7 @@ import train
 from model import DiT, DiTConfig
 from policy import fingerprint
 from run import (Processes, append_line, checkpoints_of, drop_lines, fault_of, mean_of, newest_whole,
-                 read_lines, save_checkpoint, spread_in_groups)
+                 read_lines, save_checkpoint, std_in_groups)
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +302,8 @@ def test_means_and_spreads_leave_masked_samples_out():
     assert mean_of([1.0, math.nan, 4.0, math.inf]) == 2.5
     assert mean_of([math.nan]) is None
     values = torch.tensor([[1.0, 3.0, math.nan], [5.0, 5.0, 5.0], [math.nan] * 3])
-    assert spread_in_groups(values) == pytest.approx((1 + 0) / 2)
-    assert spread_in_groups(values[2:]) is None
+    assert std_in_groups(values) == pytest.approx((1 + 0) / 2)
+    assert std_in_groups(values[2:]) is None
 
 
 # ---------------------------------------------------------------------------------------- history is not lost

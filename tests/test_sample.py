@@ -72,7 +72,7 @@ def test_cps_keeps_the_coefficients_and_unknown_kinds_are_refused():
     kept = sigma_next * math.cos(eta * math.pi / 2)
     assert torch.allclose(mean, (1 - sigma_next) * x0 + kept * eps, atol=1e-6)
     assert std.item() ** 2 + kept ** 2 == pytest.approx(sigma_next ** 2, rel=1e-5)
-    with pytest.raises(ValueError, match="kind must be flow, dance or cps"):
+    with pytest.raises(ValueError, match="kind must be one of flow, dance, cps"):
         S.transition(x, v, sigma, sigma_next, eta, "euler")
 
 
@@ -185,7 +185,7 @@ def test_videos_do_not_depend_on_the_batch(checkpoint):
     prompts = ["push_in a red sphere", "Camera pan left. A blue box.", "push_in a red sphere"]
     together, paths = S.sample_videos(wan, prompts, sampling, seed=3)
     for i, prompt in enumerate(prompts):
-        [alone], [path] = S.sample_videos(wan, [prompt], sampling, seed=3, members=[i])
+        [alone], [path] = S.sample_videos(wan, [prompt], sampling, seed=3, noise_ids=[i])
         assert alone.shape == (5, 3, 16, 32)
         assert (alone - together[i]).abs().max() < 1e-5
         assert torch.equal(path, paths[i])

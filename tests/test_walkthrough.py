@@ -161,7 +161,7 @@ def test_numbers_on_the_page_are_those_of_the_methods_functions(page, w):
     assert rows[1]["longest step from frame to frame, in pixels"] == f"{flow.norm(dim=1).max():.4g}"
 
     # the rollout begins with the noise that is shown
-    transitions = w.batch.transitions
+    transitions = w.batch.sde_steps
     if transitions[0].index == 0:
         assert torch.equal(transitions[0].x[:1], w.noise)
     assert rows[2]["noise"] == "1 × 4 × 3 × 4 × 4, float32"

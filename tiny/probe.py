@@ -36,7 +36,7 @@ from lora import lora_file, merge_lora
 from model import load_vae, load_wan
 from noise_warp import MOTIONS, camera_path, parse_motion
 from prompts import read_prompts
-from sample import as_bytes, check_size, contact_sheet, psnr, sample_videos, sampling_of, spread
+from sample import as_bytes, check_size, contact_sheet, evenly_spaced, psnr, sample_videos, sampling_of
 from tiny.train import fit, trained, write_tensors
 from tiny.world import (COLOURS, SHAPES, degrade, intrinsics, pixel_rays, random_scene, random_scenes, render,
                         render_all, unseen_scenes)
@@ -90,7 +90,7 @@ class Probe(nn.Module):
         clip = x.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)  # (B, 3, F, 64, 64)
         moving = self.body(clip)  # (B, 192)
         # Shapes and colours, from five frames: their mean.
-        five = x[:, spread(x.shape[1], 5)]
+        five = x[:, evenly_spaced(x.shape[1], 5)]
         pictures = five.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (B * 5, 3, 64, 64)
         still = self.frames(pictures).unflatten(0, five.shape[:2]).mean(1)  # (B, 144)
         logits = self.out(torch.cat([moving, still], 1)).split(list(HEADS.values()), -1)
@@ -128,7 +128,7 @@ def read(probe, videos):
     trained with."""
     readings = []
     for video in videos:
-        logits = probe(video[spread(len(video), 17)][None])
+        logits = probe(video[evenly_spaced(len(video), 17)][None])
         readings.append({head: int(logits[head].argmax()) for head in HEADS})
     return readings
 
@@ -253,8 +253,8 @@ def sample_in_batches(wan, prompts, sampling, seed=0, batch=20, **noise):
     videos = []
     for first in range(0, len(prompts), batch):
         part = prompts[first:first + batch]
-        members = range(first, first + len(part))
-        videos += sample_videos(wan, part, sampling, seed, members=members, progress=True, **noise)[0]
+        noise_ids = range(first, first + len(part))
+        videos += sample_videos(wan, part, sampling, seed, noise_ids=noise_ids, progress=True, **noise)[0]
     return videos
 
 
