@@ -14,7 +14,9 @@ One Depth Anything 3 reconstruction of a video (3D Gaussians and cameras) serves
 
 `TERMS` is the one table of them: sums, options, logs, tables and pages read it. To add a reward, write a
 function (judges, clip) -> float and a line of the table: the judges are a `Rewards`, whose attributes are the
-loaded models (.depth_anything, .critic, ...), the clip is one video with what was asked of it.
+loaded models (.depth_anything, .critic, ...), the clip is one video with what was asked of it. A model of its
+own is one more such attribute (a cached_property of `Rewards`), which the line of the table names, and one
+more path in `Rewards` and `train.rewards_for`.
 
 A video is scored alone: no score depends on the batch it came in. What fails is NaN, counted, and never a
 number. What the paper does not state (alpha, beta, the meta-view's offset, the number of frames) is a named
