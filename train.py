@@ -171,7 +171,7 @@ REAL = dict(
     total_steps=600, eval_every=50, eval_prompts=32,  # ours; 100 main and 50 dynamic steps: release
     save_every=1,  # ours: a checkpoint takes seconds, a step minutes
     batch=1, checkpointing=True)  # ours: a group of 8 at once would not fit
-PRESETS = {  # "ours" in the tiny one: measured, docs/learning_proof.md
+PRESETS = {  # what was compared of "ours" in the tiny one: docs/learning_proof.md
     "tiny": dict(
         lora=str(TINY / "web"),  # ours: a base with the faults of web videos
         groups=4, shared=True, noisy_steps=3,  # ours

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from conftest import ROOT
@@ -26,12 +27,22 @@ def short_run(checkpoint, twins):
     return given
 
 
-def run_jobs(jobs):
-    """Runs forked.py's jobs. -> the exit codes of each job's processes, all that was written to stderr."""
-    done = subprocess.run([sys.executable, ROOT / "tests" / "forked.py"], input=json.dumps(jobs),
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
+def run_jobs(jobs, at_once=1):
+    """Runs forked.py's jobs. -> the exit codes of each job's processes, all that was written to stderr.
+
+    at_once: of jobs that do not need each other, so many are run side by side.
+    """
+    def run_share(share):
+        return subprocess.run([sys.executable, ROOT / "tests" / "forked.py"], input=json.dumps(share),
+                              capture_output=True, text=True)
+
+    codes, errors = [None] * len(jobs), ""
+    with ThreadPoolExecutor(at_once) as pool:
+        for first, done in enumerate(pool.map(run_share, [jobs[i::at_once] for i in range(at_once)])):
+            assert done.returncode == 0, done.stderr[-3000:]
+            codes[first::at_once] = json.loads(done.stdout.strip().splitlines()[-1])
+            errors += done.stderr
+    return codes, errors
 
 
 def metrics(folder):

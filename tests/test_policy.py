@@ -55,7 +55,7 @@ def finished(arguments, tmp_path_factory):
     jobs = []
     for name, (world, options) in JOBS.items():
         jobs.append(dict(args=[*arguments, "--runs", str(folder), "--name", name, *options], world=world))
-    codes, err = run_jobs(jobs)
+    codes, err = run_jobs(jobs, at_once=2)
     assert codes == [[0] * world for world, _ in JOBS.values()], err[-3000:]
     return folder
 

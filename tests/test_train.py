@@ -53,19 +53,30 @@ def shrunk(arguments):
     return [word for name in names for word in ("--" + name, given["--" + name])]
 
 
-@pytest.mark.parametrize("preset", [name for name in train.PRESETS if name != "tiny"])
-def test_every_preset_runs_two_steps_in_small(preset, arguments, tmp_path):
-    """Its models, frames and pixels are small, its group one, and LPIPS the stand-in; all else is the
-    preset's."""
-    given = ["--preset", preset, *shrunk(arguments), "--lpips", "random", "--groups", "1", "--total-steps", "2"]
-    given += ["--runs", str(tmp_path), "--name", preset, "--eval-every", "0"]
-    world = 2 if preset == "large" else 1  # which shards
-    codes, err = run_jobs([dict(args=given, world=world)])
-    assert codes == [[0] * world], err[-3000:]
-    rows = metrics(tmp_path / preset)
+LARGE_PRESETS = {"small": 1, "large": 2, "release": 1, "node": 1, "gpu": 1}  # processes; large shards
+
+
+@pytest.fixture(scope="module")
+def preset_runs(arguments, tmp_path_factory):
+    """The folder of two steps of each. Models, frames and pixels are small, the group is one, and LPIPS the
+    stand-in; all else is the preset's."""
+    folder = tmp_path_factory.mktemp("presets")
+    small = [*shrunk(arguments), "--lpips", "random", "--groups", "1", "--total-steps", "2", "--eval-every", "0",
+             "--runs", str(folder)]
+    jobs = [dict(args=["--preset", preset, "--name", preset, *small], world=world)
+            for preset, world in LARGE_PRESETS.items()]
+    codes, err = run_jobs(jobs, at_once=2)
+    assert codes == [[0] * world for world in LARGE_PRESETS.values()], err[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("preset", LARGE_PRESETS)
+def test_every_preset_runs_two_steps_in_small(preset, preset_runs):
+    assert train.PRESETS.keys() == LARGE_PRESETS.keys() | {"tiny"}
+    rows = metrics(preset_runs / preset)
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["masked"] == 0 and math.isfinite(row["total"]) for row in rows)
-    moved = weights(tmp_path / preset)["model.blocks.0.attn1.to_q.lora_B"]
+    moved = weights(preset_runs / preset)["model.blocks.0.attn1.to_q.lora_B"]
     assert 0 < moved.abs().max() < 1
 
 
@@ -259,7 +270,8 @@ def test_host_memory_does_not_grow_with_the_groups_of_a_process(arguments, tmp_p
     base = [*arguments, "--runs", str(tmp_path), "--total-steps", "1", "--frames", "17",
             "--height", "256", "--width", "256", "--meta", "0", "--recon", "0"]
     counts = (1, 8)
-    codes, err = run_jobs([dict(args=[*base, "--name", str(n), "--groups", str(n)]) for n in counts])
+    jobs = [dict(args=[*base, "--name", str(n), "--groups", str(n)]) for n in counts]
+    codes, err = run_jobs(jobs, at_once=2)
     assert codes == [[0]] * 2, err[-3000:]
     peaks = []
     for n in counts:
