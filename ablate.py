@@ -373,22 +373,30 @@ def shown(values, sign=""):
     return f"{mean} [{', '.join(ends)}]" if len(values) > 1 else mean
 
 
-def main_table(found, columns, every_seed=True):
-    """Base, the mean of full's seeds, each of them if wanted, and the mean's change."""
+def main_table(found, columns):
+    """Base, the mean of full's seeds, its change, and every seed's mean."""
     base, full = found["base"], found["full"]
     rows = []
     for title, column in columns.items():
         before, after = over_seeds(base, column), over_seeds(full, column)
         seeds = [over_seeds({seed: result}, column) for seed, result in full.items()]
         known = [f"{interval(values)[0]:.4g}" for values in seeds if not np.isnan(values).all()]
-        row = [title, shown(before), shown(after), shown(after - before, "+")]
-        if every_seed:
-            row.append(", ".join(known))
-        rows.append(row)
-    titles = ["base", f"full, {len(full)} seeds", "change"]
-    if every_seed:
-        titles.append(f"seeds {', '.join(full)}")
+        rows.append([title, shown(before), shown(after), shown(after - before, "+"), ", ".join(known)])
+    titles = ["base", f"full, {len(full)} seeds", "change", f"seeds {', '.join(full)}"]
     return markdown("Base and full", titles, rows)
+
+
+def summary_table(found):
+    """README's: means, and the change with its interval."""
+    titles = {"base": "base", "base_no_transport": "base, plain noise",
+              "full": f"full, {len(found['full'])} seeds"}
+    names = {name: title for name, title in titles.items() if name in found}
+    rows = []
+    for row, column in SUMMARY.items():
+        means = {name: over_seeds(found[name], column) for name in names}
+        numbers = [f"{interval(values)[0]:.3g}" for values in means.values()]
+        rows.append([row, *numbers, shown(means["full"] - means["base"], "+")])
+    return markdown("Base and full", [*names.values(), "change"], rows)
 
 
 def better_table(found):
@@ -535,7 +543,7 @@ def tables_of(out):
     names = "summary", "main", "better", "scenes", "subsets", *TABLES, *PAPER_TABLES.values()
     made = dict.fromkeys(names, "")
     if "base" in found and "full" in found:
-        made |= dict(summary=main_table(found, SUMMARY, every_seed=False), main=main_table(found, COLUMNS | LONGER),
+        made |= dict(summary=summary_table(found), main=main_table(found, COLUMNS | LONGER),
                      better=better_table(found), scenes=main_table(found, SCENES),
                      subsets=subsets_table(found))
     if "full" in found:

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from weights import (Positive, Size, described, fill, match_tensors, model_folder, open_tensors, read_json,
-                     weight_files)
+from weights import (Positive, Size, fill, is_out_of_memory, match_tensors, model_folder, on_meta,
+                     open_tensors, read_json, weight_files)
 
 CRITIC_PROMPT = (
     "This picture is a 3D reconstruction, seen from a place where the camera that filmed the scene "
@@ -61,13 +61,13 @@ def as_text(prompt, tokenizer):
 
 
 @contextlib.contextmanager
-def reading(folder, hub_id):
+def one_sentence_errors(folder, hub_id):
     """Makes one sentence of whatever transformers raises at a folder that lacks what `hub_id` holds."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         reason = str(e).strip().partition("\n")[0][:200]
         raise ValueError(f"'{folder}' does not hold a model such as {hub_id} ({reason}); "
                          f"download it: hf download {hub_id}") from None
@@ -80,7 +80,7 @@ def load_processor(folder, model_type):
     if found != model_type:
         raise ValueError(f"its config's model_type is {found}, not {model_type}")
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    if re.search(r"\brange\b", str(processor.chat_template)):  # loops over it in loops would never end
+    if re.search(r"\brange\b", str(processor.chat_template)):  # nested loops over it would hang
         raise ValueError("its chat template counts with range, as no published one does")
     chat_batch(processor, [torch.zeros(3, 64, 64, dtype=torch.uint8)], [""])  # a broken template fails here
     return processor
@@ -89,21 +89,22 @@ def load_processor(folder, model_type):
 # --------------------------------------------------------------------------------- the vision-language critic
 
 class Critic:
-    """Qwen3-VL as a judge: the expectation over the digits 0-9 of the next token, / 9."""
+    """Qwen3-VL as a judge: the probabilities of the digits 0-9 as its next token. `digit_score` takes their
+    mean."""
 
     def __init__(self, path, device="cpu", dtype=torch.float32):
         import transformers
         folder = model_folder(path, ["*.json", "*.safetensors", "merges.txt", "*.jinja"],
                               f"a folder with Qwen3-VL, or its hub id: {CRITIC}")
         kind = transformers.Qwen3VLForConditionalGeneration
-        with reading(folder, CRITIC):
+        with one_sentence_errors(folder, CRITIC):
             self.processor = load_processor(folder, "qwen3_vl")
             config = transformers.Qwen3VLConfig.from_pretrained(folder)
-            config._attn_implementation = "sdpa"  # a folder's could be a kernel of the hub, which is code
+            config._attn_implementation = "sdpa"  # the folder's could name a hub kernel: code from elsewhere
             files = weight_files(folder, "model")
-            described(partial(kind._from_config, config), files, folder / "config.json")
+            on_meta(partial(kind._from_config, config), files, folder / "config.json")
             for _, read in open_tensors(files).values():
-                read()  # from_pretrained would take what is not finite, or no float
+                read()  # checks dtype and finiteness, which from_pretrained does not
             self.model, found = kind.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
                                                      output_loading_info=True)
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -113,10 +114,11 @@ class Critic:
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that the last position is every prompt's end
         self.model.to(device).eval()
-        self.digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
-        if any(len(ids) != 1 for ids in self.digits) or len({ids[0] for ids in self.digits}) < 10:
+        digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
+        if any(len(ids) != 1 for ids in digits) or len({ids[0] for ids in digits}) < 10:
             raise ValueError(f"the tokenizer of '{path}' does not hold each digit as one token; "
                              "it cannot be a critic")
+        self.digits = [ids[0] for ids in digits]
 
     def inputs(self, pictures, prompt=CRITIC_PROMPT):
         return chat_batch(self.processor, pictures, [prompt] * len(pictures))
@@ -126,7 +128,7 @@ class Critic:
         """(N, 3, H, W) in [0, 1] -> digit probabilities (N, 10), float32."""
         batch = self.inputs(as_pictures(images)).to(self.model.device)
         logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # (N, vocabulary)
-        return logits[:, [ids[0] for ids in self.digits]].float().softmax(-1).cpu()
+        return logits[:, self.digits].float().softmax(-1).cpu()
 
 
 def digit_score(probabilities):
@@ -229,7 +231,7 @@ class Preference:
         else:
             base = model_folder(base, ["*.json", "merges.txt", "*.jinja"],
                                 f"a folder with Qwen2-VL, or its hub id: {PREFERENCE_BASE}")
-        with reading(base, PREFERENCE_BASE):
+        with one_sentence_errors(base, PREFERENCE_BASE):
             self.processor = load_processor(base, "qwen2_vl")
             config = transformers.Qwen2VLConfig.from_pretrained(base)
             config._attn_implementation = "sdpa"  # as the critic's
@@ -246,7 +248,7 @@ class Preference:
 
         # the model, filled from the published file
         config.text_config.vocab_size = len(tokenizer)
-        model = described(partial(HPSv3, config), [file], base / "config.json")
+        model = on_meta(partial(HPSv3, config), [file], base / "config.json")
         tensors = match_tensors(model, [file], published_key, device, unused={"lm_head.weight"})
         fill(model, tensors, device, dtype)
         # rotary frequencies are no part of the file: made anew, then rounded to dtype as the official
@@ -282,8 +284,8 @@ def load_lpips(trunk="alex", device="cpu"):
         raise ValueError(f"the LPIPS trunk must be alex or random, got '{trunk}'")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips asks torchvision in words that it deprecates
-            torch.manual_seed(0)
+            warnings.simplefilter("ignore")  # lpips calls torchvision with deprecated arguments
+            torch.default_generator.manual_seed(0)
             network = lpips.LPIPS(net="alex", pnet_rand=trunk == "random", verbose=False)
     except OSError as e:
         raise ValueError(f"AlexNet's weights for LPIPS could not be fetched ({e}); "

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from noise_warp import draw_paths
 from sample import check_device, check_writable, evenly_spaced, psnr, read_video, write_video
 from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh
-from weights import (TINY, Size, config_from, described, fill, match_tensors, model_folder, open_tensors,
+from weights import (TINY, Size, config_from, fill, match_tensors, model_folder, on_meta, open_tensors,
                      read_json, weight_files, written_whole)
 
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet
@@ -215,7 +215,8 @@ class VisionTransformer(nn.Module):
         taken = []
         for i, block in enumerate(self.blocks):
             if i == c.alt_start - 1 and V >= 3:
-                # The world's axes will be the most average view's: it comes first.
+                # The world's axes will be the most average view's: it comes first. Below three views there is
+                # no average one, and the first stays the reference.
                 self.reference = torch.stack([reference_view(tokens) for tokens in x[:, :, 0]])
                 order = torch.where(order == self.reference[:, None], -1, order).argsort(1)
                 x, local = x[scene, order], local[scene, order]
@@ -367,7 +368,7 @@ class CameraDecoder(nn.Module):
         K = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
         middle = x.new_tensor([W / 2, H / 2])
         K[:, :2, 2] = middle
-        # A side of 2 focal tan(fov/2) pixels, fov in radians: the head gives the height's, then the width's.
+        # focal = side / (2 tan(fov/2)); the head gives the height's fov, then the width's, in radians
         half_angle = self.fc_fov(x).flip(-1) / 2
         K.diagonal(0, 1, 2)[:, :2] = half_angle.tan().clamp_min(1e-6).reciprocal() * middle
         return pose, K
@@ -376,7 +377,7 @@ class CameraDecoder(nn.Module):
 # -------------------------------------------------------------------------------------------------- Gaussians
 
 def gaussians_of(raw, depth, camera_to_world, K):
-    """The head's 38 channels a pixel -> world-space Gaussians, one a pixel and view.
+    """The head's 38 channels of each pixel -> world-space Gaussians, one per pixel and view.
 
     raw (V, 38, H, W): pixel offset 2, scale 3, quaternion 4, SH 27 (colour-major), depth offset 1, opacity 1.
     """
@@ -399,7 +400,9 @@ def gaussians_of(raw, depth, camera_to_world, K):
     pixel = .1 * (K_inv[:, :2, :2] / size[:2]).sum((1, 2))
     scales = (1e-5 + (30 - 1e-5) * scale.sigmoid()) * length * pixel[:, None, None, None]
 
-    # From camera to world axes. The quaternion's order is the published mix-up, which the weights know.
+    # From camera to world axes. As published, the quaternion is rolled by one before it is read scalar last,
+    # and the result, scalar last, goes as it is to a renderer that reads it scalar first: wrong as geometry,
+    # but the weights were trained with it.
     q = quaternion / (quaternion.norm(dim=-1, keepdim=True) + 1e-8)
     rotations = matrix_to_quaternion(R[:, None, None] @ quaternion_to_matrix(q[..., [3, 0, 1, 2]]))
     damping = torch.tensor([1.0] + [.025] * 3 + [.00625] * 5, device=raw.device)  # by degree
@@ -418,7 +421,7 @@ class Reconstruction:
     intrinsics: torch.Tensor  # (F, 3, 3) in pixels of the processed size
     gaussians: Gaussians | None
     images: torch.Tensor  # (F, 3, h, w) in [0, 1], what the model saw
-    frames: torch.Tensor  # (F,) indices of the input frames used
+    index: torch.Tensor  # (F,) which of the input frames were used
 
 
 class DepthAnything3(nn.Module):
@@ -452,14 +455,14 @@ class DepthAnything3(nn.Module):
     def forward(self, frames, views=None):
         """frames (F, 3, H, W) in [0, 1] -> Reconstruction, in the model's own world axes and scale.
 
-        views: at most this many frames, evenly spread (`.frames` lists them). Attention over all views makes
+        views: at most this many frames, evenly spread (`.index` lists them). Attention over all views makes
         time grow with their square, and memory with their number (`memory_estimate`): keep `views` well below
         the frame count for long or large videos.
         """
         if frames.dim() != 4 or frames.shape[1] != 3 or not len(frames):
             raise ValueError(f"frames must be (F, 3, H, W) with F >= 1, got {tuple(frames.shape)}")
         if views is not None and views < 1:
-            raise ValueError(f"--views must be at least 1, got {views}")
+            raise ValueError(f"views must be at least 1, got {views}")
         # Refused before anything is computed: the kernel would kill the process without a word.
         count = min(views or len(frames), len(frames))
         device = self.cam_dec.fc_t.weight.device
@@ -475,7 +478,7 @@ class DepthAnything3(nn.Module):
         index = evenly_spaced(len(frames), count)
         images = preprocess(frames[index], self.config)
         normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return Reconstruction(*self.network(normalised.to(device)), images=images.to(device), frames=index)
+        return Reconstruction(*self.network(normalised.to(device)), images=images.to(device), index=index)
 
 
 def memory_estimate(config, views, height, width):
@@ -491,13 +494,26 @@ def memory_estimate(config, views, height, width):
 
 
 def free_memory(device):
+    """Bytes that can be had now; infinite where nobody says."""
     if device.type == "cuda":  # and what torch keeps for itself without using it
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
+    free = math.inf
     meminfo = Path("/proc/meminfo")
     if device.type == "cpu" and meminfo.exists():  # with what the system caches of files, and would give back
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
-    return math.inf
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
+    return min(free, container_memory()) if device.type == "cpu" else free
+
+
+def container_memory(folder=Path("/sys/fs/cgroup")):
+    """Bytes that a container's limit leaves (cgroup v2), with what it caches of files; infinite without one.
+    """
+    try:
+        limit, used = [(folder / name).read_text() for name in ("memory.max", "memory.current")]
+        cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+        return int(limit) - int(used) + int(cached[1])
+    except (OSError, ValueError, TypeError):  # none, or "max"
+        return math.inf
 
 
 # ----------------------------------------------------------------------------------------------------- frames
@@ -534,7 +550,8 @@ def processed_size(H, W, config):
 
 
 def preprocess(frames, config):
-    """Longest side to process_res, then each side to the nearest multiple of the patch size."""
+    """Longest side to process_res, then each side to the nearest multiple of the patch size: resized twice,
+    as published."""
     H, W = frames.shape[2:]
     fitted = resize(frames.float().cpu(), *fitted_size(H, W, config))
     return resize(fitted, *processed_size(H, W, config))
@@ -568,7 +585,7 @@ def load_depth_anything(path, device="cpu"):
     files = weight_files(folder, "model")
     # What a file may hold of the branches left out is known only once the file is open.
     unused = {name for name in open_tensors(files) if UNUSED.match(name)}
-    model = described(functools.partial(DepthAnything3, config), files, file)
+    model = on_meta(functools.partial(DepthAnything3, config), files, file)
     return fill(model, match_tensors(model, files, checkpoint_key, device, unused), device, torch.float32)
 
 
@@ -595,7 +612,8 @@ def colour_depth(depth):
     """Depth (F, H, W) -> (F, 3, H, W): near light and warm, far dark, on inverse depth."""
     from matplotlib import colormaps  # slow to import
     inverse = 1 / depth.cpu().clamp_min(1e-6)
-    some = inverse.flatten()[::7]  # its ends, without the outermost 2 %, are the colours' ends
+    some = inverse.flatten()[::7]  # quantile takes no more than 2^24 values
+    # the ends without the outermost 2 % are the colours' ends
     low, high = some.quantile(.02), some.quantile(.98)
     place = (inverse - low) / (high - low).clamp_min(1e-9)  # outside [0, 1] the map holds its end colours
     colours = torch.from_numpy(colormaps["inferno"](place.numpy())).float()  # (F, H, W, 4): with opacity
@@ -616,7 +634,7 @@ def write_pictures(out, rec, fps):
         rgb, _, _ = render(rec.gaussians, rec.camera_to_world, rec.intrinsics, *rec.depth.shape[1:])
         write_video(out / "input_and_rerender.mp4", torch.cat([rec.images.cpu(), rgb.cpu()], 3), fps)
         quality = psnr(rgb.clamp(0, 1), rec.images, per_frame=False)
-        print(f"re-render of {len(rec.frames)} views: {quality:.2f} dB PSNR")
+        print(f"re-render of {len(rec.index)} views: {quality:.2f} dB PSNR")
 
 
 def main(argv=None):
@@ -634,7 +652,7 @@ def main(argv=None):
         out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
         check_writable(out / "depth.mp4")
         rec = load_depth_anything(options.model, options.device)(video, options.views)
-        write_pictures(out, rec, max(1.0, fps * len(rec.frames) / len(video)))
+        write_pictures(out, rec, max(1.0, fps * len(rec.index) / len(video)))
     except (ValueError, OSError) as error:
         print(f"depth_anything.py: {error}", file=sys.stderr)
         return 2

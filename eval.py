@@ -41,11 +41,12 @@ from tqdm import tqdm
 
 import splat
 from lora import merge_lora
+from critics import lpips_distance
 from model import load_wan
 from noise_warp import camera_path, parse_motion, relative_to_first, rotation_angle
 from prompts import SPLITS, read_prompts, read_rows
-from rewards import (MASKED, TERMS, add_reward_options, is_fault, lpips_distance, motion_magnitude,
-                     native_intrinsics, rewards_of)
+from rewards import (MASKED, TERMS, add_reward_options, is_fault, motion_magnitude, native_intrinsics,
+                     rewards_of)
 from sample import (as_bytes, check_name, check_size, check_writable, psnr, read_video, sample_videos,
                     sampling_of, write_video)
 from weights import TINY, as_command, from_json, read_bytes, read_json, write_json
@@ -138,10 +139,11 @@ def mvcs(depth, camera_to_world, intrinsics):
     return float(torch.exp(-torch.stack(errors).mean()))
 
 
-def halfway(poses):
-    """Cameras midway between consecutive ones, (F, 4, 4) -> (F-1, 4, 4): the mean position, and the rotation
-    nearest to the mean of the two."""
-    mean = (poses[:-1] + poses[1:]) / 2
+def between(poses, place):
+    """Cameras between consecutive ones, (F, 4, 4) -> (F-1, 4, 4), at places (F-1,) from 0 to 1: the position
+    on the line, and the rotation nearest to the weighted mean of the two."""
+    place = place.to(poses)[:, None, None]
+    mean = poses[:-1] + (poses[1:] - poses[:-1]) * place
     U, _, Vt = torch.linalg.svd(mean[:, :3, :3])
     mean[:, :3, :3] = U @ Vt  # a mean of two rotations less than half a turn apart has a positive determinant
     return mean
@@ -158,16 +160,23 @@ def rerender(rec, video, shown=None):
     K = native_intrinsics(rec, H, W)
     if shown is None:
         shown = splat.render(rec.gaussians, rec.camera_to_world, K, H, W)[0].clamp(0, 1)
-    reconstructed = shown.cpu(), video[rec.frames]
+    reconstructed = shown.cpu(), video[rec.index]
 
-    # the frames midway between them, where there is room for one
-    gaps = (rec.frames.diff() > 1).nonzero().flatten()
+    # the frames in the middle between them, where there is room for one; each with the intrinsics before it
+    gaps, place, middle = held_out(rec.index)
     if not len(gaps):
         return reconstructed, None
-    cameras = halfway(rec.camera_to_world)[gaps]
+    cameras = between(rec.camera_to_world, place)[gaps]
     rendered = splat.render(rec.gaussians, cameras, K[gaps], H, W)[0].clamp(0, 1)
-    middle = (rec.frames[gaps] + rec.frames[gaps + 1]) // 2
     return reconstructed, (rendered.cpu(), video[middle])
+
+
+def held_out(index):
+    """Reconstructed frames (V,) -> after which views a frame is left out (n,), where the middle one stands
+    from each view to the next (V-1,), from 0 to 1, and which frames those in the middle are (n,)."""
+    steps = index.diff()
+    gaps = (steps > 1).nonzero().flatten()
+    return gaps, (steps // 2) / steps, index[gaps] + steps[gaps] // 2
 
 
 # ------------------------------------------------------------------ rigidity, by a judge of no reward's kind
@@ -242,10 +251,10 @@ def alarms(evaluations, margin=.1):
     for row in evaluations[1:]:
         for name, sign, words in (("epipolar", 1, "the epipolar error rose"),
                                   ("motion", -1, "motion fell")):
-            values = [one.get(key) for one in (evaluations[0], row) for key in ("total", name)]
-            if None in values:
+            total, total_now = evaluations[0].get("total"), row.get("total")
+            before, now = evaluations[0].get(name), row.get(name)
+            if None in (total, total_now, before, now):
                 continue
-            total, before, total_now, now = values
             if total_now > total and sign * (now - before) > margin * before:
                 found.append(f"After {row['step']} steps the total has risen from {total:.3f} to "
                              f"{total_now:.3f}, but {words} from {before:.2f} to {now:.2f}: "
@@ -257,10 +266,9 @@ def alarms(evaluations, margin=.1):
 
 @torch.no_grad()
 def measure(clip, rewards):
-    """Every metric of a scored Clip beside its rewards -> {name: float}, NaN where it needs a failed term."""
+    """Every metric of a scored Clip with a `rerender`, beside its rewards -> {name: float}, NaN where it needs
+    a failed term."""
     video, rec = clip.video, clip.reconstruction
-    if clip.rerender is None:  # no reconstruction, or none that can be rendered
-        raise ValueError(clip.errors["recon"])
     row = {}
 
     # 3D consistency: what the reconstruction gives back of the frames it has seen, and of those it has not
@@ -278,12 +286,12 @@ def measure(clip, rewards):
     # camera control, in units of the median depth
     found = rec.camera_to_world.cpu().clone()
     found[:, :3, 3] /= float(rec.depth.median())
-    row |= camera_errors(clip.path[rec.frames], found)
+    row |= camera_errors(clip.path[rec.index], found)
 
     # the plain sum of the 3D terms, and how much moves by itself: a frozen scene is easy to reconstruct
     row["three_d"] = sum(clip.scores[name] for name, term in TERMS.items() if term.three_d)
     row |= unrewarded(video)
-    row["frames"] = len(rec.frames)
+    row["frames"] = len(rec.index)
     return row
 
 
@@ -385,11 +393,15 @@ def measured_row(name, prompt, load, rewards):
         row |= {f"reward_{term}": score for term, score in clip.scores.items()}
         if clip.errors:
             row["failed_terms"] = clip.errors
-        row |= measure(clip, rewards)
+        if clip.rerender is None:  # no reconstruction, or none that can be rendered
+            row["error"] = clip.errors["recon"]
+        else:
+            row |= measure(clip, rewards)
     except (*MASKED, OSError) as e:
         if is_fault(e):
             raise
         row["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
+    if "error" in row:
         tqdm.write(f"{name}: {row['error']}")
     # JSON has no NaN
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value

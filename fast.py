@@ -5,8 +5,8 @@
     conv3d(x, weight, bias, padding)      = conv3d_plain(x, weight, bias, padding)
     short, n = trim_text(text)            dit(x, t, short, n) = dit(x, t, text)
 
-Forward and backward agree to rounding (tests/test_fast.py): with the plain ones in model.py the same videos
-come out, later. Left out: kernels of our own, quantisation, caching across sampling steps.
+Forward and backward agree to rounding (tests/test_fast.py): with the plain ones model.py makes the same
+videos, more slowly. Left out: kernels of our own, quantisation, caching across sampling steps.
 """
 
 import torch
@@ -29,7 +29,7 @@ def rms_norm(x, gamma):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With r = sqrt(C) / |x|, x^ = r x = y / gamma and p = grad x^:
+    """With r = sqrt(C) / |x|, x^ = r x = y / gamma and p = grad * x^, elementwise:
 
         d gamma = sum p,    dx = r (gamma grad - x^ (p . gamma) / C).
     """
@@ -52,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
         x_hat = flat * r
         p = flat_grad * x_hat
         grad_gamma = p.sum(0)
-        along = p @ (gamma / len(gamma)).unsqueeze(1)  # (p . gamma) / C, a number a pixel
+        along = p @ (gamma / len(gamma)).unsqueeze(1)  # (p . gamma) / C, one number per pixel
         # p is not needed any more: its memory takes dx.
         dx = torch.mul(flat_grad, gamma, out=p).addcmul_(x_hat, along, value=-1).mul_(r)
         return dx.view(grad.shape).movedim(-1, 1), grad_gamma
@@ -69,7 +69,7 @@ def upsampled_conv_plain(x, conv):
 def upsampled_conv(x, conv):
     """upsampled_conv_plain without making the large picture, for 4/9 of the multiplications.
 
-    Three neighbouring pixels of the enlarged picture are only two different ones, a a b or a b b: the taps
+    Three neighbouring pixels of the enlarged picture are only two different ones, u u v or u v v: the taps
     that meet the same pixel are added first. So each of the four output phases (even and odd rows, even and
     odd columns) is a 2x2 convolution of the small picture.
     """
@@ -98,7 +98,7 @@ def _merged_taps(weight, dim):
 # ------------------------------------------------------------------------------------ 3D convolution on a CPU
 
 def conv3d_plain(x, weight, bias, padding):
-    """x (B, C, T, H, W), weight (out, C, kernel...), bias (out,), padding a side of (T, H, W)."""
+    """x (B, C, T, H, W), weight (out, C, kernel...), bias (out,), padding per side, for (T, H, W)."""
     return F.conv3d(x, weight, bias, padding=padding)
 
 

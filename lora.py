@@ -55,7 +55,7 @@ def add_lora(dit, rank=32, alpha=64, generator=None):
     A is uniform in +-1/sqrt(in) (PEFT's initialisation), B zero: the model starts unchanged. All else is
     frozen. ValueError if `merge_lora` added whole differences before: no LoRA file could hold them.
     """
-    if getattr(dit, "merged_differences", None):
+    if dit.merged_differences:
         raise ValueError(f"{dit.merged_differences} holds whole differences, which no exported LoRA could; "
                          "start from an adapter of LoRA pairs alone, or train all weights (--full)")
     dit.requires_grad_(False)
@@ -320,7 +320,8 @@ def read_lora(dit, path):
 def merge_lora(dit, path, strength=1.0):
     """Adds an adapter file of any form above into the weights, W += strength (alpha / r) B A.
 
-    path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed.
+    path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed;
+    where a sum overflows the weights' dtype it ends half way, and the model must be loaded anew.
     -> the pairs that were added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
     lightx2v's files also hold whole differences of weights, biases, norms and modulations. They are added
     too, but are no pairs: dit.merged_differences then names the file, and `add_lora` refuses to train, as
@@ -340,6 +341,10 @@ def merge_lora(dit, path, strength=1.0):
             weight.copy_(merged)
             pairs[name.removesuffix(".weight")] = A, B
         if "difference" in keys:
-            weight.add_((strength * tensors[keys["difference"]].float()).to(weight))
+            merged = weight + (strength * tensors[keys["difference"]].float()).to(weight)
+            if not merged.isfinite().all():
+                raise ValueError(f"{path}: '{keys['difference']}' overflows {weight.dtype}; "
+                                 "give another LoRA")
+            weight.copy_(merged)
             dit.merged_differences = path
     return pairs

@@ -5,9 +5,9 @@
     text = wan.encode_text(prompts)           # (B, 512, D)
     v = wan.dit(x, 1000 * sigma, text)        # the velocity eps - x0 at x = (1-sigma) x0 + sigma eps
 
-Module names follow the Diffusers checkpoints; `original_dit_key` and its like map them to the names of the
-original release, so both layouts load. What is Wan's keeps Wan's names (patch_embedding, scale_shift_table =
-modulation). What makes these models fast, apart from what they are, stands in fast.py.
+Module names are the Diffusers checkpoints' (its scale_shift_table is what the original calls modulation);
+`original_dit_key` and `original_vae_key` give the original release's, so both layouts load. What makes these
+models fast, apart from what they are, stands in fast.py.
 
 The text encoder stands in texts.py. Left out: image-to-video branches (img_emb, add_k_proj), Wan2.2's
 residual VAE, tiling (decoding streams over time instead).
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from fast import conv3d, padding_bias, rms_norm, upsampled_conv
-from texts import WAN, WAN_FILES, encode_text, load_text, text_part, tokenizer_folder
-from weights import (Positive, Size, checked, config_from, described, fill, model_folder, read_json, renamed,
-                     weight_files)
+from texts import WAN, WAN_FILES, describe_text, encode_text, load_text, tokenizer_folder
+from weights import (Positive, Size, config_from, fill, fill_arguments, model_folder, on_meta, read_json,
+                     renamed, weight_files)
 
 # ============================================================================================================
 # Causal 3D VAE.  Stride 4x8x8 in (time, height, width), 16 channels.
@@ -39,7 +39,7 @@ from weights import (Positive, Size, checked, config_from, described, fill, mode
 # Time is causal: a convolution sees the present and two past frames, zeros before the first, never the
 # future. So a clip can be processed whole (training) or piece after piece in bounded memory, with the same
 # result: `memory` is a dict {layer: the last frames it was given}, which the layer puts before its next
-# piece. None = the clip is whole.
+# piece (an Upsample notes only that the clip's first frame is behind it). None = the clip is whole.
 #
 # Activations are (B, C, T, H, W), kept channels-last, where the channel norm reduces along contiguous memory.
 # ============================================================================================================
@@ -179,10 +179,10 @@ class Upsample(nn.Module):
     def double_frames(self, x, memory):
         first_piece = memory is None or self not in memory
         if memory is not None:
-            memory[self] = True  # the clip's first frame has been
+            memory[self] = True  # later pieces do not start the clip
         if not first_piece:
             return self.as_pairs(self.time_conv(x, memory))
-        # The clip's first frame stays one frame, and time_conv never sees it: behind frame 1 there are zeros.
+        # The clip's first frame stays one frame, and time_conv never sees it: before frame 1 it sees zeros.
         first, rest = x[:, :, :1], x[:, :, 1:]
         if rest.shape[2] == 0:
             return x
@@ -195,7 +195,7 @@ class Upsample(nn.Module):
         return x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
 
-def run(layers, x, memory):
+def through(layers, x, memory):
     """x through the layers, one after the other."""
     for layer in layers:
         x = layer(x, memory)
@@ -210,7 +210,7 @@ class MidBlock(nn.Module):
 
     def forward(self, x, memory=None):
         before, after = self.resnets
-        return run((before, *self.attentions, after), x, memory)
+        return through((before, *self.attentions, after), x, memory)
 
 
 class Encoder(nn.Module):
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(dim, 2 * config.z_dim, 3, padding=1)
 
     def forward(self, x, memory=None):
-        x = run((self.conv_in, *self.down_blocks, self.mid_block), x, memory)
+        x = through((self.conv_in, *self.down_blocks, self.mid_block), x, memory)
         return self.conv_out(F.silu(self.norm_out(x)), memory)
 
 
@@ -247,7 +247,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(out_dim, temporal)] if upsample else [])
 
     def forward(self, x, memory=None):
-        return run((*self.resnets, *self.upsamplers), x, memory)
+        return through((*self.resnets, *self.upsamplers), x, memory)
 
 
 class Decoder(nn.Module):
@@ -271,7 +271,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(dims[-1], 3, 3, padding=1)
 
     def forward(self, x, memory=None):
-        x = run((self.conv_in, self.mid_block, *self.up_blocks), x, memory)
+        x = through((self.conv_in, self.mid_block, *self.up_blocks), x, memory)
         return self.conv_out(F.silu(self.norm_out(x)), memory)
 
 
@@ -334,7 +334,7 @@ class VAE(nn.Module):
         return latents * std + mean
 
     def statistics(self, device):
-        """Mean and standard deviation a channel, as one tensor (2, 1, C, 1, 1, 1)."""
+        """Mean and standard deviation of each channel, as one tensor (2, 1, C, 1, 1, 1)."""
         pair = [self.config.latents_mean, self.config.latents_std]
         return torch.tensor(pair, device=device).view(2, 1, -1, 1, 1, 1)
 
@@ -351,7 +351,7 @@ def frames_of(start, stop):
 
 # ============================================================================================================
 # DiT.  (B, 16, T, h, w) noisy latents -> 1x2x2 patches -> blocks of [self-attention, cross-attention to the
-# text, feed-forward], the first and last modulated by the time step -> velocity.
+# text, feed-forward], self-attention and feed-forward modulated by the time step -> velocity.
 #
 # The residual stream, layer norms, modulation, time embedding and RoPE are float32 whatever the weights'
 # dtype, as in the original: 30 or 40 blocks each add a little to the stream, and bfloat16's 8 bits would
@@ -480,7 +480,8 @@ def feed_forward(dim, hidden):
 
 
 class Block(nn.Module):
-    """A block whose norms and gates depend on the time step (adaLN): its own table plus `time`."""
+    """A block whose norms and gates depend on the time step (adaLN): by its own table, plus the modulation
+    that all blocks share."""
 
     def __init__(self, dim, ffn_dim, heads, eps):
         super().__init__()
@@ -492,10 +493,11 @@ class Block(nn.Module):
         self.ffn = feed_forward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim ** .5)
 
-    def forward(self, x, text, time, rotation, bias):
-        """x (B, L, D) float32 -> the same. text (B, L', D), time (B, 6, D), rotation of x, bias of text."""
-        modulation = self.scale_shift_table.float() + time
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 1)  # (B, 1, D)
+    def forward(self, x, text, modulation, rotation, bias):
+        """x (B, L, D) float32 -> the same. text (B, L', D), modulation (B, 6, D), rotation of x, bias of
+        text."""
+        table = self.scale_shift_table.float() + modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, 1)  # (B, 1, D)
         dtype = self.ffn.net[2].weight.dtype
         # attention to the whole video
         h = modulate(self.norm1(x), shift1, scale1).to(dtype)
@@ -524,7 +526,8 @@ class Conditions(nn.Module):
         self.text_embedder = two_linear(text_dim, dim, nn.GELU("tanh"))
 
     def forward(self, t, text):
-        """t (B,), text (B, L, text_dim) -> time (B, D), the blocks' modulation (B, 6, D), text (B, L, D)."""
+        """t (B,), text (B, L', text_dim) -> time (B, D), the blocks' modulation (B, 6, D), text (B, L', D).
+        """
         time = linear_float32(self.time_embedder.linear_1, time_frequencies(t, self.freq_dim))
         time = linear_float32(self.time_embedder.linear_2, F.silu(time))
         modulation = linear_float32(self.time_proj, F.silu(time)).unflatten(1, (6, -1))
@@ -535,7 +538,7 @@ class Conditions(nn.Module):
 class DiT(nn.Module):
     """dit(x, t, text) -> v: the velocity eps - x0, float32.
 
-    x (B, C, T, h, w) with h, w even; t (B,) = 1000 sigma; text (B, L, D), padding zeroed.
+    x (B, C, T, h, w) with h, w even; t (B,) = 1000 sigma; text (B, L', text_dim), padding zeroed.
     Set .checkpointing = True to recompute blocks in the backward pass instead of storing them.
     """
 
@@ -553,6 +556,7 @@ class DiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim ** .5)
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.checkpointing = False
+        self.merged_differences = None  # lora.merge_lora names a file here that no LoRA could hold
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -560,7 +564,8 @@ class DiT(nn.Module):
         nn.init.zeros_(self.proj_out.weight)  # before training the velocity is zero everywhere
 
     def forward(self, x, t, text, text_padding=0):
-        """text_padding: how many zero tokens the last of `text` stands for, of `fast.trim_text`."""
+        """text_padding: the last text token stands for so many equal zero tokens, as `fast.trim_text` counts
+        them; 0: for itself."""
         # Tokens, the conditions, and where each token stands.
         x, grid = self.patchify(x)  # (B, L, D) float32
         time, modulation, text = self.condition_embedder(t, text)  # (B, D), (B, 6, D), (B, L', D)
@@ -594,7 +599,7 @@ class DiT(nn.Module):
         return F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias).float(), grid
 
     def unpatchify(self, x, grid):
-        """Tokens (B, L, patch*C) -> (B, C, T, h, w)."""
+        """Tokens (B, L, patch*C) -> (B, C, T, h, w). Here the channel comes last, as in the checkpoints."""
         x = x.view(-1, *grid, *self.config.patch_size, self.config.out_channels)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
@@ -605,7 +610,8 @@ class DiT(nn.Module):
 #              (one file, or shards listed in an index)
 #   original   config.json + diffusion_pytorch_model*.safetensors (DiT), Wan2.1_VAE.pth,
 #              models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/ (tokenizer)
-# Models are built on the meta device and filled tensor by tensor, each read into its device and dtype.
+# A loader describes the model (on the meta device, without memory), matches every tensor by the files'
+# headers, and only then fills it, tensor by tensor, each read into its device and dtype.
 # ============================================================================================================
 
 ORIGINAL_VAE = "Wan2.1_VAE.pth"
@@ -672,7 +678,7 @@ class OriginalDiT:
     out_dim: Size
 
 
-def _dit_part(folder):
+def _describe_dit(folder):
     """-> (meta DiT, weight files, rename) for a model folder of either layout, or a transformer folder."""
     if (folder / "transformer_2").exists():
         raise ValueError(f"{folder} holds two transformers, as Wan2.2 does; give a Wan2.1 model's folder")
@@ -683,7 +689,7 @@ def _dit_part(folder):
     if "dim" in values and "num_heads" in values:  # the original's config
         rename = original_dit_key
         own = config_from(OriginalDiT, values, file)
-        values = {"text_dim": 4096, **values,
+        values = {**values,
                   "num_attention_heads": own.num_heads,
                   "attention_head_dim": own.dim // own.num_heads,
                   "in_channels": own.in_dim,
@@ -694,10 +700,10 @@ def _dit_part(folder):
     if config.attention_head_dim % 2 or config.freq_dim % 2:
         raise ValueError(f"{file}: attention_head_dim and freq_dim must be even; download it again")
     files = weight_files(folder, "diffusion_pytorch_model")
-    return described(functools.partial(DiT, config), files, file), files, rename
+    return on_meta(functools.partial(DiT, config), files, file), files, rename
 
 
-def _vae_part(folder):
+def _describe_vae(folder):
     """-> (meta VAE, weight files, rename) for a model folder of either layout, a vae folder, a .pth file."""
     original = folder if folder.suffix == ".pth" else folder / ORIGINAL_VAE
     if original.exists():
@@ -712,19 +718,19 @@ def _vae_part(folder):
     if sum(config.temperal_downsample) != 2 or channels != {config.z_dim}:
         raise ValueError(f"{file}: a Wan2.1 VAE halves time twice, and has a latents_mean and a latents_std "
                          "for each of its z_dim channels; download it again")
-    return described(functools.partial(VAE, config), files, file), files, rename
+    return on_meta(functools.partial(VAE, config), files, file), files, rename
 
 
 def load_dit(path, device="cpu", dtype=torch.float32):
     """DiT from a model folder (either layout), its transformer folder, or a hub id."""
-    part = _dit_part(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"], WAN))
-    return fill(*checked(*part, device, dtype))
+    part = _describe_dit(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"], WAN))
+    return fill(*fill_arguments(*part, device, dtype))
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """VAE from a model folder (either layout), its vae folder, a .pth file, or a hub id."""
-    part = _vae_part(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE], WAN))
-    return fill(*checked(*part, device, dtype))
+    part = _describe_vae(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE], WAN))
+    return fill(*fill_arguments(*part, device, dtype))
 
 
 @dataclass
@@ -735,7 +741,7 @@ class Wan:
     text_encoder: nn.Module | None = None  # transformers' UMT5EncoderModel
     tokenizer: object = None
     shift: float | None = None  # of its scheduler
-    texts: Callable | None = None  # prompt -> its embedding (1, 512, D), instead of the encoder (texts.py)
+    text_cache: Callable | None = None  # prompt -> its embedding (1, 512, D), instead of the encoder
 
     @property
     def device(self):
@@ -743,10 +749,10 @@ class Wan:
 
     def encode_text(self, prompts):
         """Prompts (a list of B strings) -> embeddings (B, 512, D), padding zeroed."""
-        if self.texts is None:
+        if self.text_cache is None:
             text = encode_text(self.text_encoder, self.tokenizer, prompts)
         else:
-            text = torch.cat([self.texts(prompt) for prompt in prompts])
+            text = torch.cat([self.text_cache(prompt) for prompt in prompts])
         return text.to(self.device)
 
 
@@ -760,7 +766,8 @@ class Scheduler:
 
 
 def load_wan(path, device="cpu", dtype=torch.float32, text=True):
-    """Wan2.1 from a folder in either published layout, or a hub id; text=False leaves the text encoder out.
+    """Wan2.1 from a folder in either published layout, or a hub id; text=False: without the text encoder,
+    whose files are checked all the same.
 
     dtype is the DiT's and text encoder's; the VAE is float32 always, its official precision. Raises
     ValueError with one sentence when a file is missing, cut short, mislabelled or not what the config
@@ -774,9 +781,9 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
                          f"nor {ORIGINAL_VAE} (original layout); give {WAN}")
 
     # Check every part by its files' headers.
-    parts = [checked(*_dit_part(folder), device, dtype),
-             checked(*_vae_part(folder), device, torch.float32)]
-    text_config, *_ = text_part(folder)
+    parts = [fill_arguments(*_describe_dit(folder), device, dtype),
+             fill_arguments(*_describe_vae(folder), device, torch.float32)]
+    text_config, *_ = describe_text(folder)
     tokenizer_folder(folder)
     (dit, *_), (vae, *_) = parts
     for entry, takes, given in (("in_channels", dit.config.in_channels, vae.config.z_dim),

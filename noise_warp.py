@@ -62,6 +62,8 @@ def parse_motion(prompt):
     phrase that looks like a motion but is not one of the eleven ("zoom in") raises a warning that lists them.
     """
     prompt = unicodedata.normalize("NFKC", prompt)  # full-width letters are letters
+    sentences = prompt.split(".")
+    of_camera = [sentence for sentence in sentences if "camera" in sentence.lower()]
     motions = []
     for match in _MOTION.finditer(prompt):
         verb, direction = (word.lower() for word in match.groups() if word)
@@ -69,10 +71,15 @@ def parse_motion(prompt):
             verb = "move"
         motions.append(f"{verb}_{direction}")
 
-    # Only where the camera is spoken of: a scene's blind may well tilt down.
-    sentences = prompt.split(".")
-    spoken = [sentence for sentence in sentences if "camera" in sentence.lower()] or sentences[:1]
-    stray = _LOOKALIKE.search(_MOTION.sub(",", ". ".join(spoken)))
+    # What reads like the scene's own motion is one of the camera's all the same: dancers may well move left.
+    elsewhere = [match for sentence in sentences for match in _MOTION.findall(sentence)
+                 if of_camera and sentence not in of_camera]
+    if elsewhere:
+        words = " ".join(word for word in elsewhere[0] if word)
+        warnings.warn(f"'{words}' is taken for a camera motion, though its sentence does not name the "
+                      "camera; say it otherwise if the scene moves", stacklevel=2)
+    # What looks like a motion, only where the camera is spoken of: a scene's blind may well tilt down.
+    stray = _LOOKALIKE.search(_MOTION.sub(",", ". ".join(of_camera or sentences[:1])))
     if stray:
         warnings.warn(f"'{stray.group()}' is not a camera motion here; the motions are {', '.join(MOTIONS)}",
                       stacklevel=2)
@@ -84,8 +91,10 @@ def parse_motion(prompt):
 # Each word is a rigid motion of the camera, and each motion starts in the frame the one before it ended in.
 # The path is the product of their small steps (paper, eq. 5), E_f camera-to-world:
 #     E_0 = I,    E_f = E_{f-1} T_action
+# Written in closed form here: E_f = S_1 S_2 ..., each motion's pose at as much of it as frame f has seen.
 
-# What a motion adds up to: x, z and the angle about y (positive looks right). Left mirrors right.
+# A motion's whole travel: x, z and the angle about y (positive looks right). Left mirrors right. Of an orbit
+# the angle alone: x and z follow from it.
 _TRAVEL = {
     "push_in": (0, PUSH, 0),
     "pull_out": (0, -PUSH, 0),
@@ -97,11 +106,11 @@ _TRAVEL = {
 }
 
 
-def _segment(motion, progress):
-    """Poses (F, 4, 4) of one motion at progress (F,) from 0 (the identity) to 1 (its whole travel)."""
+def _segment(motion, amount):
+    """Poses (F, 4, 4) of one motion, at amounts (F,) of its whole travel; 0 is the identity."""
     if motion not in MOTIONS:
         raise ValueError(f"unknown camera motion '{motion}'; the motions are {', '.join(MOTIONS)}")
-    x, z, angle = (amount * progress for amount in _TRAVEL[motion.replace("left", "right")])
+    x, z, angle = (whole * amount for whole in _TRAVEL[motion.replace("left", "right")])
     if motion.endswith("left"):
         x = -x
         angle = -angle
@@ -200,11 +209,12 @@ def path_flow(path, height, width, depth=1.0, fov=FOV):
 
 # The first frame's noise moves along the flow, cell by cell, and stays white in every frame. A cell v' that
 # several cells v flow into takes their sum at unit variance; a cell v that flows into n of them is split:
-#     z'(v') = sum_v rho(v) z(v) / sqrt(sum_v rho(v)^2)       rho: density, how much of frame 0 a cell holds
-#     z'(v'_k) = z(v) / sqrt(n) + e_k - mean(e)               e_k ~ N(0, 1), k = 1 ... n
+#     z'(v') = sum_p s_p z_p / sqrt(sum_p s_p^2)      over the pairs p = (v -> v') that reach v'
+#     s_p = rho(v) / n                                 rho: density, how much of frame 0 a cell holds
+#     z_p = z(v) / sqrt(n) + e_k - mean(e)             e_k ~ N(0, 1), the k-th of v's n pairs
 
 def white_noise(rows, samples, channels, generator, device="cpu"):
-    """N(0, 1) of (rows, samples * channels). generator: one for all, or a list with one a sample: then no
+    """N(0, 1) of (rows, samples * channels). generator: one for all, or a list with one per sample: then no
     sample's noise depends on which others are made beside it."""
     if not isinstance(generator, (list, tuple)):
         return torch.randn(rows, samples * channels, generator=generator, device=device)
@@ -237,7 +247,9 @@ def _who_goes_where(step, offset):
     target = target[source]
     remainder = position[:, source] - grid[:, target]
 
-    # A cell that received nothing (the picture is stretched there) looks back along the flow.
+    # A cell that received nothing (the picture is stretched there) looks back along the flow: for the cell
+    # that a value at its centre would have come from, then again less that cell's offset. What it finds
+    # starts at its centre (remainder 0).
     received = torch.zeros(H * W, dtype=torch.bool, device=step.device)
     received[target] = True
     hole = (~received).nonzero().squeeze(1)
@@ -265,7 +277,8 @@ def _split(noise, source, copies, samples, channels, generator):
 
 
 def _merge(values, target, share, cells):
-    """Noise (cells, K): sum(rho z) / sqrt(sum(rho^2)) over the values reaching a cell; 0 where none does."""
+    """Noise (cells, K): sum(s z) / sqrt(sum(s^2)) over the values reaching a cell, s their share; 0 where
+    none does."""
     crowd = torch.bincount(target, minlength=cells)
     square = torch.zeros(cells, device=values.device).index_add_(0, target, share * share)
     weight = torch.where(crowd[target] > 1, share / square[target].sqrt(), 1.0)
@@ -306,12 +319,10 @@ def _transported_frames(flow, samples, channels, generator):
 def transport_noise(flow, channels, samples=1, generator=None):
     """Noise that moves with the picture: (samples, channels, F, H, W), every frame white N(0, 1).
 
-    flow (F-1, 2, H, W): pixels (dx, dy), previous -> next. Go-with-the-Flow's transport (arXiv 2501.08331):
-    values that meet in a cell are summed with weights w / sqrt(sum w^2), w their density (a cell that was
-    stretched counts less); a value that is stretched over n cells becomes value/sqrt(n) + zero-sum noise in
-    each; cells nothing reaches get fresh noise. Cells are followed by their index, so one index map a frame
-    serves all channels and samples; sub-cell remainders are carried along. Zero flow returns the same noise,
-    to the bit.
+    flow (F-1, 2, H, W): pixels (dx, dy), previous -> next. Go-with-the-Flow's transport (arXiv 2501.08331),
+    by the formulas above; cells nothing reaches get fresh noise. Cells are followed by their index, so one
+    index map per frame serves all channels and samples; sub-cell remainders are carried along. Zero flow
+    returns the same noise, to the bit.
     """
     flow = torch.as_tensor(flow)
     if flow.dim() != 4 or flow.shape[1] != 2 or not flow.is_floating_point():
@@ -330,7 +341,7 @@ def latent_noise(path, frames, height, width, samples=1, generator=None, channel
     height, width: the latents'. The noise moves at `multiple` times that size along the flow between the
     frames that the latent frames end on (0, 4, 8, ...), then each multiple x multiple patch is averaged and
     rescaled to unit variance. degradation d in [0, 1] mixes in fresh noise, ((1-d) transported + d fresh) /
-    sqrt((1-d)^2 + d^2), as in Go-with-the-Flow. generator: one, or a list with one a sample.
+    sqrt((1-d)^2 + d^2), as in Go-with-the-Flow. generator: one, or a list with one per sample.
     """
     if len(path) != frames or frames % 4 != 1:
         raise ValueError("the path must have as many frames as the video, 4k+1; "

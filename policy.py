@@ -55,7 +55,7 @@ class Policy:
         dtype = getattr(torch, c.dtype)
         if wan is None:
             wan = load_wan(c.model, processes.device, dtype, text=False)
-            wan.texts = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
+            wan.text_cache = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
             self.fingerprint = fingerprint(wan.dit, c.lora)
         self.wan = wan
         dit = wan.dit
@@ -102,7 +102,7 @@ class Policy:
     def encode_prompts(self, prompts):
         """Their embeddings on disk, each encoded by one of the processes; the text encoder is gone after."""
         rank, world = self.processes.rank, self.processes.world
-        self.wan.texts.encode(list(dict.fromkeys(prompts))[rank::world], progress=rank == 0)
+        self.wan.text_cache.encode_missing(list(dict.fromkeys(prompts))[rank::world], progress=rank == 0)
         self.processes.wait()
 
     def velocity(self, prompt, wan=None):

@@ -43,7 +43,7 @@ from depth_anything import Reconstruction, load_depth_anything
 from noise_warp import camera_path, draw_paths, parse_motion, relative_to_first, rotation_angle
 from prompts import usable_prompt
 from sample import as_bytes, check_device, check_writable, evenly_spaced, read_video
-from weights import TINY, as_command, written_whole
+from weights import TINY, as_command, is_out_of_memory, written_whole
 
 
 # --------------------------------------------------------------------------------------------- what is scored
@@ -69,11 +69,11 @@ class Clip:
         return splat.render(rec.gaussians, cameras, K, H, W)[0]
 
     def to(self, device):
-        """Moves the reconstruction; its `frames` stay: they index the video."""
+        """Moves the reconstruction, but for its `index` into the video."""
         rec = self.reconstruction
         for part in [rec, rec.gaussians] if rec else []:
             for name, value in vars(part).items() if part else ():
-                if isinstance(value, torch.Tensor) and name != "frames":
+                if isinstance(value, torch.Tensor) and name != "index":
                     setattr(part, name, value.to(device))
 
 
@@ -103,7 +103,7 @@ def reconstruct(judges, clip):
 def paths_in_depths(path, rec):
     """Requested and recovered camera-to-world at the reconstructed frames, (V, 4, 4) each, float64, relative
     to their first pose; the recovered one in units of the scene's median depth."""
-    requested, found = relative_to_first(path[rec.frames]), relative_to_first(rec.camera_to_world)
+    requested, found = relative_to_first(path[rec.index]), relative_to_first(rec.camera_to_world)
     found[:, :3, 3] /= float(rec.depth.median())
     return requested, found
 
@@ -154,7 +154,7 @@ def recon_reward(judges, clip):
     rec = clip.reconstruction
     rerender = clip.render(rec.camera_to_world).clamp(0, 1)
     clip.rerender = rerender.cpu()
-    return 1 - lpips_distance(judges.lpips, rerender, clip.video[rec.frames].to(judges.device))
+    return 1 - lpips_distance(judges.lpips, rerender, clip.video[rec.index].to(judges.device))
 
 
 # ----------------------------------------------------------------------------------------------------- S_traj
@@ -200,7 +200,7 @@ def trajectory_term(judges, clip):
     rec = clip.reconstruction
     if len(clip.path) != len(clip.video):
         raise ValueError(f"the path has {len(clip.path)} cameras, the video {len(clip.video)} frames")
-    return trajectory_reward(clip.path[rec.frames], rec.camera_to_world, judges.alpha, judges.beta,
+    return trajectory_reward(clip.path[rec.index], rec.camera_to_world, judges.alpha, judges.beta,
                              float(rec.depth.median()))
 
 
@@ -269,8 +269,8 @@ MASKED = (ValueError, ArithmeticError, RuntimeError)
 
 def is_fault(error):
     """Of one of MASKED: is it the machine's or the program's after all?"""
-    by_name = (torch.OutOfMemoryError, torch.AcceleratorError, NotImplementedError, RecursionError)
-    return isinstance(error, by_name) or "DefaultCPUAllocator" in str(error)  # which has no error of its own
+    by_name = (torch.AcceleratorError, NotImplementedError, RecursionError)
+    return isinstance(error, by_name) or is_out_of_memory(error)
 
 
 class Rewards:
@@ -526,7 +526,7 @@ def draw_clip(file, clip, columns=6):
             ax.imshow(as_bytes(image))
 
     rec = clip.reconstruction
-    pictures(0, "input", clip.video if rec is None else clip.video[rec.frames])
+    pictures(0, "input", clip.video if rec is None else clip.video[rec.index])
     pictures(1, "re-render at the recovered cameras", clip.rerender)
     pictures(2, "meta-views, the critic's digits", clip.meta_views)
     if clip.digits is not None:

@@ -117,9 +117,9 @@ def render(gaussians, camera_to_world, intrinsics, height, width, max_pairs=None
     """-> rgb (V, 3, H, W), depth (V, H, W) expected z-depth (0 where nothing is), alpha (V, H, W), float32.
 
     camera_to_world (V, 4, 4), intrinsics (V, 3, 3) in pixels of the rendered size. max_pairs bounds the
-    PyTorch path's working memory, at about 200 bytes a pair without gradients; by default 4 pairs a pixel and
-    thread, at least 100,000: small enough for the cache, and for pixels to close before what they hide is
-    looked at.
+    PyTorch path's working memory, at about 200 bytes per pair without gradients; threads share it. By default
+    each has 4 pairs per pixel, at least 100,000: small enough for the cache, and for pixels to close before
+    what they hide is looked at.
     """
     if gaussians.means.is_cuda:
         return _gsplat(gaussians, camera_to_world, intrinsics, height, width)
@@ -284,7 +284,7 @@ def _pairs(splats, low, shape, width):
 def _block(splats, low, shape, width):
     """_pairs of n Gaussians over one block (n, rows, columns) as large as their largest box.
 
-    A dense block takes no index arithmetic a pair, and only the pairs that count get an index.
+    A dense block takes no index arithmetic per pair, and only the pairs that count get an index.
     """
     px, py, c0, c1, c2, opacity = splats.unbind(1)
     x, y = low.to(torch.int32).unbind(1)

@@ -4,9 +4,9 @@ disk.
     encoder, tokenizer = load_text("tiny/wan")
     text = encode_text(encoder, tokenizer, prompts)      # (B, 512, D)
 
-    texts = TextCache("Wan-AI/Wan2.1-T2V-1.3B", Path("runs/.texts"), "cuda", torch.bfloat16)
-    texts.encode(prompts)            # those that are not there: the encoder is loaded for them, and dropped
-    wan.texts = texts                # then wan.encode_text(prompts) reads them
+    cache = TextCache("Wan-AI/Wan2.1-T2V-1.3B", Path("runs/.texts"), "cuda", torch.bfloat16)
+    cache.encode_missing(prompts)    # the encoder is loaded for those that are not there, and dropped
+    wan.text_cache = cache           # then wan.encode_text(prompts) reads them
 
 Training needs the encoder (11 GB for Wan2.1) for minutes, not for days. A file of the cache holds one
 prompt's tokens without padding, and their checksum. Its name is a digest of prompt, dtype and the encoder's
@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from weights import (checked, described, fill, model_folder, open_tensors, read_json, renamed, weight_files,
-                     written_whole)
+from weights import (fill, fill_arguments, model_folder, on_meta, open_tensors, read_json, renamed,
+                     weight_files, written_whole)
+
 
 WAN = "a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B"
 WAN_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"]
@@ -56,7 +57,7 @@ original_text_key = functools.partial(renamed, ORIGINAL_TEXT_NAMES)
 
 # ---------------------------------------------------------------------------------------------------- loading
 
-def text_part(folder):
+def describe_text(folder):
     """-> (config, its file, weight files, rename) of the text encoder in a model folder of either layout."""
     diffusers = folder / "text_encoder"
     if diffusers.is_dir():
@@ -96,22 +97,23 @@ def _tokenizer(folder, words):
 def text_files(path):
     """-> the files that decide what a prompt's embedding is: the text encoder's and the tokenizer's."""
     folder = model_folder(path, WAN_FILES, WAN)
-    _, config, files, _ = text_part(folder)
-    return {config, *files, *(file for file in tokenizer_folder(folder).iterdir() if file.is_file())}
+    _, file, files, _ = describe_text(folder)
+    return {file, *files, *(part for part in tokenizer_folder(folder).iterdir() if part.is_file())}
 
 
 def load_text(path, device="cpu", dtype=torch.float32):
     """-> text encoder and tokenizer of a model folder (either layout), or a hub id."""
     folder = model_folder(path, WAN_FILES, WAN)
-    config, file, files, rename = text_part(folder)
+    config, file, files, rename = describe_text(folder)
     import transformers
 
-    def encoder():
+    def build():
         return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
 
-    part = checked(described(encoder, files, file), files, rename, device, dtype)
-    tokenizer = _tokenizer(tokenizer_folder(folder), part[0].config.vocab_size)
-    return fill(*part), tokenizer
+    encoder = on_meta(build, files, file)
+    arguments = fill_arguments(encoder, files, rename, device, dtype)
+    tokenizer = _tokenizer(tokenizer_folder(folder), encoder.config.vocab_size)
+    return fill(*arguments), tokenizer
 
 
 # --------------------------------------------------------------------------------------------------- encoding
@@ -154,14 +156,14 @@ class TextCache:
     def __init__(self, model, folder, device="cpu", dtype=torch.float32):
         self.model, self.folder, self.device, self.dtype = model, folder, device, dtype
         known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in text_files(model)]
-        self.encoder = repr((str(dtype), sorted(known)))
+        self.fingerprint = repr((str(dtype), sorted(known)))  # of the encoder
 
     def file(self, prompt):
-        digest = hashlib.sha256(f"{self.encoder} {prompt}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.fingerprint} {prompt}".encode()).hexdigest()
         return self.folder / f"{digest[:32]}.safetensors"
 
     @torch.no_grad()
-    def encode(self, prompts, progress=False):
+    def encode_missing(self, prompts, progress=False):
         """Encodes and writes what is not on disk yet, or damaged. The encoder is not loaded where nothing is
         missing."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if self.read(prompt) is None]
@@ -191,6 +193,6 @@ class TextCache:
     def __call__(self, prompt):
         text = self.read(prompt)  # (tokens, D)
         if text is None:
-            self.encode([prompt])
+            self.encode_missing([prompt])
             text = self.read(prompt)
         return F.pad(text, (0, 0, 0, TEXT_LENGTH - len(text)))[None]

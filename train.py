@@ -45,7 +45,7 @@ from run import (Clock, Processes, append_line, begin_run, drop_lines, in_words,
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
                     evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
                     sampling_of, transition, unchanged, write_video)
-from weights import TINY, write_text
+from weights import TINY, is_out_of_memory, write_text
 
 ROOT = Path(__file__).parent
 
@@ -717,10 +717,9 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
 def ending(error, rank, world):
     """What a process ends with after an error. -> exit status, and its line, None where rank 0 says it."""
     status, reason = 2, str(error)
-    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if isinstance(error, KeyboardInterrupt):
         status, reason = 130, "interrupted; start it again to go on from its newest checkpoint"
-    elif no_memory or "can't allocate memory" in reason:  # torch has no class for the CPU's
+    elif is_out_of_memory(error):
         reason = ("out of memory; run fewer videos at once with a smaller --batch, or add "
                   "--checkpointing or --offload")
     if rank == 0:

@@ -447,7 +447,7 @@ def reconstruction(w):
     rec = w.clips[best].reconstruction
     return Stage(
         "Depth Anything 3 lifts a video to three dimensions",
-        f"A transformer looks at {len(rec.frames)} frames of a video together and gives depth, one camera a "
+        f"A transformer looks at {len(rec.index)} frames of a video together and gives depth, one camera a "
         "frame, and a 3D Gaussian for each pixel: no optimisation, one forward pass. Whether the video "
         "shows one solid world is then a matter of rendering these Gaussians and looking. Nothing here "
         f"knows which camera was asked for. Shown is member {best}, of the highest advantage (stage 10).",

@@ -3,7 +3,7 @@
     folder = model_folder("Wan-AI/Wan2.1-T2V-1.3B", ["*.json", "*.safetensors"])
     config = read_json(folder / "config.json", Config)     # a dataclass: types and ranges are checked
     files = weight_files(folder, "model")
-    model = described(partial(Model, config), files, "config.json")  # shapes without memory
+    model = on_meta(partial(Model, config), files, "config.json")  # shapes without memory
     fill(model, match_tensors(model, files, str), "cuda", torch.bfloat16)
     with written_whole("runs/x/lora.safetensors") as part: # a kill leaves the old file or the new one
         save_file(tensors, part)
@@ -82,6 +82,12 @@ def write_text(path, text):
 
 
 # ------------------------------------------------------------------------------------------------- commands
+
+def is_out_of_memory(error):
+    """Does an error say so? torch has no class for the CPU's."""
+    by_name = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return by_name or "can't allocate memory" in str(error)
+
 
 def as_command(name):
     """Decorates a main(argv): what cannot be is one sentence and exit status 2, Ctrl-C one line and 130."""
@@ -284,7 +290,7 @@ def _reason(error):
 TIED = "encoder.embed_tokens.weight"  # UMT5's second name for shared.weight; its files hold either or both
 
 
-def described(build, files, config):
+def on_meta(build, files, config):
     """-> build() on the meta device: the model that a config describes, shapes without memory.
 
     ValueError names the file `config` if no such model can be. It is stopped where it gets far more tensors
@@ -340,8 +346,8 @@ def match_tensors(model, files, rename, device="cpu", unused=frozenset()):
     return {key: found[name][1] for key, name in names.items()}
 
 
-def checked(model, files, rename, device, dtype):
-    """The arguments for `fill`, once every tensor is known to be there."""
+def fill_arguments(model, files, rename, device, dtype):
+    """-> what `fill` takes, once every tensor is known to be there."""
     return model, match_tensors(model, files, rename, device), device, dtype
 
 

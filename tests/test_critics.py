@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, Preference, as_pictures, as_text, digit_score,
-                     load_lpips, lpips_distance, published_instruction)
+                     load_lpips, lpips_distance, one_sentence_errors, published_instruction)
 from weights import TINY, read_json, write_json
 
 
@@ -305,6 +305,11 @@ def test_a_critic_that_lacks_a_file_is_refused(name, twins, tmp_path):
     (folder / name).unlink()
     with pytest.raises(ValueError, match="hf download Qwen/Qwen3-VL-4B-Instruct"):
         Critic(folder)
+
+
+def test_full_memory_is_no_fault_of_the_folder():
+    with pytest.raises(RuntimeError, match="can't allocate memory"), one_sentence_errors("folder", "hub/id"):
+        torch.empty(2 ** 50)
 
 
 @pytest.mark.parametrize("other", ["wan", "depth_anything", "hpsv3"])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import depth_anything as D
-from depth_anything import SIZES, DA3Config, DepthAnything3, free_memory, load_depth_anything
+from depth_anything import (SIZES, DA3Config, DepthAnything3, container_memory, free_memory,
+                            load_depth_anything)
 from noise_warp import relative_to_first, rotation_angle
 from sample import read_video, write_video
 from tiny.world import random_scene
@@ -67,7 +68,7 @@ def test_views_are_subsampled_evenly(folder):
     da3 = load_depth_anything(folder)
     frames = torch.rand(9, 3, 32, 32)
     rec = da3(frames, views=3)
-    assert rec.frames.tolist() == [0, 4, 8]
+    assert rec.index.tolist() == [0, 4, 8]
     assert torch.allclose(rec.depth, da3(frames[[0, 4, 8]]).depth, atol=1e-5)
 
 
@@ -222,12 +223,12 @@ def test_the_shipped_twin_finds_cameras_and_depth():
         scene.motions = [motion]
         clip = render_scene(scene, depth=True)
         rec = da3(clip["video"], 9)
-        found, true = relative_to_first(rec.camera_to_world), relative_to_first(clip["poses"][rec.frames])
+        found, true = relative_to_first(rec.camera_to_world), relative_to_first(clip["poses"][rec.index])
         angle = rotation_angle(found[:, :3, :3], true[:, :3, :3])
         angles.append(math.degrees(angle[1:].median()))
         if true[-1, :3, 3].norm() > .1:
             directions.append(float(F.cosine_similarity(found[-1, :3, 3], true[-1, :3, 3], dim=0)))
-        depth = clip["depth"][rec.frames]
+        depth = clip["depth"][rec.index]
         error = (rec.depth * depth.median() / rec.depth.median() - depth).abs() / depth
         depths.append(float(error.mean()))
     assert sorted(angles)[2] < 2, angles
@@ -238,4 +239,15 @@ def test_the_shipped_twin_finds_cameras_and_depth():
 def test_memory_that_the_system_would_give_back_is_free():
     """What it caches of files is: after a download nearly all memory is."""
     psutil = pytest.importorskip("psutil")
-    assert free_memory(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=.1)
+    free = min(psutil.virtual_memory().available, container_memory())
+    assert free_memory(torch.device("cpu")) == pytest.approx(free, rel=.1)
+
+
+@pytest.mark.parametrize("limit, free", [("8000\n", 8000 - 5000 + 1500), ("max\n", math.inf), (None, math.inf)])
+def test_a_containers_limit_is_known(limit, free, tmp_path):
+    """As cgroup v2 tells it: what files are cached is given back when it is needed."""
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 1500\nactive_file 500\n")
+    if limit:
+        (tmp_path / "memory.max").write_text(limit)
+    assert container_memory(tmp_path) == free

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from eval import (alarms, camera_errors, changes, epipolar_error, folder_videos, halfway, interval, main,
-                  measured_row, mvcs, new_folder, psnr, ssim, table, vbench)
+from eval import (alarms, between, camera_errors, changes, epipolar_error, folder_videos, held_out, interval,
+                  main, measured_row, mvcs, new_folder, psnr, ssim, table, vbench)
 from noise_warp import camera_path
 from prompts import read_prompts
 from rewards import TERMS
@@ -140,7 +140,7 @@ def test_mvcs_of_true_geometry_shifted_depth_and_scale():
 
 def test_halfway_cameras_are_rotations_near_the_true_ones():
     path = camera_path(["pan_left"], 17)
-    R = halfway(path[::2])[:, :3, :3]
+    R = between(path[::2], torch.full((len(path[::2]) - 1,), .5))[:, :3, :3]
     cosine = ((R * path[1::2, :3, :3]).sum((1, 2)) - 1) / 2
     assert cosine.clamp(-1, 1).acos().max() < math.radians(.3)
     assert torch.allclose(R @ R.mT, torch.eye(3, dtype=R.dtype).expand(8, 3, 3), atol=1e-9)
@@ -160,8 +160,18 @@ def test_exact_geometry_scores_perfectly():
         errors = camera_errors(camera_path(scene.motions, 17), clip["poses"])
         assert all(error == pytest.approx(0, abs=1e-4) for error in errors.values())
         # cameras halfway between their neighbours are nearly the true ones
-        between = render(scene, poses=halfway(clip["poses"][::2].double()))["video"]
-        assert psnr(between, clip["video"][1::2]) >= 30
+        half = between(clip["poses"][::2].double(), torch.full((8,), .5))
+        assert psnr(render(scene, poses=half)["video"], clip["video"][1::2]) >= 30
+
+
+@pytest.mark.parametrize("index, middle", [([0, 2, 4], [1, 3]), ([0, 3, 8], [1, 5]), ([0, 1, 16], [8])])
+def test_held_out_frames_and_their_cameras_belong_together(index, middle):
+    """Also where the frame in the middle is none, and the one before it is taken; on a straight path."""
+    path = camera_path(["push_in"], 17)
+    path[:, 2, 3] = torch.arange(17)
+    gaps, place, frames = held_out(torch.tensor(index))
+    assert frames.tolist() == middle
+    assert between(path[index], place)[gaps, 2, 3].tolist() == pytest.approx(middle)
 
 
 def read_rows(out):

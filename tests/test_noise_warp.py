@@ -52,6 +52,14 @@ def test_what_sounds_like_a_motion_is_not_silently_a_camera_that_stands(words):
         assert parse_motion(f"The camera {words}. A tower") == ["fixed"]
 
 
+def test_a_motion_whose_sentence_does_not_name_the_camera_warns_where_another_does():
+    with pytest.warns(UserWarning, match="'move left' is taken for a camera motion, though"):
+        assert parse_motion("Dancers move left on a stage. Camera push in.") == ["move_left", "push_in"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse_motion("move left. a red box.") == ["move_left"]
+
+
 @pytest.mark.parametrize("file", ["prompts.jsonl", "tiny/prompts.jsonl"])
 def test_shipped_prompts_keep_their_motions_without_a_warning(file):
     with warnings.catch_warnings():

@@ -136,7 +136,7 @@ def test_a_clip_keeps_what_its_judging_looked_at(batch):
     assert clip.rerender.shape == (5, 3, 64, 64)
     assert clip.meta_views.shape == (2, 3, 64, 64)
     assert clip.digits.shape == (2, 10)
-    assert len(clip.reconstruction.frames) == 5
+    assert len(clip.reconstruction.index) == 5
 
 
 def test_scores_do_not_depend_on_batch_or_order(batch):

@@ -36,17 +36,17 @@ def test_cached_embeddings_are_the_encoders_to_the_bit(checkpoint, cache):
     expected = torch.cat([wan.encode_text([prompt]) for prompt in PROMPTS])
     light = load_wan(checkpoint, text=False)
     assert light.text_encoder is None
-    light.texts = cache
+    light.text_cache = cache
     for _ in range(2):  # encoded, then read
         assert torch.equal(light.encode_text(PROMPTS), expected)
 
 
 def test_the_encoder_is_loaded_once_and_not_at_all_when_nothing_is_missing(checkpoint, cache, monkeypatch):
     loads = encoder_loads(monkeypatch)
-    cache.encode(PROMPTS)
+    cache.encode_missing(PROMPTS)
     assert len(loads) == 1
     again = TextCache(checkpoint, cache.folder)
-    again.encode(PROMPTS[::-1])
+    again.encode_missing(PROMPTS[::-1])
     again(PROMPTS[0])
     assert len(loads) == 1
     again("a prompt that nobody announced")
@@ -54,7 +54,7 @@ def test_the_encoder_is_loaded_once_and_not_at_all_when_nothing_is_missing(check
 
 
 def test_another_encoder_or_dtype_does_not_answer(checkpoint, cache, tmp_path):
-    cache.encode(PROMPTS)
+    cache.encode_missing(PROMPTS)
     assert not TextCache(checkpoint, cache.folder, dtype=torch.bfloat16).file(PROMPTS[0]).exists()
     shutil.copytree(checkpoint, tmp_path / "other")
     weights, = (tmp_path / "other" / "text_encoder").glob("*.safetensors")
@@ -73,7 +73,7 @@ def test_an_encoder_of_another_config_does_not_answer(checkpoint, cache, tmp_pat
 
 
 def test_padding_is_not_kept_on_disk(cache):
-    cache.encode([PROMPTS[0]])
+    cache.encode_missing([PROMPTS[0]])
     assert cache.file(PROMPTS[0]).stat().st_size < 512 * 32 * 4 / 4
 
 
@@ -87,7 +87,7 @@ def test_a_damaged_embedding_is_made_again(content, checkpoint, cache):
 def test_another_embedding_in_a_whole_file_is_made_again(checkpoint, cache):
     """One number changed under the old checksum, no checksum at all, another prompt's file."""
     expected, file = cache(PROMPTS[0]), cache.file(PROMPTS[0])
-    cache.encode(PROMPTS)
+    cache.encode_missing(PROMPTS)
     with safe_open(file, framework="pt") as opened:
         text, known = opened.get_tensor("text"), opened.metadata()
     text[0, 0] += 1

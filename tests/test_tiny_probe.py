@@ -10,8 +10,8 @@ from lora import add_lora, lora_weights
 from model import load_wan
 from noise_warp import MOTIONS, camera_path
 from tiny.__main__ import main
-from tiny.probe import (FORMS, HEADS, NAMES, Probe, asked, blocks, labels_of, load_probe, pca_codec, proportion, read,
-                        reprojection, scores)
+from tiny.probe import (FORMS, HEADS, NAMES, NOISE_PATHS, Probe, asked, blocks, labels_of, load_probe, noise_motions,
+                        pca_codec, proportion, read, reprojection, scores)
 from tiny.world import corrupt, random_scene, render
 
 # ------------------------------------------------------------------------------------------------------- command lines
@@ -49,6 +49,15 @@ def test_probe_prints_a_row_for_every_combination_of_settings(command, tmp_path)
     assert names == [f"steps {steps}, degradation {share}" for steps in (1, 2) for share in (0, 1)]
     assert len({cells(row)[-2] for row in rows}) == 4  # every setting made other videos
     assert (tmp_path / "probe.png").exists()
+
+
+def test_the_noise_can_move_otherwise_than_the_words_say(command):
+    prompt = "Camera push in, then pull left. A red box."
+    assert [noise_motions(prompt, kind) for kind in NOISE_PATHS] == [
+        ["push_in", "pull_left"], ["fixed"], ["pull_out", "pull_right"]]
+    _, rows, _, _ = command("probe", "--num", 1, "--steps", 1, "--noise-path", *NOISE_PATHS)
+    assert [cells(row)[0] for row in rows] == [f"steps 1, noise_path {kind}" for kind in NOISE_PATHS]
+    assert len({cells(row)[-2] for row in rows}) == 3  # other videos each
 
 
 @pytest.mark.parametrize("frames", (17, 33))

@@ -108,6 +108,8 @@ def parse_arguments(argv=None):
                              ("strength", float, "of the noise's camera path (default 1)"),
                              ("degradation", float, "fresh noise mixed in")):
         new.add_argument(f"--{name}", type=kind, nargs="+", help=text)
+    new.add_argument("--noise-path", nargs="+", choices=probe.NOISE_PATHS,
+                     help="the camera path that moves the noise (default: the prompt's own)")
     new = command("compare", probe.compare, "an animated picture of scenes, rendered and sampled", num=12)
     add_model_options(new)
 

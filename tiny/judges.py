@@ -261,7 +261,7 @@ def depth_metrics(da3, count, sheet):
         figures["odd_db"].append(psnr(*at_odd, per_frame=False))
 
         # Cameras: rotations in full, of the travel its direction, for its scale is free.
-        true = relative_to_first(clip["poses"][rec.frames])
+        true = relative_to_first(clip["poses"][rec.index])
         found = relative_to_first(rec.camera_to_world)
         angles = rotation_angle(true[1:, :3, :3], found[1:, :3, :3])
         figures["rotation_deg"].append(math.degrees(angles.median()))
@@ -271,7 +271,7 @@ def depth_metrics(da3, count, sheet):
             figures["direction_deg"].append(math.degrees(cosine.clamp(-1, 1).acos()))
 
         # Depth, once every frame's median is right.
-        depth = clip["depth"][rec.frames]
+        depth = clip["depth"][rec.index]
         scale = depth.flatten(1).median(1).values / rec.depth.flatten(1).median(1).values  # (V,)
         error = (rec.depth * scale[:, None, None] - depth).abs() / depth
         figures["absrel"].append(error.mean().item())
@@ -383,8 +383,8 @@ def critic_examples(da3, index, seed):
     # The same views in the true room: the middle cameras are matched, and the scale is that of median depth.
     middle = len(rec.camera_to_world) // 2
     relative = torch.linalg.inv(rec.camera_to_world[middle]) @ views
-    relative[:, :3, 3] *= clip["depth"][rec.frames].median() / rec.depth.median()
-    truth = render(scene, poses=clip["poses"][rec.frames[middle]] @ relative)["video"]
+    relative[:, :3, 3] *= clip["depth"][rec.index].median() / rec.depth.median()
+    truth = render(scene, poses=clip["poses"][rec.index[middle]] @ relative)["video"]
 
     # The reconstruction and three damaged copies, seen and graded.
     draw = torch.Generator().manual_seed(index)

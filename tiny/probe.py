@@ -247,15 +247,35 @@ def reprojection(video, poses, gap=1, depths=48, window=5):
 
 # ------------------------------------------------------------------------------------------- models, examined
 
-def sample_in_batches(wan, prompts, sampling, seed=0, batch=20, **noise):
-    """One video (F, 3, H, W) a prompt, the i-th from the seed's i-th noise. noise: options of
-    `sample.sample_videos`."""
+def sample_in_batches(wan, prompts, sampling, seed=0, noise_path="own", strength=1.0, transport=True,
+                      batch=20):
+    """One video (F, 3, H, W) a prompt, the i-th from the seed's i-th noise, transported along one of
+    `noise_motions`."""
     videos = []
     for first in range(0, len(prompts), batch):
         part = prompts[first:first + batch]
+        motions = [noise_motions(prompt, noise_path) for prompt in part]
+        paths = [camera_path(words, sampling.frames, strength) for words in motions]
         noise_ids = range(first, first + len(part))
-        videos += sample_videos(wan, part, sampling, seed, noise_ids=noise_ids, progress=True, **noise)[0]
+        videos += sample_videos(wan, part, sampling, seed, noise_ids=noise_ids, paths=paths,
+                                transport=transport, progress=True)[0]
     return videos
+
+
+NOISE_PATHS = ("own", "still", "opposite")
+
+
+def noise_motions(prompt, kind):
+    """The camera motions that a prompt's noise is carried along: its own, none, or each turned round. A model
+    that follows its noise then films another path than its words say."""
+    motions = parse_motion(prompt)
+    if kind == "still":
+        return ["fixed"]
+    if kind == "opposite":
+        turned = {"left": "right", "right": "left", "push_in": "pull_out", "pull_out": "push_in"}
+        pattern = "|".join(sorted(turned, key=len, reverse=True))
+        return [re.sub(pattern, lambda word: turned[word[0]], motion) for motion in motions]
+    return motions
 
 
 def checked(model, frames, lora):
@@ -304,8 +324,8 @@ def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, 
     """Samples a model for every combination of the settings, and prints a row each; the last row's clips ->
     RUN/probe.png.
 
-    lora: a list of adapters. settings: {name: list of values or None} of strength, steps, guidance, shift and
-    degradation.
+    lora: a list of adapters. settings: {name: list of values or None} of strength, noise_path, steps,
+    guidance, shift and degradation.
     """
     sampling = checked(model, frames, lora)
     if rendered and prompts:
@@ -332,9 +352,9 @@ def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, 
         words = [f"{name} {value}".removesuffix(".0") for name, value in given.items()]
         name = ", ".join(words) or ("defaults" if transport else "plain noise")
         wan = load_adapted(model, given.pop("lora", None))
-        strength = given.pop("strength", 1.0)
+        noise = {name: given.pop(name) for name in ("strength", "noise_path") if name in given}
         chosen = dataclasses.replace(sampling, **given)
-        videos = sample_in_batches(wan, texts, chosen, seed, strength=strength, transport=transport)
+        videos = sample_in_batches(wan, texts, chosen, seed, transport=transport, **noise)
         print(table_row(name, videos, texts, probe), flush=True)
     contact_sheet(run / "probe.png", videos[:20])
     print("", *texts[:20], run / "probe.png", sep="\n")

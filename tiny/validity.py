@@ -85,9 +85,9 @@ def comparisons(rewards, scene, index, rng):
         room's."""
         judged = clip(fault, strength)
         rec = judged.reconstruction
-        asked = rec.camera_to_world[:1] @ relative_to_first(path[rec.frames]).to(rec.camera_to_world)
+        asked = rec.camera_to_world[:1] @ relative_to_first(path[rec.index]).to(rec.camera_to_world)
         rerender = judged.render(asked).clamp(0, 1)
-        return 1 - lpips_distance(rewards.lpips, rerender, judged.video[rec.frames].to(rerender.device))
+        return 1 - lpips_distance(rewards.lpips, rerender, judged.video[rec.index].to(rerender.device))
 
     yield "re-render where the prompt asked", fault, where_asked
 
@@ -132,7 +132,7 @@ def comparisons(rewards, scene, index, rng):
     def as_asked(strength):
         if not strength:
             return whole.scores["traj"]
-        asked = camera_path([wrong], 17)[rec.frames]
+        asked = camera_path([wrong], 17)[rec.index]
         return trajectory_reward(asked, rec.camera_to_world, rewards.alpha, rewards.beta,
                                  float(rec.depth.median()))
 
