@@ -321,7 +321,12 @@ COLUMNS = {  # title -> set, metric
     "re-projection": ("probe", "4 frames"),
 }
 LONGER = {"PSNR, longer videos": ("longer", "psnr")}
-TABLES = ("untrained", "ablations", "data", "choices")
+TABLES = {  # of cells -> title
+    "untrained": "Scored without training",
+    "ablations": "One ingredient left out",
+    "data": "Fewer prompts: the first 32 or 128 of 3,000, of which a run's main steps draw 320",
+    "choices": "Other choices, at as many videos; of steps_6 and steps_20 at as many passes of the DiT",
+}
 PAPER_TABLES = {"ablations": "paper_ablations", "data": "paper_data"}
 MARKS = "<!-- table: {} -->\n{}<!-- end -->"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!--).)*<!-- end -->", re.DOTALL)
@@ -369,7 +374,8 @@ def shown(values, sign=""):
     found = interval(values)
     if math.isnan(found[0]):
         return ""
-    mean, *ends = [f"{round(number, 6):{sign}.4g}" for number in found]
+    digits = 3 if sign else 4  # of a change, and of a value
+    mean, *ends = [f"{round(number, 6):{sign}.{digits}g}" for number in found]
     return f"{mean} [{', '.join(ends)}]" if len(values) > 1 else mean
 
 
@@ -402,7 +408,7 @@ def summary_table(found):
 def better_table(found):
     """On what share of the prompts a metric became better, in every seed and in their mean."""
     full = found["full"]
-    groups = {f"seed {seed}": {seed: result} for seed, result in full.items()} | {"mean": full}
+    groups = {f"seed {seed}": {seed: result} for seed, result in full.items()} | {"mean change": full}
     rows = []
     for title, sign in BETTER.items():
         base = over_seeds(found["base"], COLUMNS[title])
@@ -469,7 +475,7 @@ def cells_table(found, table):
     """What every cell of a table changes."""
     rows = [[label(found, name), *(change_shown(changes(found, name, COLUMNS[title])) for title in CHANGES)]
             for name in cells_of(found, table)]
-    return markdown("Changes", CHANGES, rows) if rows else ""
+    return markdown(TABLES[table], CHANGES, rows) if rows else ""
 
 
 def paper_table(found, table):

@@ -329,7 +329,7 @@ def tables_of(tmp_path):
 
 
 def in_words(values, sign=""):
-    mean, low, high = (f"{round(number, 6):{sign}.4g}" for number in interval(values))
+    mean, low, high = (f"{round(number, 6):{sign}.{3 if sign else 4}g}" for number in interval(values))
     return f"{mean} [{low}, {high}]"
 
 
