@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 
@@ -8,12 +9,12 @@ import tiny.train
 from conftest import ROOT, VAE_, randomise, train_twice
 from lora import merge_lora
 from model import VAE, VAEConfig, load_wan
-from sample import sampling_of
+from sample import generator, sampling_of
 from tiny.__main__ import main
 from tiny.probe import load_probe, read, sample_in_batches, scores
-from tiny.train import (export_web, inflate, load_trained_vae, make_data, make_tokenizer, train_vae, train_web,
-                        trained)
-from tiny.world import COLOURS, render_all, unseen_scenes
+from tiny.train import (export_web, flow_losses, inflate, load_trained_vae, make_data, make_tokenizer, moved_along,
+                        train_vae, train_web, trained)
+from tiny.world import COLOURS, caption, random_scene, render_all, unseen_scenes
 
 
 def test_tokenizer_reads_prompt_forms_alike():
@@ -102,6 +103,18 @@ def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_p
     assert len(pairs) == 8 * len(wan.dit.blocks)
     assert all(A.shape[0] == 16 and B.any() for A, B in pairs.values())
     assert merge_lora(wan.dit, ROOT / "tiny" / "web").keys() == pairs.keys()
+
+
+def test_noise_can_move_with_the_camera_in_training():
+    """A still camera's noise is the same in all frames; of scenes that move, another loss comes out than plain."""
+    scenes = [random_scene("moved", "static", index) for index in range(3)]
+    still = dataclasses.replace(scenes[0], motions=["fixed"])
+    noise = moved_along(still, (32, 16, 5, 8, 8), generator("moved"))
+    assert torch.equal(noise, noise[:, :, :1].expand_as(noise))
+    wan, latents = load_wan(ROOT / "tiny" / "wan"), torch.zeros(3, 16, 5, 8, 8)
+    losses = [next(flow_losses(wan, latents, scenes, caption, "web", 0, moved)(0, 0))[0].item()
+              for moved in (False, True)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("command", [["vae", "--minutes", ".001"], ["data", "--clips", "1"],

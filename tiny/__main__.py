@@ -126,12 +126,14 @@ def parse_arguments(argv=None):
     def training(name, function, text):
         new = command(name, function, text)
         new.add_argument("--minutes", type=float, default=60, help="of training, over all resumes")
+        return new
 
     training("vae", train.train_vae, "trains the causal 3D VAE")
     new = command("data", train.make_data, "renders clips and encodes them", seed=False)
     new.add_argument("--clips", type=int, default=8192, help="in all (default 8192)")
     training("dit", train.train_dit, "trains the DiT and its text encoder")
-    training("web", train.train_web, "gives tiny/wan the faults of a model of web videos")
+    new = training("web", train.train_web, "gives tiny/wan the faults of a model of web videos")
+    new.add_argument("--moved-noise", action="store_true", help="train with noise that moves with the camera")
     training("depth", judges.train_depth, "trains Depth Anything's twin")
     training("critic", judges.train_critic, "trains Qwen3-VL's twin")
     training("preference", judges.train_preference, "trains HPSv3's twin")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lora import add_lora, lora_weights
 from model import VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
+from noise_warp import camera_path, latent_noise
 from sample import contact_sheet, generator, psnr, sample
 from texts import TEXT_LENGTH
 from tiny.world import caption, corrupt, random_motions, random_scene, random_scenes, render, render_all
@@ -376,23 +377,35 @@ def flow_loss(wan, x0, noise, sigma, captions):
     return (v.float() - (noise - x0)).square().flatten(1).mean(1)
 
 
-def flow_losses(wan, latents, scenes, caption_of, name, seed):
+def flow_losses(wan, latents, scenes, caption_of, name, seed, moved_noise=False):
     """-> `losses` for `fit`: `flow_loss` of 32 clips at sigma = 2 u / (1 + u), u = sigmoid(N(0, 1)).
 
-    latents (N, C, T, h, w) of N scenes; caption_of(scene, rng) words one for this step.
+    latents (N, C, T, h, w) of N scenes; caption_of(scene, rng) words one for this step. moved_noise: each
+    clip's noise is transported along its camera's path, not plain.
     """
     def losses(step, progress):
         draw = generator(seed, step, name)
         index = torch.randint(len(latents), (32,), generator=draw)
         u = torch.randn(32, generator=draw).sigmoid()
         x0 = latents[index].float()
-        noise = torch.randn(x0.shape, generator=draw)
+        if moved_noise:
+            noise = torch.cat([moved_along(scenes[i], x0.shape, draw) for i in index])
+        else:
+            noise = torch.randn(x0.shape, generator=draw)
         rng = random.Random(f"{name}/{seed}/{step}")
         captions = [caption_of(scenes[i], rng) for i in index]
         loss = flow_loss(wan, x0, noise, 2 * u / (1 + u), captions).mean()
         yield loss, dict(train=loss)
 
     return losses
+
+
+def moved_along(scene, shape, draw):
+    """Noise (1, C, T, h, w) for one of the clips of a batch's shape, transported as the scene's camera
+    moves."""
+    _, C, T, h, w = shape
+    frames = 4 * T - 3
+    return latent_noise(camera_path(scene.motions, frames), frames, h, w, 1, draw, C)
 
 
 def train_dit(run, minutes, seed=0):
@@ -495,13 +508,14 @@ def web_caption(scene, rng):
     return caption(scene, rng)
 
 
-def train_web(run, minutes, seed=0, clips=2304):
+def train_web(run, minutes, seed=0, clips=2304, moved_noise=False):
     """The base that World-R1 starts from: tiny/wan after some minutes on clips as the web has them, as a
     LoRA.
 
     tiny/wan saw perfect renders with true captions, and so leaves RL nothing to repair. A model of web
     videos, such as Wan2.1, has seen warped and morphing worlds and captions that get the camera wrong. Loss:
-    flow matching.
+    flow matching. moved_noise: from noise that moves as the clip's camera does, which tells what half the
+    captions get wrong.
     """
     folder = run / "web"
     wan = load_wan(TINY / "wan")
@@ -520,7 +534,7 @@ def train_web(run, minutes, seed=0, clips=2304):
     # Only the adapter is trained.
     wan.text_encoder.requires_grad_(False)
     add_lora(wan.dit, WEB_RANK, WEB_RANK, generator(seed, "web"))
-    losses = flow_losses(wan, latents, scenes, web_caption, "web", seed)
+    losses = flow_losses(wan, latents, scenes, web_caption, "web", seed, moved_noise)
     fit(folder, minutes, wan.dit, losses, dict, lr=2e-3)
 
 
