@@ -462,7 +462,7 @@ class DepthAnything3(nn.Module):
         if frames.dim() != 4 or frames.shape[1] != 3 or not len(frames):
             raise ValueError(f"frames must be (F, 3, H, W) with F >= 1, got {tuple(frames.shape)}")
         if views is not None and views < 1:
-            raise ValueError(f"views must be at least 1, got {views}")
+            raise ValueError(f"--views must be at least 1, got {views}")
         # Refused before anything is computed: the kernel would kill the process without a word.
         count = min(views or len(frames), len(frames))
         device = self.cam_dec.fc_t.weight.device

@@ -158,7 +158,7 @@ def random_wan(config, vae_config, dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     text = torch.zeros(1, 512, config.text_dim, dtype=dtype)
-    return Wan(dit, VAE(vae_config).eval().requires_grad_(False), shift=3.0, texts=lambda prompt: text)
+    return Wan(dit, VAE(vae_config).eval().requires_grad_(False), shift=3.0, text_cache=lambda prompt: text)
 
 
 def one_batch(trained, lap):

@@ -114,8 +114,8 @@ def true_runs(tmp_path_factory):
 @pytest.mark.parametrize("size, parallel", CASES)
 def test_the_trace_is_what_the_allocator_hands_out(size, parallel, true_runs):
     """Phase by phase, of the first process, replicated and sharded. What the communication in flight holds (all
-    gradients of an all-reduce, one block's weights of a gather) is there or not, as the processes' threads are
-    timed."""
+    gradients of an all-reduce, one block's weights of a gather) is there, in part or not, as the processes' threads
+    are timed."""
     world, options = PARALLEL[parallel]
     c = config_of(size, *options)
     true, found = true_runs[size, parallel], traced(size, c, world)
@@ -124,8 +124,7 @@ def test_the_trace_is_what_the_allocator_hands_out(size, parallel, true_runs):
     lora = sum(p.numel() * 4 for p in add_lora(dit, c.lora_rank, c.lora_alpha).values())
     in_flight = {"one process": 0, "ddp": lora, "fsdp": block}[parallel]
     for phase in ("rollout, decoding", "update", "optimiser step", "evaluation of 2 steps"):
-        assert true[phase] == pytest.approx(found[phase], rel=.1) or (
-            true[phase] == pytest.approx(found[phase] + in_flight, rel=.1)), (phase, found, true)
+        assert .9 * found[phase] <= true[phase] <= 1.1 * (found[phase] + in_flight), (phase, found, true)
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
