@@ -37,7 +37,7 @@ from rewards import TERMS
 from sample import check_writable
 from train import ROOT, Config, check
 from train import parse_arguments as training_arguments
-from weights import TINY, as_command, read_bytes, read_json, write_json, write_text, written_whole
+from weights import as_command, read_bytes, read_json, write_json, write_text, written_whole
 
 # ---------------------------------------------------------------------------------------------------- cells
 
@@ -60,7 +60,7 @@ CELLS = {
     "clean": Cell("untrained", "--lora none", against="base", trained=False),
     # what the transported noise of the samples does by itself: before training, and after it
     "base_no_transport": Cell("untrained", scoring="--no-transport", against="base", trained=False),
-    "world_r1_no_transport": Cell("untrained", f"--lora {TINY / 'world_r1'}", scoring="--no-transport",
+    "world_r1_no_transport": Cell("untrained", "--lora tiny/world_r1", scoring="--no-transport",
                                   trained=False),
     # one ingredient left out; without R_gen a dynamic phase would have no reward
     "no_3d": Cell("ablations", "--meta 0 --recon 0 --traj 0", (18.93, .502, None, None, None, .33), 2),
@@ -183,8 +183,6 @@ def measured(a, name, options):
     folder = Path(c.runs) / c.name
     preset = dataclasses.asdict(training_arguments([]))
     config = {option: value for option, value in dataclasses.asdict(c).items() if value != preset[option]}
-    if config.get("lora"):  # a file of the repository, wherever that is
-        config["lora"] = str(c.lora).removeprefix(f"{ROOT}/")
     describe = "describe --always --abbrev=40 --exclude='*' --dirty=+changes"
     commit = subprocess.getoutput(f"git -C '{ROOT}' {describe}")
     machine = f"{processor()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
@@ -456,7 +454,7 @@ def is_off_zero(each):
 
 def label(found, name):
     cell = CELLS[name]
-    options = f"{cell.training} {cell.scoring}".replace(f"{ROOT}/", "").strip()
+    options = f"{cell.training} {cell.scoring}".strip()
     notes = [f"`{options}`"]
     if cell.trained:
         notes.append(f"{len(found[name])} of {cell.seeds} seeds")
@@ -543,9 +541,8 @@ def draw_changes(file, found):
             figure.savefig(part, format="svg", facecolor="white", metadata=NO_METADATA)
 
 
-def tables_of(out):
-    """-> {marker: table, or nothing where there are no results} of a folder."""
-    found = read_results(out)
+def tables_of(found):
+    """-> {marker: table, or nothing where there are no results}."""
     names = "summary", "main", "better", "scenes", "subsets", *TABLES, *PAPER_TABLES.values()
     made = dict.fromkeys(names, "")
     if "base" in found and "full" in found:
@@ -560,7 +557,8 @@ def tables_of(out):
 
 def write_tables(out, pages, picture):
     """Puts the tables of the results in `out` between the pages' markers, and draws the cells' changes."""
-    made = tables_of(out)
+    found = read_results(out)
+    made = tables_of(found)
     texts = {page: read_bytes(page).decode() for page in pages}
     for page, text in texts.items():
         places = MARKED.findall(text)
@@ -570,7 +568,6 @@ def write_tables(out, pages, picture):
         texts[page] = MARKED.sub(lambda place: MARKS.format(place[1], made[place[1]]), text)
     for page, text in texts.items():
         write_text(page, text)
-    found = read_results(out)
     if "full" in found and cells_of(found, "ablations"):
         draw_changes(picture, found)
     print(f"{', '.join(map(str, [*pages, picture]))}: the results of {out}")

@@ -498,11 +498,12 @@ def free_memory(device):
     if device.type == "cuda":  # and what torch keeps for itself without using it
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    free = math.inf
-    meminfo = Path("/proc/meminfo")
+    free, meminfo = math.inf, Path("/proc/meminfo")
+    if device.type == "cpu":
+        free = container_memory()
     if device.type == "cpu" and meminfo.exists():  # with what the system caches of files, and would give back
-        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
-    return min(free, container_memory()) if device.type == "cpu" else free
+        free = min(free, 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]))
+    return free
 
 
 def container_memory(folder=Path("/sys/fs/cgroup")):

@@ -97,6 +97,8 @@ def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_p
     for given, told in (dict(seed=1), "4 of seed 1"), (dict(clips=6), "6 of seed 0"):
         with pytest.raises(ValueError, match=f"clips.pt holds 4 clips of seed 0, not {told}; give that --seed"):
             train_web(tmp_path, 1, **dict(clips=4) | given)
+    with pytest.raises(ValueError, match="was begun without --moved-noise; give another --run"):
+        train_web(tmp_path, 1, clips=4, moved_noise=True)
     export_web(tmp_path, tmp_path / "shipped")
     wan = load_wan(ROOT / "tiny" / "wan")
     pairs = merge_lora(wan.dit, tmp_path / "shipped")

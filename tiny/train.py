@@ -523,9 +523,11 @@ def train_web(run, minutes, seed=0, clips=2304, moved_noise=False):
     if not (folder / "clips.pt").exists():
         bar = tqdm(range(clips), desc="clips")
         parts = [wan.vae.encode(web_clip(i, seed)[None]).half() for i in bar]
-        save(folder / "clips.pt", latents=torch.cat(parts), seed=seed)
+        save(folder / "clips.pt", latents=torch.cat(parts), seed=seed, moved_noise=moved_noise)
     with state_of(folder / "clips.pt") as kept:
-        latents, of = kept["latents"], kept.get("seed", 0)
+        latents, of, moved = kept["latents"], kept.get("seed", 0), kept.get("moved_noise", False)
+    if moved != moved_noise:
+        raise ValueError(f"{folder} was begun with{'' if moved else 'out'} --moved-noise; give another --run")
     if (len(latents), of) != (clips, seed):
         raise ValueError(f"{folder / 'clips.pt'} holds {len(latents)} clips of seed {of}, not {clips} of "
                          f"seed {seed}; give that --seed, or another --run")
