@@ -229,7 +229,7 @@ def kept_correlation(motion, multiple):
 
 @torch.no_grad()
 def splat_part(repeat):
-    """The PyTorch rasteriser: time at four sizes, and against the brute-force oracle (tests/)."""
+    """The rasteriser on a CPU: time at four sizes, and against the brute-force oracle (tests/)."""
     from test_splat import cameras, oracle, scene
     clip = render(random_scene("bench", "static", 0))["video"]
     rec = load_rewards().depth_anything(clip, 9)
@@ -253,8 +253,8 @@ def splat_part(repeat):
 def pixel_pairs(g, pose, K):
     """How many (Gaussian, pixel) pairs the rasteriser looks at in a view of 64x64."""
     splats = splat.project(g.means, g.scales, g.rotations, pose, K, 64, 64)
-    _, _, shape = splat.boxes(*splats, g.opacities, 64, 64)
-    return int(shape.prod(1).sum())
+    _, low, high = splat.boxes(*splats, g.opacities, 64, 64)
+    return int((high - low).prod(1).sum())
 
 
 # ---------------------------------------------------------------------------------- tiny: the shipped models

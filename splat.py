@@ -1,4 +1,4 @@
-"""Rendering 3D Gaussians (3DGS, arXiv 2308.04079): gsplat on CUDA, plain PyTorch elsewhere, one function.
+"""Rendering 3D Gaussians (3DGS, arXiv 2308.04079): gsplat on CUDA, compiled loops on a CPU, one function.
 
     rgb, depth, alpha = render(rec.gaussians, rec.camera_to_world, K, height, width)
 
@@ -10,17 +10,17 @@ A Gaussian of opacity o_i and colour c_i, projected to mean m_i and covariance S
 Both sides share conventions and thresholds: pixel centres at +.5, covariance widened by .3 px, alpha at most
 .999, alphas below 1/255 skipped, a pixel closed before its transmittance would fall to 1e-4, black behind.
 
-The PyTorch path: project and cull; sort by depth; evaluate every Gaussian over the pixels of its box; keep
-the pairs (Gaussian, pixel) that count; group them by pixel, in depth order; composite each group by a
-segmented product. Gaussians are taken nearest first, `max_pairs` pairs at a time, so memory stays bounded and
-closed pixels cost nothing more. Differentiable in every Gaussian parameter. Left out: anti-aliased and 2D
-splats, camera distortion.
+On a CPU: project and cull, and sort by depth (PyTorch); then, nearest first, add every Gaussian to the pixels
+of its box (loops that Numba compiles). Differentiable in every Gaussian parameter. Left out: anti-aliased and
+2D splats, camera distortion.
 """
 
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -113,25 +113,21 @@ def rotate_sh(harmonics, R):
 
 # -------------------------------------------------------------------------------------------------- rendering
 
-def render(gaussians, camera_to_world, intrinsics, height, width, max_pairs=None):
+def render(gaussians, camera_to_world, intrinsics, height, width):
     """-> rgb (V, 3, H, W), depth (V, H, W) expected z-depth (0 where nothing is), alpha (V, H, W), float32.
 
-    camera_to_world (V, 4, 4), intrinsics (V, 3, 3) in pixels of the rendered size. max_pairs bounds the
-    PyTorch path's working memory, at about 200 bytes per pair without gradients; threads share it. By default
-    each has 4 pairs per pixel, at least 100,000: small enough for the cache, and for pixels to close before
-    what they hide is looked at.
+    camera_to_world (V, 4, 4), intrinsics (V, 3, 3) in pixels of the rendered size.
     """
     if gaussians.means.is_cuda:
         return _gsplat(gaussians, camera_to_world, intrinsics, height, width)
     # One view is many small operations, which two cores hardly share; so each thread takes views of its own.
     threads = torch.get_num_threads()
     workers = min(threads, len(intrinsics))
-    share = max(max_pairs // workers, 1) if max_pairs else max(100_000, 4 * height * width)
     grad = torch.is_grad_enabled()
 
     def view(pose, K):
         with torch.set_grad_enabled(grad):  # a thread's own setting
-            return _view(gaussians, pose, K, height, width, share)
+            return _view(gaussians, pose, K, height, width)
 
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -151,48 +147,32 @@ def _gsplat(gaussians, camera_to_world, intrinsics, height, width):
     return picture[..., :3].permute(0, 3, 1, 2), picture[..., 3], alpha.squeeze(-1)
 
 
-def _take(index, *tensors):
-    """The rows `index` of each tensor; on a CPU index_select and its gradient are faster than indexing."""
-    return [tensor.index_select(0, index) for tensor in tensors]
-
-
-def _view(gaussians, pose, K, height, width, max_pairs):
-    """One view by the PyTorch path -> rgb (3, H, W), depth (H, W), alpha (H, W)."""
+def _view(gaussians, pose, K, height, width):
+    """One view on the CPU -> rgb (3, H, W), depth (H, W), alpha (H, W)."""
     # Project everything, and list what can show, nearest first.
     means, opacities = gaussians.means, gaussians.opacities
     centre, z, covariance = project(means, gaussians.scales, gaussians.rotations, pose, K, height, width)
-    order, low, shape = boxes(centre, z, covariance, opacities, height, width)
+    order, low, high = boxes(centre, z, covariance, opacities, height, width)
 
     # What each of them adds to a pixel (colour and depth), and how it fades around its centre: the exponent
     # c0 dx^2 + c1 dx dy + c2 dy^2 of its inverse covariance.
-    harmonics, means, z, covariance = _take(order, gaussians.harmonics, means, z, covariance)
-    centre, opacities = _take(order, centre, opacities)
-    features = torch.cat([colour(harmonics, means, pose[:3, 3]), z[:, None]], 1)  # (n, 4)
-    xx, xy, yy = covariance.unbind(1)
+    def shown(tensor):
+        return tensor.index_select(0, order)
+
+    rgb = colour(shown(gaussians.harmonics), shown(means), pose[:3, 3])
+    features = torch.cat([rgb, shown(z)[:, None]], 1)  # (n, 4)
+    xx, xy, yy = shown(covariance).unbind(1)
     det = xx * yy - xy * xy
-    conic = [.5 * yy / det, -xy / det, .5 * xx / det]
-    splats = torch.stack([*centre.unbind(1), *conic, opacities], 1)  # (n, 6)
+    conic = torch.stack([.5 * yy / det, -xy / det, .5 * xx / det], 1)
+    splats = torch.cat([shown(centre), conic, shown(opacities)[:, None]], 1)  # (n, 6)
 
-    # Composite chunks of at most max_pairs pairs; what lies wholly behind closed pixels is left out.
-    total = features.new_zeros(height * width, 4)
-    log_T = total.new_zeros(height * width, dtype=torch.float64)  # log transmittance so far
-    is_open = log_T == 0
-    pairs = shape.prod(1).cumsum(0)
-    start = 0
-    while start < len(order) and is_open.any():
-        done = int(pairs[start - 1]) if start else 0
-        stop = max(start + 1, int(torch.searchsorted(pairs, done + max_pairs, right=True)))
-        live = start + _reaching_open(is_open.view(height, width), low[start:stop], shape[start:stop])
-        if len(live):
-            chunk = _take(live, splats, features, low, shape)
-            total, log_T, is_open = _composite(*chunk, width, total, log_T, is_open)
-        start = stop
-    alpha = (1 - log_T.exp()).to(total.dtype)
-    depth = total[:, 3] / alpha.clamp_min(1e-10)
-    return total[:, :3].T.reshape(3, height, width), depth.view(height, width), alpha.view(height, width)
+    total, transmittance = Composite.apply(splats, features, low, high, height, width)
+    alpha = 1 - transmittance
+    depth = total[..., 3] / alpha.clamp_min(1e-10)
+    return total[..., :3].permute(2, 0, 1), depth, alpha
 
 
-# --------------------------------------------------------------------------------- the PyTorch path, in steps
+# ------------------------------------------------------------------------------------- the CPU path, in steps
 
 def project(means, scales, rotations, pose, K, height, width):
     """World Gaussians -> a camera's pixel means (N, 2), depths (N,), widened covariances (N, 3) xx, xy, yy.
@@ -216,7 +196,7 @@ def project(means, scales, rotations, pose, K, height, width):
     row_y = (fy / safe_z)[:, None] * (R[1] - slope_y[:, None] * R[2])
 
     # S = axes axes^T, its columns the scaled principal axes, so cov2d = (J W axes)(J W axes)^T.
-    axes = quaternion_to_matrix(rotations[:, [1, 2, 3, 0]]) * scales[:, None, :]
+    axes = quaternion_to_matrix(rotations.roll(-1, 1)) * scales[:, None, :]
     a = torch.einsum("nk,nkj->nj", row_x, axes)
     b = torch.einsum("nk,nkj->nj", row_y, axes)
     covariance = torch.stack([(a * a).sum(1) + WIDEN, (a * b).sum(1), (b * b).sum(1) + WIDEN], 1)
@@ -234,104 +214,125 @@ def colour(harmonics, means, position):
 def boxes(centre, z, covariance, opacities, height, width):
     """Which Gaussians can show, front to back, and the boxes of pixel centres within their reach.
 
-    -> order (n,) indices, low (n, 2) the boxes' first pixels x, y, shape (n, 2); shape.prod(1) pixel-Gaussian
-    pairs each.
+    -> order (n,) indices; low, high (n, 2) the boxes' first pixels x, y and those behind their last.
     """
     # alpha = o exp(-r^2/2) >= 1/255 up to r = sqrt(2 log(255 o)) deviations.
     reach = (2 * (opacities / ALPHA_MIN).clamp_min(1e-9).log()).clamp_min(0).sqrt()
     radius = reach[:, None] * covariance[:, [0, 2]].sqrt()
-    last = torch.tensor([width - 1, height - 1], device=z.device)
+    size = torch.tensor([width, height], device=z.device)
     low = (centre - radius - .5).ceil().clamp_min(0)
-    high = (centre + radius - .5).floor().minimum(last)
-    shape = (high - low + 1).nan_to_num(0).clamp_min(0)
-    shows = (z > NEAR) & (z < FAR) & (opacities >= ALPHA_MIN) & (shape.prod(1) > 0)
+    high = ((centre + radius - .5).floor() + 1).minimum(size)
+    shows = (z > NEAR) & (z < FAR) & (opacities >= ALPHA_MIN) & (low < high).all(1)
     order = shows.nonzero().squeeze(1)
     order = order[z[order].argsort(stable=True)]
-    return order, low[order].long(), shape[order].long()
+    return order, low[order].int(), high[order].int()
 
 
-def _reaching_open(is_open, low, shape):
-    """Indices of the boxes that hold an open pixel (H, W), by a summed-area table."""
-    table = F.pad(is_open.int().cumsum(0).cumsum(1), (1, 0, 1, 0))
-    x0, y0 = low.unbind(1)
-    x1, y1 = (low + shape).unbind(1)
-    return (table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]).nonzero().squeeze(1)
+class Composite(torch.autograd.Function):
+    """Splats in depth order -> what they add up to (H, W, 4), and the light that passes all of them (H, W).
 
-
-def _pairs(splats, low, shape, width):
-    """Every (Gaussian, pixel) pair whose alpha reaches 1/255 -> who, pixel, alpha, each (P,), ordered by who.
-
-    Gaussians with boxes of about the same size are evaluated together, in one dense block.
+    splats (n, 6): x, y, c0, c1, c2, opacity; features (n, 4); low, high (n, 2) their boxes of pixels.
     """
-    side = shape.amax(1)
-    sizes = [2 ** k for k in range(int(side.max()).bit_length() + 1)]  # a block an octave
-    if len(side) * int(side.max()) ** 2 < 2 * int(shape.prod(1).sum()):
-        sizes = sizes[-1:]  # all about as large as the largest: one block
-    found = []
-    smaller = 0
-    for size in sizes:
-        group = ((side > smaller) & (side <= size)).nonzero().squeeze(1)
-        smaller = size
-        if len(group):
-            n, pixel, alpha = _block(*_take(group, splats, low, shape), width)
-            found.append((group.index_select(0, n), pixel, alpha))
-    who, pixel, alpha = (torch.cat(x) for x in zip(*found))
-    if len(found) > 1:  # back into depth order
-        who, pixel, alpha = _take(_sorting(who), who, pixel, alpha)
-    return who, pixel, alpha.clamp(max=ALPHA_MAX)
+
+    @staticmethod
+    def forward(ctx, splats, features, low, high, height, width):
+        arrays = [x.detach().contiguous().numpy() for x in (splats, features, low, high)]
+        total, T, closed_by = _composite(*arrays, height, width)
+        ctx.arrays, ctx.drawn = arrays, (T, closed_by)
+        return torch.from_numpy(total).to(splats.dtype), torch.from_numpy(T).to(splats.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, grad_T):
+        grads = [x.double().contiguous().numpy() for x in (grad_total, grad_T)]
+        grad_splats, grad_features = _composite_backward(*ctx.arrays, *ctx.drawn, *grads)
+        dtype = grad_total.dtype
+        return torch.from_numpy(grad_splats).to(dtype), torch.from_numpy(grad_features).to(dtype), *[None] * 4
 
 
-def _block(splats, low, shape, width):
-    """_pairs of n Gaussians over one block (n, rows, columns) as large as their largest box.
+# Loops over pixels are what PyTorch cannot say, and what Numba compiles; without the GIL, views share threads.
+compiled = numba.njit(nogil=True, cache=True)
 
-    A dense block takes no index arithmetic per pair, and only the pairs that count get an index.
+
+@compiled
+def _fade(splat, x, y):
+    """A splat at pixel (x, y) -> dx, dy, exponent: it has exp(-exponent) of its opacity there."""
+    dx = x + .5 - splat[0]
+    dy = y + .5 - splat[1]
+    return dx, dy, splat[2] * dx * dx + splat[3] * dx * dy + splat[4] * dy * dy
+
+
+@compiled
+def _composite(splats, features, low, high, height, width):
+    """Nearest first, each splat over its box -> total (H, W, 4), transmittance T (H, W), float64, and
+    closed_by (H, W): the first splat that a pixel takes no more."""
+    n = len(splats)
+    total = np.zeros((height, width, features.shape[1]))
+    T = np.ones((height, width))
+    closed_by = np.full((height, width), n)
+    still_open = height * width
+    for i in range(n):
+        if not still_open:
+            break
+        opacity = float(splats[i, 5])
+        faint = math.log(opacity / ALPHA_MIN)  # the exponent at which alpha falls below 1/255
+        for y in range(low[i, 1], high[i, 1]):
+            for x in range(low[i, 0], high[i, 0]):
+                if closed_by[y, x] < n:
+                    continue
+                _, _, exponent = _fade(splats[i], x, y)
+                if exponent > faint:
+                    continue
+                alpha = min(opacity * math.exp(-exponent), ALPHA_MAX)
+                if T[y, x] * (1 - alpha) <= CLOSED:
+                    closed_by[y, x] = i
+                    still_open -= 1
+                    continue
+                for k in range(features.shape[1]):
+                    total[y, x, k] += T[y, x] * alpha * features[i, k]
+                T[y, x] *= 1 - alpha
+    return total, T, closed_by
+
+
+@compiled
+def _composite_backward(splats, features, low, high, T, closed_by, grad_total, grad_T):
+    """Farthest first: undoes _composite splat by splat -> gradients of splats and features, float64.
+
+    With T_i the light in front of splat i, and B_i what is added up behind it,
+        d total / d feature_i = alpha_i T_i
+        d total / d alpha_i = T_i feature_i - B_i / (1 - alpha_i)
+        d T / d alpha_i = -T / (1 - alpha_i).
     """
-    px, py, c0, c1, c2, opacity = splats.unbind(1)
-    x, y = low.to(torch.int32).unbind(1)
-    w, h = shape.to(torch.int32).unbind(1)
-    columns = torch.arange(int(w.max()), dtype=torch.int32, device=x.device)
-    rows = torch.arange(int(h.max()), dtype=torch.int32, device=x.device)
-    dx = x[:, None] + columns + .5 - px[:, None]  # (n, columns)
-    dy = y[:, None] + rows + .5 - py[:, None]  # (n, rows)
-    exponent = (c1[:, None] * dy)[:, :, None] * dx[:, None]  # (n, rows, columns)
-    exponent = exponent + (c0[:, None] * dx * dx)[:, None]
-    exponent = exponent + (c2[:, None] * dy * dy)[:, :, None]
-    with torch.no_grad():
-        counts = exponent <= (opacity / ALPHA_MIN).log()[:, None, None]
-        counts &= (columns < w[:, None])[:, None] & (rows < h[:, None])[:, :, None]
-        index = counts.flatten().nonzero().squeeze(1)  # (P,) into the block
-        n = index.div(len(rows) * len(columns), rounding_mode="floor")
-        pixels = ((y[:, None] + rows) * width)[:, :, None] + (x[:, None] + columns)[:, None]
-        pixel = pixels.flatten().index_select(0, index)
-    return n, pixel, opacity.index_select(0, n) * torch.exp(-exponent.flatten().index_select(0, index))
-
-
-def _composite(splats, features, low, shape, width, total, log_T, is_open):
-    """Adds Gaussians, given in depth order, behind what the pixels already hold -> total, log_T, is_open."""
-    # The pairs in open pixels, grouped by pixel, nearest first.
-    who, pixel, alpha = _pairs(splats, low, shape, width)
-    with torch.no_grad():
-        keep = is_open.index_select(0, pixel).nonzero().squeeze(1)
-        keep, = _take(_sorting(pixel.index_select(0, keep)), keep)
-        who, pixel = _take(keep, who, pixel.long())
-    alpha = alpha.index_select(0, keep)
-
-    # Transmittance in front of each pair: a running sum of log(1 - alpha) that restarts with every pixel.
-    step = torch.log1p(-alpha.double())
-    running = step.cumsum(0)
-    count = torch.bincount(pixel, minlength=len(log_T))
-    at_start = torch.cat([running.new_zeros(1), running]).index_select(0, count.cumsum(0) - count)  # (H*W,)
-    before = running - step + (log_T - at_start).index_select(0, pixel)
-
-    # A pair that would close its pixel is not drawn, and nothing behind it is.
-    shown = before + step > math.log(CLOSED)
-    weight = torch.where(shown, alpha * before.exp(), 0.0).to(features.dtype)
-    total = total.index_add(0, pixel, weight[:, None] * features.index_select(0, who))
-    log_T = log_T.index_add(0, pixel, torch.where(shown, step, 0.0))
-    closed = torch.zeros_like(is_open).index_fill(0, pixel.masked_select(~shown), True)
-    return total, log_T, is_open & ~closed
-
-
-def _sorting(keys):
-    """Indices that sort integers, equal ones in place; 32-bit keys take half the time of 64-bit ones."""
-    return keys.int().argsort(stable=True)
+    grad_splats = np.zeros(splats.shape)
+    grad_features = np.zeros(features.shape)
+    behind = np.zeros_like(grad_total)
+    T_in_front = T.copy()
+    for i in range(len(splats) - 1, -1, -1):
+        opacity = float(splats[i, 5])
+        faint = math.log(opacity / ALPHA_MIN)
+        for y in range(low[i, 1], high[i, 1]):
+            for x in range(low[i, 0], high[i, 0]):
+                if i >= closed_by[y, x]:
+                    continue
+                dx, dy, exponent = _fade(splats[i], x, y)
+                if exponent > faint:
+                    continue
+                fade = math.exp(-exponent)
+                alpha = min(opacity * fade, ALPHA_MAX)
+                T_in_front[y, x] /= 1 - alpha
+                grad_alpha = -grad_T[y, x] * T[y, x] / (1 - alpha)
+                for k in range(features.shape[1]):
+                    g = grad_total[y, x, k]
+                    grad_features[i, k] += g * alpha * T_in_front[y, x]
+                    grad_alpha += g * (T_in_front[y, x] * features[i, k] - behind[y, x, k] / (1 - alpha))
+                    behind[y, x, k] += alpha * T_in_front[y, x] * features[i, k]
+                if opacity * fade > ALPHA_MAX:
+                    continue  # the cap has no gradient
+                grad_exponent = -alpha * grad_alpha
+                grad_splats[i, 0] -= grad_exponent * (2 * splats[i, 2] * dx + splats[i, 3] * dy)
+                grad_splats[i, 1] -= grad_exponent * (2 * splats[i, 4] * dy + splats[i, 3] * dx)
+                grad_splats[i, 2] += grad_exponent * dx * dx
+                grad_splats[i, 3] += grad_exponent * dx * dy
+                grad_splats[i, 4] += grad_exponent * dy * dy
+                grad_splats[i, 5] += grad_alpha * fade
+    return grad_splats, grad_features
