@@ -251,9 +251,9 @@ def splat_part(repeat):
 
 
 def pixel_pairs(g, pose, K):
-    """How many (Gaussian, pixel) pairs the rasteriser looks at in a view of 64x64."""
-    splats = splat.project(g.means, g.scales, g.rotations, pose, K, 64, 64)
-    _, low, high = splat.boxes(*splats, g.opacities, 64, 64)
+    """How many pixels the Gaussians' boxes hold in a view of 64x64."""
+    centre, z, covariance, _ = splat.project(g.means, g.scales, g.rotations, pose, K, 64, 64)
+    _, low, high = splat.boxes(centre, z, covariance, g.opacities, 64, 64)
     return int((high - low).prod(1).sum())
 
 
@@ -275,6 +275,7 @@ def tiny_part(repeat):
     videos, paths = sample_videos(wan, [PROMPT] * 16, sampling)
     # Each term of the rewards alone, then all of them, which share one reconstruction.
     rewards = load_rewards().load()
+    rewards.terms(videos[:1], [PROMPT], paths[:1])  # the first call compiles
     print_head("16 videos, rewards; a term of R_3D with its reconstruction", "seconds a video")
     for names in [[name] for name in TERMS] + [list(TERMS)]:
         rewards.weights = {name: float(name in names) for name in TERMS}

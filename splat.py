@@ -7,12 +7,12 @@ A Gaussian of opacity o_i and colour c_i, projected to mean m_i and covariance S
     alpha_i = o_i exp(-(p - m_i)^T S_i^-1 (p - m_i) / 2)
     colour = sum_i c_i alpha_i prod_{j in front of i} (1 - alpha_j)
 
-Both sides share conventions and thresholds: pixel centres at +.5, covariance widened by .3 px, alpha at most
+Both sides share conventions and thresholds: pixel centres at +.5, variances widened by .3 px^2, alpha at most
 .999, alphas below 1/255 skipped, a pixel closed before its transmittance would fall to 1e-4, black behind.
 
 On a CPU: project and cull, and sort by depth (PyTorch); then, nearest first, add every Gaussian to the pixels
-of its box (loops that Numba compiles). Differentiable in every Gaussian parameter. Left out: anti-aliased and
-2D splats, camera distortion.
+of its box (loops that Numba compiles). Differentiable, once, in every Gaussian parameter. Left out:
+anti-aliased and 2D splats, camera distortion.
 """
 
 import math
@@ -32,7 +32,7 @@ CLOSED = 1e-4  # the transmittance that no pixel falls below
 
 @dataclass
 class Gaussians:
-    """N 3D Gaussians in world axes."""
+    """N 3D Gaussians in world axes, float32."""
     means: torch.Tensor  # (N, 3)
     scales: torch.Tensor  # (N, 3) standard deviations
     rotations: torch.Tensor  # (N, 4) unit quaternions as the renderer reads them: w, x, y, z
@@ -120,7 +120,7 @@ def render(gaussians, camera_to_world, intrinsics, height, width):
     """
     if gaussians.means.is_cuda:
         return _gsplat(gaussians, camera_to_world, intrinsics, height, width)
-    # One view is many small operations, which two cores hardly share; so each thread takes views of its own.
+    # One view is one long loop and runs on one core; so each thread takes views of its own.
     threads = torch.get_num_threads()
     workers = min(threads, len(intrinsics))
     grad = torch.is_grad_enabled()
@@ -151,20 +151,19 @@ def _view(gaussians, pose, K, height, width):
     """One view on the CPU -> rgb (3, H, W), depth (H, W), alpha (H, W)."""
     # Project everything, and list what can show, nearest first.
     means, opacities = gaussians.means, gaussians.opacities
-    centre, z, covariance = project(means, gaussians.scales, gaussians.rotations, pose, K, height, width)
+    centre, z, covariance, det = project(means, gaussians.scales, gaussians.rotations, pose, K, height, width)
     order, low, high = boxes(centre, z, covariance, opacities, height, width)
 
     # What each of them adds to a pixel (colour and depth), and how it fades around its centre: the exponent
-    # c0 dx^2 + c1 dx dy + c2 dy^2 of its inverse covariance.
+    # c0 dx^2 + c1 dx dy + c2 dy^2 of its inverse covariance, the half of 3DGS's exponent included.
     def shown(tensor):
         return tensor.index_select(0, order)
 
     rgb = colour(shown(gaussians.harmonics), shown(means), pose[:3, 3])
     features = torch.cat([rgb, shown(z)[:, None]], 1)  # (n, 4)
     xx, xy, yy = shown(covariance).unbind(1)
-    det = xx * yy - xy * xy
-    conic = torch.stack([.5 * yy / det, -xy / det, .5 * xx / det], 1)
-    splats = torch.cat([shown(centre), conic, shown(opacities)[:, None]], 1)  # (n, 6)
+    exponent = torch.stack([.5 * yy, -xy, .5 * xx], 1) / shown(det)[:, None]
+    splats = torch.cat([shown(centre), exponent, shown(opacities)[:, None]], 1)  # (n, 6)
 
     total, transmittance = Composite.apply(splats, features, low, high, height, width)
     alpha = 1 - transmittance
@@ -175,7 +174,8 @@ def _view(gaussians, pose, K, height, width):
 # ------------------------------------------------------------------------------------- the CPU path, in steps
 
 def project(means, scales, rotations, pose, K, height, width):
-    """World Gaussians -> a camera's pixel means (N, 2), depths (N,), widened covariances (N, 3) xx, xy, yy.
+    """World Gaussians -> a camera's pixel means (N, 2), depths (N,), widened covariances (N, 3) xx, xy, yy
+    and their determinants (N,).
 
     EWA: cov2d = J W S W^T J^T + .3 I, with J the projection's Jacobian at the mean, its slope limited to 1.3
     times the field of view as in 3DGS.
@@ -199,9 +199,13 @@ def project(means, scales, rotations, pose, K, height, width):
     axes = quaternion_to_matrix(rotations.roll(-1, 1)) * scales[:, None, :]
     a = torch.einsum("nk,nkj->nj", row_x, axes)
     b = torch.einsum("nk,nkj->nj", row_y, axes)
-    covariance = torch.stack([(a * a).sum(1) + WIDEN, (a * b).sum(1), (b * b).sum(1) + WIDEN], 1)
+    aa, bb = a.square().sum(1), b.square().sum(1)
+    covariance = torch.stack([aa + WIDEN, (a * b).sum(1), bb + WIDEN], 1)
+    # xx yy - xy^2 without its cancellation, which turns long thin splats into noise: |a|^2 |b|^2 - (a.b)^2 is
+    # the cross product's square.
+    det = torch.linalg.cross(a, b).square().sum(1) + WIDEN * (aa + bb + WIDEN)
     centre = torch.stack([fx * x / safe_z + cx, fy * y / safe_z + cy], 1)
-    return centre, z, covariance
+    return centre, z, covariance, det
 
 
 def colour(harmonics, means, position):
@@ -236,22 +240,26 @@ class Composite(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, splats, features, low, high, height, width):
-        arrays = [x.detach().contiguous().numpy() for x in (splats, features, low, high)]
-        total, T, closed_by = _composite(*arrays, height, width)
-        ctx.arrays, ctx.drawn = arrays, (T, closed_by)
-        return torch.from_numpy(total).to(splats.dtype), torch.from_numpy(T).to(splats.dtype)
+        inputs = [x.double().contiguous() for x in (splats, features)] + [low, high]
+        total, *drawn = map(torch.from_numpy, _composite(*(x.numpy() for x in inputs), height, width))
+        ctx.save_for_backward(*inputs, *drawn)
+        return total.to(splats.dtype), drawn[0].to(splats.dtype, copy=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_T):
-        grads = [x.double().contiguous().numpy() for x in (grad_total, grad_T)]
-        grad_splats, grad_features = _composite_backward(*ctx.arrays, *ctx.drawn, *grads)
-        dtype = grad_total.dtype
-        return torch.from_numpy(grad_splats).to(dtype), torch.from_numpy(grad_features).to(dtype), *[None] * 4
+        tensors = *ctx.saved_tensors, grad_total.double().contiguous(), grad_T.double().contiguous()
+        grads = _composite_backward(*(x.numpy() for x in tensors))
+        return *(torch.from_numpy(grad).to(grad_total.dtype) for grad in grads), None, None, None, None
 
 
-# Loops over pixels are what PyTorch cannot say, and what Numba compiles; without the GIL, views share threads.
-compiled = numba.njit(nogil=True, cache=True)
+def compiled(function):
+    """Loops over pixels are what PyTorch has no words for, and what Numba compiles: without the GIL, so that
+    the views' threads run at once; the machine code is kept, wherever there is a folder for it."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
 
 
 @compiled
@@ -265,7 +273,7 @@ def _fade(splat, x, y):
 @compiled
 def _composite(splats, features, low, high, height, width):
     """Nearest first, each splat over its box -> total (H, W, 4), transmittance T (H, W), float64, and
-    closed_by (H, W): the first splat that a pixel takes no more."""
+    closed_by (H, W): the first splat that a pixel takes no more, n if it takes all."""
     n = len(splats)
     total = np.zeros((height, width, features.shape[1]))
     T = np.ones((height, width))
@@ -274,14 +282,14 @@ def _composite(splats, features, low, high, height, width):
     for i in range(n):
         if not still_open:
             break
-        opacity = float(splats[i, 5])
+        opacity = splats[i, 5]
         faint = math.log(opacity / ALPHA_MIN)  # the exponent at which alpha falls below 1/255
         for y in range(low[i, 1], high[i, 1]):
             for x in range(low[i, 0], high[i, 0]):
                 if closed_by[y, x] < n:
                     continue
                 _, _, exponent = _fade(splats[i], x, y)
-                if exponent > faint:
+                if not 0 <= exponent <= faint:
                     continue
                 alpha = min(opacity * math.exp(-exponent), ALPHA_MAX)
                 if T[y, x] * (1 - alpha) <= CLOSED:
@@ -308,14 +316,14 @@ def _composite_backward(splats, features, low, high, T, closed_by, grad_total, g
     behind = np.zeros_like(grad_total)
     T_in_front = T.copy()
     for i in range(len(splats) - 1, -1, -1):
-        opacity = float(splats[i, 5])
+        opacity = splats[i, 5]
         faint = math.log(opacity / ALPHA_MIN)
         for y in range(low[i, 1], high[i, 1]):
             for x in range(low[i, 0], high[i, 0]):
                 if i >= closed_by[y, x]:
                     continue
                 dx, dy, exponent = _fade(splats[i], x, y)
-                if exponent > faint:
+                if not 0 <= exponent <= faint:
                     continue
                 fade = math.exp(-exponent)
                 alpha = min(opacity * fade, ALPHA_MAX)

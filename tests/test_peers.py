@@ -292,9 +292,8 @@ def test_gsplat_projection_and_spherical_harmonics():
     _, centres, depths, conics, _ = implementation._fully_fused_projection(
         g.means, covariances, torch.linalg.inv(poses), K, 64, 48, eps2d=.3, near_plane=.01)
     for v in range(3):
-        centre, z, covariance = splat.project(g.means, g.scales, g.rotations, poses[v], K[v], 48, 64)
+        centre, z, covariance, det = splat.project(g.means, g.scales, g.rotations, poses[v], K[v], 48, 64)
         xx, xy, yy = covariance.unbind(1)
-        det = xx * yy - xy * xy
         conic = torch.stack([yy, -xy, xx], 1) / det[:, None]
         front = z > .1
         assert front.sum() > 100

@@ -181,15 +181,55 @@ def test_one_covering_the_screen():
     assert torch.allclose(depth, torch.tensor(2.0), atol=1e-5)
 
 
+def test_long_thin_splats_are_no_noise():
+    """A needle seen from almost inside, thousands of pixels long: its covariance is all but singular."""
+    needle = one([0.0, 0, 2])
+    needle.rotations = F.normalize(torch.tensor([[1.0, 0, 0, .4]]), dim=1)
+    for length in (1.0, 10.0, 100.0, 1e3, 1e4):
+        needle.scales = torch.tensor([[length, .01, .01]])
+        rgb, depth, alpha = render(needle, POSE, CAMERA, 15, 15)
+        expected = oracle(needle, POSE[0], CAMERA[0], 15, 15)
+        assert (rgb[0] - expected[0]).abs().max() < 1e-5
+        assert (alpha[0] - expected[2]).abs().max() < 1e-5
+    needle.scales = torch.tensor([[1e25, 0, 0]])  # beyond float32: nothing rather than noise
+    assert all(x.isfinite().all() for x in render(needle, POSE, CAMERA, 15, 15))
+
+
+def test_nothing_to_draw_and_one_that_is_broken():
+    nothing = Gaussians(*(getattr(scene(1), field)[:0].requires_grad_() for field in FIELDS))
+    rgb, depth, alpha = render(nothing, POSE, CAMERA, 15, 15)
+    assert rgb.abs().max() == depth.abs().max() == alpha.abs().max() == 0
+    (rgb.sum() + alpha.sum()).backward()
+    good = one([0.0, 0, 2])
+    for field, value in (("means", math.nan), ("means", math.inf), ("scales", math.nan), ("scales", 0.0)):
+        broken = one([0.0, 0, 1.5], opacity=1 / 300)  # too faint to show, were it whole
+        getattr(broken, field)[0, 0] = value
+        for a, b in zip(render(join(good, broken), POSE, CAMERA, 15, 15), render(good, POSE, CAMERA, 15, 15)):
+            assert torch.equal(a, b)
+
+
 def test_gradients():
-    """Of every Gaussian parameter, against finite differences in float64."""
+    """Of every Gaussian parameter, against finite differences in float64. The last three are nearly opaque and
+    wide: they reach the cap, and close pixels."""
     g = scene(6, 5, (.3, .8), torch.float64)
+    g.opacities[3:] = 1 - 1e-4 * torch.arange(3, dtype=torch.float64)
+    g.scales[3:] *= 20
     pose, K = cameras(1, 5, 6)
 
     def rendered(*values):
-        view = splat._view(Gaussians(*values), pose[0].double(), K[0].double(), 5, 6)
-        rgb, depth, alpha = view
-        return rgb, depth * alpha
+        rgb, depth, alpha = splat._view(Gaussians(*values), pose[0].double(), K[0].double(), 5, 6)
+        return rgb, depth * alpha, alpha
 
     values = tuple(getattr(g, field).requires_grad_() for field in FIELDS)
     assert torch.autograd.gradcheck(rendered, values, eps=1e-6, atol=1e-5, nondet_tol=1e-9)
+
+
+def test_gradients_of_views_in_threads_are_the_views():
+    g = scene(50, 2)
+    poses, K = cameras(3, 12, 16)
+    values = [getattr(g, field).requires_grad_() for field in FIELDS]
+    together = torch.autograd.grad(sum(x.square().sum() for x in render(g, poses, K, 12, 16)), values)
+    alone = [torch.autograd.grad(sum(x.square().sum() for x in render(g, poses[i:i + 1], K[i:i + 1], 12, 16)),
+                                 values) for i in range(3)]
+    for whole, *parts in zip(together, *alone):
+        assert (whole - sum(parts)).abs().max() <= 1e-5 * whole.abs().max()
