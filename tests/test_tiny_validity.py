@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rewards import load_rewards
-from tiny.validity import auc, standardised_sum, validate, win_rate
+from tiny.validity import auc, plain_sum, standardised_sum, validate, win_rate
 
 
 def test_ties_count_half():
@@ -31,16 +31,23 @@ def test_standardised_terms_weigh_alike():
     assert torch.allclose(standardised_sum(scores * torch.tensor([1.0, 100.0])), total, atol=1e-4)
 
 
+def test_a_sum_without_a_term_is_of_the_others():
+    scores = torch.tensor([[[1.0, 20.0, 300.0, 4000.0]]])  # meta, recon, traj, general
+    assert plain_sum(scores).item() == 4321
+    assert plain_sum(scores, "recon").item() == 4301
+    assert plain_sum(scores, "general").item() == 321
+
+
 def test_the_shipped_twins_tell_good_from_bad(capsys):
     """The suite on 8 clips: every term ranks most of its pairs right, the geometric ones nearly all."""
     table = validate(load_rewards(views=5).load(), num=8, seed=1, levels=2)
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(table) + 1 == 11
+    assert len(printed) == len(table) + 1 == 15
     assert printed[-1].startswith("epipolar error with re-projection, over the strengths of a clip: Spearman warp ")
     for name, row in table.items():
         rate, low, high = row["pairs"]
         assert 0 <= low <= rate <= high <= 1
-        if "weaker" not in name:
+        if "weaker" not in name and "without" not in name:
             assert rate >= .75, (name, rate)
     for name in ("recon: clip against corrupted", "traj: right word against wrong", "total, standardised in its group",
                  "re-render where the prompt asked"):

@@ -139,9 +139,10 @@ def comparisons(rewards, scene, index, rng):
     yield "traj: right word against wrong", "word", as_asked
 
 
-def plain_sum(scores):
-    """Terms (groups, members, terms) -> totals (groups, members)."""
-    return scores.sum(-1)
+def plain_sum(scores, without=None):
+    """Terms (groups, members, terms) -> totals (groups, members), without: of the other terms."""
+    kept = [index for index, name in enumerate(TERMS) if name != without]
+    return scores[..., kept].sum(-1)
 
 
 def standardised_sum(scores):
@@ -175,11 +176,14 @@ def validate(rewards, num=200, seed=0, levels=5):
             if i < num // 4 and kind != "word":
                 row["grid"].append([score(strength) for strength in strengths])
 
-    # The total, two ways: a clip and its bad copy are a group, and so are the strengths of a clip.
+    # The total, two ways: a clip and its bad copy are a group, and so are the strengths of a clip. Across
+    # clips, a term in which scenes differ more than good and bad do blurs the plain sum: so it without each.
     row = table.pop("total")
     pairs = torch.tensor([row["good"], row["bad"]]).transpose(0, 1)  # (n, 2, terms)
     grid = torch.tensor(row["grid"])  # (m, levels, terms)
-    totals = {"total, plain sum": plain_sum, "total, standardised in its group": standardised_sum}
+    totals = {"total, standardised in its group": standardised_sum, "total, plain sum": plain_sum}
+    totals |= {f"plain sum without {term.label}": functools.partial(plain_sum, without=name)
+               for name, term in TERMS.items()}
     for name, total in totals.items():
         good, bad = total(pairs).T.tolist()
         falls = total(grid).tolist() if len(grid) else []
