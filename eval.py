@@ -46,7 +46,7 @@ from model import load_wan
 from noise_warp import camera_path, parse_motion, relative_to_first, rotation_angle
 from prompts import SPLITS, read_prompts, read_rows
 from rewards import (MASKED, TERMS, add_reward_options, is_fault, motion_magnitude, native_intrinsics,
-                     rewards_of)
+                     paths_in_depths, rewards_of)
 from sample import (as_bytes, check_name, check_size, check_writable, psnr, read_video, sample_videos,
                     sampling_of, write_video)
 from weights import TINY, as_command, from_json, read_bytes, read_json, write_json
@@ -172,8 +172,8 @@ def rerender(rec, video, shown=None):
 
 
 def held_out(index):
-    """Reconstructed frames (V,) -> after which views a frame is left out (n,), where the middle one stands
-    from each view to the next (V-1,), from 0 to 1, and which frames those in the middle are (n,)."""
+    """Reconstructed frames (V,) -> the n views behind which a frame was skipped; for *every* view but the
+    last where the middle frame stands between it, 0, and the next, 1 (V-1,); the n skipped frames' numbers."""
     steps = index.diff()
     gaps = (steps > 1).nonzero().flatten()
     return gaps, (steps // 2) / steps, index[gaps] + steps[gaps] // 2
@@ -224,7 +224,6 @@ def epipolar_error(video, gap=4, size=256, reach=8.0):
         if matrix is None:  # no world explains the tracks
             errors.append(reach)
             continue
-        matrix = matrix[:3]  # of as few as seven points OpenCV gives up to three
         p, q = (np.concatenate([points, np.ones((len(points), 1))], 1) for points in (p, q))
         line_there, line_here = p @ matrix.T, q @ matrix  # (n, 3)
         slopes = np.concatenate([line_there[:, :2], line_here[:, :2]], 1)
@@ -272,26 +271,24 @@ def measure(clip, rewards):
     row = {}
 
     # 3D consistency: what the reconstruction gives back of the frames it has seen, and of those it has not
-    shown, held_out = rerender(rec, video, clip.rerender)
-    row["psnr"] = psnr(*shown)
-    row["ssim"] = ssim(*shown)
+    seen, unseen = rerender(rec, video, clip.rerender)
+    row["psnr"] = psnr(*seen)
+    row["ssim"] = ssim(*seen)
     row["lpips"] = 1 - clip.scores["recon"]  # S_recon's own distance, of the same pictures
-    if held_out:
-        row["psnr_held_out"] = psnr(*held_out)
-        row["ssim_held_out"] = ssim(*held_out)
-        pictures = [frames.to(rewards.device) for frames in held_out]
+    if unseen:
+        row["psnr_held_out"] = psnr(*unseen)
+        row["ssim_held_out"] = ssim(*unseen)
+        pictures = [frames.to(rewards.device) for frames in unseen]
         row["lpips_held_out"] = lpips_distance(rewards.lpips, *pictures)
     row["mvcs"] = mvcs(rec.depth, rec.camera_to_world, rec.intrinsics)
 
     # camera control, in units of the median depth
-    found = rec.camera_to_world.cpu().clone()
-    found[:, :3, 3] /= float(rec.depth.median())
-    row |= camera_errors(clip.path[rec.index], found)
+    row |= camera_errors(*paths_in_depths(clip.path, rec))
 
     # the plain sum of the 3D terms, and how much moves by itself: a frozen scene is easy to reconstruct
     row["three_d"] = sum(clip.scores[name] for name, term in TERMS.items() if term.three_d)
     row |= unrewarded(video)
-    row["frames"] = len(rec.index)
+    row["views"] = len(rec.index)
     return row
 
 
@@ -313,17 +310,20 @@ def interval(values):
 # ------------------------------------------------------------------------------------------------ many videos
 
 def videos_in(folder):
-    """-> a folder's mp4s in order of name. Hidden ones are left out: a Mac's, or what a killed call left."""
+    """-> a folder's mp4s in order of name, or of number where all names are numbers. Hidden ones are left
+    out: a Mac's, or what a killed call left."""
     files = sorted(folder.glob("[!.]*.mp4"))
     for file in files:
         check_name(file)
+    if all(file.stem.isdecimal() for file in files):
+        files.sort(key=lambda file: int(file.stem))  # 2 before 10
     return files
 
 
 def folder_videos(folder, prompt_file):
-    """A folder's mp4s in order of name -> {name: prompt or None}, load(name).
+    """A folder's mp4s, as `videos_in` orders them -> {name: prompt or None}, load(name).
 
-    The file's rows belong to the videos by id, in order where no row has one.
+    The file's rows belong to the videos by id; in order, and one for each, where no row has an id.
     """
     names = [file.stem for file in videos_in(folder)]
     if not names:
@@ -331,6 +331,9 @@ def folder_videos(folder, prompt_file):
     rows = read_rows(prompt_file)
     matched = {str(row["id"]).removesuffix(".mp4"): row["prompt"] for row in rows if row["id"] is not None}
     if not matched:
+        if len(rows) != len(names):
+            raise ValueError(f"{prompt_file} has {len(rows)} prompts and {folder} {len(names)} videos, so "
+                             "which is whose is not known; give one for each video, or jsonl with ids")
         matched = {name: row["prompt"] for name, row in zip(names, rows)}
     elif not matched.keys() & set(names):
         raise ValueError(f"no id in {prompt_file} is the name of a video in {folder}; "
@@ -443,7 +446,8 @@ def new_folder(out):
     """with new_folder("runs/x") as part: the folder `part` that the block fills is at `out` when it ends.
 
     What is at `out` before is never replaced: ValueError, as where nothing can be written, or another process
-    is at it. A stopped block leaves `part`, .NAME.part beside `out`, and the next one begins it anew.
+    is at it. A stopped block leaves `part`, .NAME.part beside `out`, to look at: the next call for this `out`
+    deletes it and begins anew.
     """
     part = part_of(out)
     part.mkdir(parents=True, exist_ok=True)
@@ -508,7 +512,7 @@ class Summary:
     videos: int  # that could be scored
     failed: int  # that could not
     sizes: list[str]
-    seed: int
+    seed: int | None  # None: the videos were given, whose noise is not known
     lpips: str
     summary: dict[str, tuple[float, float, float] | dict[str, float] | str]  # mean, low, high; and vbench
     failed_terms: dict[str, int] = field(default_factory=dict)  # on how many videos a term failed
@@ -529,8 +533,10 @@ def summarise(a, rows, folder):
     lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
     settings = {name: Path(getattr(a, name)).name for name in ("depth_anything", "critic", "preference")}
     settings |= dict(lpips=a.lpips, views=a.views)
-    return Summary(len(good), len(rows) - len(good), sorted({row["size"] for row in good}), a.seed, lpips,
-                   means, dict(failed_terms), str(a.videos or a.model), a.lora, a.transport, settings)
+    sizes = sorted({row["size"] for row in good})
+    seed = None if a.videos else a.seed
+    return Summary(len(good), len(rows) - len(good), sizes, seed, lpips, means, dict(failed_terms),
+                   str(a.videos or a.model), a.lora, a.transport, settings)
 
 
 def failures(about):
@@ -545,7 +551,7 @@ VBENCH_COLUMNS = (*VBENCH, "AVG", "dynamic_degree")
 
 
 def vbench(videos, out):
-    """The real vbench package's scores, in percent -> {one of VBENCH_COLUMNS: score}, or what to install.
+    """The real vbench package's scores, in percent -> {one of VBENCH_COLUMNS: score}, or why there are none.
 
     AVG: the paper's, a mean of its five dimensions. The dynamic degree stands beside it: still videos score
     high in the others.
@@ -555,9 +561,12 @@ def vbench(videos, out):
     except ImportError:
         return "not measured: pip install vbench (it downloads its own models), then run this again"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judge = package.VBench(device, str(Path(package.__file__).parent / "VBench_full_info.json"), str(out))
     dimensions = [*VBENCH, "dynamic_degree"]
-    judge.evaluate(videos_path=str(videos), name="vbench", dimension_list=dimensions, mode="custom_input")
+    try:
+        judge = package.VBench(device, str(Path(package.__file__).parent / "VBench_full_info.json"), str(out))
+        judge.evaluate(videos_path=str(videos), name="vbench", dimension_list=dimensions, mode="custom_input")
+    except Exception as e:  # it downloads, and is not ours: what is scored already must not be lost with it
+        return f"not measured: {type(e).__name__}: {e}".splitlines()[0]
     results = read_json(out / "vbench_eval_results.json")  # {dimension: [score, a list of the videos']}
     scores = {name: 100 * results[name][0] for name in dimensions}
     if scores["imaging_quality"] > 100:
@@ -581,17 +590,22 @@ REWARDS = (*(f"reward_{name}" for name in TERMS), "three_d", "motion")
 TABLES = {  # title -> columns
     "3D consistency (re-render of the reconstruction)":
         ("psnr", "ssim", "lpips", "mvcs", "psnr_held_out", "ssim_held_out", "lpips_held_out"),
-    "Camera control": ("rot_err", "trans_err", "cam_mc", "trans_err_rel", "cam_mc_rel"),
+    "Camera control (sums over the reconstructed views)":
+        ("rot_err", "trans_err", "cam_mc", "trans_err_rel", "cam_mc_rel"),
     "Rewards, motion, epipolar error": (*REWARDS, "epipolar"),
 }
 CHANGES = ("psnr", "psnr_held_out", "epipolar", *REWARDS)
 MEAN = "{0[0]:.3f} [{0[1]:.3f}, {0[2]:.3f}]"  # mean, low, high
-CHANGE = "{0[0]:+.3f} [{0[1]:+.3f}, {0[2]:+.3f}] ({0[3]:.0%})"  # and the share that rose
+CHANGE = "{0[0]:+.3f} [{0[1]:+.3f}, {0[2]:+.3f}] ({0[3]:.0%} of {0[4]})"  # the share that rose, of how many
 
 
-def read_lines(file, kind):
-    """The rows of a .jsonl file, each checked to be of that kind; ValueError names the line."""
-    lines = read_bytes(file).splitlines()
+def read_lines(file, kind, growing=False):
+    """The rows of a .jsonl file, each checked to be of that kind; ValueError names the line. growing: what
+    comes after the last line's end is still being written, and no row yet."""
+    text = read_bytes(file)
+    if growing:
+        text, _, _ = text.rpartition(b"\n")
+    lines = text.splitlines()
     return [from_json(line, kind, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
 
 
@@ -608,7 +622,8 @@ def good_rows(folder):
 
 def changes(before, after):
     """Videos of two results folders that share name, prompt and size -> {metric: (mean change, low, high,
-    share that rose)}, the interval over videos; a metric that no shared video has is left out."""
+    share that rose, of how many videos)}, the interval over videos; a metric that no shared video has is left
+    out."""
     rows_before, rows_after = good_rows(before), good_rows(after)
     shared = [key for key in rows_before if key in rows_after]
     found = {}
@@ -617,7 +632,7 @@ def changes(before, after):
         rises = np.diff(np.array(values, dtype=float), axis=0)[0]  # None is NaN
         rises = rises[np.isfinite(rises)]
         if len(rises):
-            found[name] = *interval(rises), float((rises > 0).mean())
+            found[name] = *interval(rises), float((rises > 0).mean()), len(rises)
     return found
 
 
@@ -660,7 +675,8 @@ def unlike(about, base):
 def table(runs):
     """Markdown in the paper's layout, the paper's own rows marked as such. runs: {label: results folder}.
 
-    Runs on the first one's prompts and seed, judged alike, are also compared with it video by video.
+    Runs on the first one's prompts and seed, judged alike, are also compared with it video by video, and so
+    are given videos of the same names and prompts.
     """
     found = {label: read_summary(Path(folder) / "summary.json") for label, folder in runs.items()}
     parts = []
@@ -678,10 +694,13 @@ def table(runs):
         difference = unlike(found[label], found[base])
         if difference:
             notes.append(f"Not compared with {base}: {label}, made with {difference}.")
-        elif change:
+        elif not change:
+            notes.append(f"Not compared with {base}: {label}, which shares no scored video of one name, "
+                         "prompt and size.")
+        else:
             rows.append(table_row(label, change, CHANGES, CHANGE))
     if rows:
-        title = f"Change from {base}, same prompts and seeds (share of videos that rose)"
+        title = f"Change from {base}, video by video (share that rose, of how many)"
         parts.append(markdown(title, CHANGES, rows))
     parts += notes
 
@@ -697,7 +716,8 @@ def table(runs):
 
     # what was measured
     sources = [f"{label}: {about.videos} videos of {', '.join(about.sizes)}, {failures(about)}, "
-               f"seed {about.seed}, LPIPS {about.lpips}" + (", noise not transported" * (not about.transport))
+               + ("given as files" if about.seed is None else f"seed {about.seed}")
+               + f", LPIPS {about.lpips}" + ", noise not transported" * (not about.transport)
                for label, about in found.items()]
     parts.append(f"Mean and bootstrap 95 % interval over videos. {'; '.join(sources)}. The paper's rows are "
                  "its own numbers, on its own models and videos: not comparable in value.")

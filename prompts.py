@@ -90,8 +90,9 @@ def read_prompts(file, needed="train"):
     """-> {"train": [...], "dynamic": [...], "test": [...]} of prompt strings.
 
     A folder holds SPLIT.jsonl or SPLIT.txt. Without test prompts the last tenth of the training prompts, at
-    least one, is test. ValueError if there is no prompt of the split that is needed, or if a test prompt, or
-    what a folder's file says is another split's, would be trained on.
+    least one, is test, and what equals one of them is not trained on (a single prompt is both). ValueError if
+    there is no prompt of the split that is needed, or if a test prompt, or what a folder's file says is
+    another split's, would be trained on.
     """
     prompts = {split: [] for split in SPLITS}
     if Path(file).is_dir():
@@ -117,7 +118,9 @@ def read_prompts(file, needed="train"):
     if train and not prompts["test"]:
         held_out = max(1, len(train) // 10)
         prompts["test"] = train[-held_out:]
-        prompts["train"] = train[:-held_out] or train
+        for split in ("train", "dynamic"):
+            prompts[split] = [prompt for prompt in prompts[split] if prompt not in prompts["test"]]
+        prompts["train"] = prompts["train"] or train
     if not prompts[needed]:
         raise ValueError(f"{file} holds no {needed} prompt; it needs {mend}")
     return prompts

@@ -34,14 +34,15 @@ import imageio.v3 as iio
 import matplotlib
 import msgspec
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from eval import VideoRow, alarms, interval, new_folder, read_lines, table, videos_in
+from eval import VideoRow, alarms, interval, new_folder, read_lines, read_summary, table, videos_in
 from noise_warp import camera_path, draw_paths, parse_motion
 from rewards import TERMS, paths_in_depths
 from run import in_words, missing_steps
-from sample import as_bytes, read_video, write_video
+from sample import as_bytes, check_device, read_video, write_video
 from train import Config, rewards_for
 from weights import as_command, config_from, read_bytes, read_json, write_json, write_text
 
@@ -139,7 +140,8 @@ def draw_curves(axes, title, rows, curves, spread=None):
         rows = sorted([*rows, dict(step=first)], key=lambda row: row["step"])  # breaks the curves
 
     def column(name):
-        return np.array([row.get(name) for row in rows], dtype=float)
+        values = np.array([row.get(name) for row in rows], dtype=float)
+        return np.where(abs(values) < LIMIT, values, np.nan)
 
     axes.set_title(title, loc="left")
     axes.grid(axis="y", alpha=.25)
@@ -224,13 +226,13 @@ if (button) {
 
 
 Step = Annotated[int, msgspec.Meta(ge=0, le=10 ** 9)]
-Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]  # that a chart can show
+LIMIT = 1e30  # of what a chart can show
 LABELS = {"total": "total reward, main steps"} | {name: term.label for name, term in TERMS.items()}
 CURVES = (*LABELS, *(f"{name}_std" for name in LABELS), *(f"share_{name}" for name in TERMS),
           "motion", "ratio", "ratio_max", "clipped", "kl")
 # A line of the training's metrics.jsonl, as far as the report shows it; older versions' lines hold less.
-LogRow = TypedDict("LogRow", dict(step=Required[Step], phase=str, grad=list[Number | None])
-                   | dict.fromkeys(CURVES, Number | None), total=False)
+LogRow = TypedDict("LogRow", dict(step=Required[Step], phase=str, grad=list[float | None])
+                   | dict.fromkeys(CURVES, float | None), total=False)
 
 
 def training_charts(rows):
@@ -290,37 +292,37 @@ def evaluation_table(rows):
     return html_table(["step", *names], cells)
 
 
-def examples(run, config, count=6):
-    """The first validation prompts before and after training, from the same noise."""
-    # the first and the last evaluation that training has left
-    folders = sorted({file.parent for file in run.glob("eval/*/*.mp4") if file.parent.name.isdecimal()})
+def examples(run, config, device, count=6):
+    """The first validation prompts before and after training, from the same noise, scored on this device."""
+    # the first and the last whole evaluation that training has left: its prompts are written last
+    folders = sorted(file.parent for file in run.glob("eval/*/prompts.txt") if file.parent.name.isdecimal())
     if len(folders) < 2:
         return '<p class="note">No two evaluations yet: nothing to compare.</p>'
-    before, after = folders[0], folders[-1]
-    files = sorted(before.glob("*.mp4"))[:count]
-    prompts = read_bytes(before / "prompts.txt").decode().rstrip("\n").split("\n")
+    evaluations = {f"after {int(folder.name)} steps": folder for folder in (folders[0], folders[-1])}
+    files = sorted(folders[0].glob("*.mp4"))[:count]
+    prompts = read_bytes(folders[0] / "prompts.txt").decode().rstrip("\n").split("\n")
     for file in files:
         if not file.stem.isdecimal() or int(file.stem) >= len(prompts):
             raise ValueError(f"{file} has no prompt, which is the line of its number in prompts.txt; "
                              "take it out of the folder")
     # scored again, with the training's judges: they show what they see
-    rewards = rewards_for(config)
+    rewards = rewards_for(config, device)
 
     sections = ['<p><button id="play" aria-pressed="false">Play all</button></p>']
     for file in tqdm(files, desc="report", unit="prompt"):
         prompt = prompts[int(file.stem)]
         sections += [
             f'<section class="step">\n<h3>{html.escape(prompt)}</h3>',
-            example(file, "before", prompt, rewards),
-            example(after / file.name, f"after {int(after.name)} steps", prompt, rewards),
+            *(example(folder / file.name, when, prompt, rewards, config.strength)
+              for when, folder in evaluations.items()),
             "</section>"]
     return "\n".join(sections)
 
 
-def example(file, label, prompt, rewards):
+def example(file, label, prompt, rewards, strength):
     """One video with its scores, and what its judges saw: re-render, meta-view, camera path."""
     video, fps = read_video(file)
-    clip = rewards.score(video, prompt, camera_path(parse_motion(prompt), len(video)))
+    clip = rewards.score(video, prompt, camera_path(parse_motion(prompt), len(video), strength))
     scores = ", ".join(f"{term.label} {clip.scores[name]:.3f}" for name, term in TERMS.items())
     figures = [figure(inline_video(file), f"{label}: {scores}")]
     # what a judge could not make is left out
@@ -367,6 +369,11 @@ def about_run(config, steps):
             "Bands: mean standard deviation inside a group. Shaded: dynamic phases. Hatched: missing steps.")
 
 
+def is_inside(path, folder):
+    """Whether a path, if there is one, is the folder or in it."""
+    return path is not None and Path(path).resolve().is_relative_to(folder.resolve())
+
+
 def walkthrough_link(run):
     """Where one prompt is followed through the method with this run's adapter, or what makes that page."""
     page = run / "walkthrough.html"
@@ -377,11 +384,11 @@ def walkthrough_link(run):
             f"<code>{html.escape(command)}</code></p>")
 
 
-def report(run):
-    """A training run's folder -> its report.html."""
+def report(run, device="cpu"):
+    """A training run's folder -> its report.html; its examples' judges work on the device."""
     # what train.py has written; what an older version did not write has its default
     log = run / "metrics.jsonl"
-    rows = read_lines(log, LogRow) if log.exists() else []
+    rows = read_lines(log, LogRow, growing=True) if log.exists() else []
     if not rows:
         raise ValueError(f"{run} holds no metrics.jsonl with a step; give a training run's folder")
     config = config_from(Config, read_json(run / "config.json"), run / "config.json")
@@ -390,7 +397,7 @@ def report(run):
     body = [f"<h1>{html.escape(config.name)}</h1>", *missing_warning(rows), *one_term_warnings(rows),
             f'<p class="note">{html.escape(about_run(config, len(rows)))}</p>']
     if (run / "eval.jsonl").exists():
-        evaluations = read_lines(run / "eval.jsonl", dict[str, Step | Number | None])
+        evaluations = read_lines(run / "eval.jsonl", dict[str, Step | float | None], growing=True)
         if any(row.get("step") is None for row in evaluations):
             raise ValueError(f"{run / 'eval.jsonl'} has a line without its step; take the line out")
         body += ["<h2>Validation prompts</h2>", evaluation_table(evaluations)]
@@ -401,9 +408,12 @@ def report(run):
     if unprintable:
         raise ValueError(f"{run} holds a results folder with a line break in its name, {unprintable[0]!r}; "
                          "rename it")
+    # changes are from the first: one that was not made with this run's adapter, if there is one
+    adapters = {name: read_summary(folder / "summary.json").lora for name, folder in results.items()}
+    results = {name: results[name] for name in sorted(results, key=lambda name: is_inside(adapters[name], run))}
     tables = ["<h2>Results</h2>", html_tables(table(results))] if results else []
     body += ["<h2>Training</h2>", training_charts(rows)]
-    body += ["<h2>Before and after</h2>", examples(run, config)]
+    body += ["<h2>Before and after</h2>", examples(run, config, device)]
     body += [walkthrough_link(run), *tables]
     write_page(run / "report.html", config.name, "\n".join(body), PLAY)
     print(run / "report.html")
@@ -411,6 +421,7 @@ def report(run):
 
 # ------------------------------------------------------------------------------------------------ blind study
 
+NO_TEXT = "(no text given)"
 QUESTIONS = {
     "geometry": "In which video do walls, floor and objects keep their shape and place better "
                 "as the camera moves?",
@@ -531,8 +542,11 @@ show();
 
 
 def prompts_of(folder):
-    """{video name: prompt} where the videos come from `eval.py metrics`, else nothing."""
+    """{video name: prompt} where `eval.py metrics` or a training's evaluation made the videos, or nothing."""
     prompts = {}
+    if (folder / "prompts.txt").exists():
+        lines = read_bytes(folder / "prompts.txt").decode().splitlines()
+        prompts = {f"{number:02d}": prompt for number, prompt in enumerate(lines)}
     for file in (folder.parent / "metrics.jsonl", folder / "metrics.jsonl"):
         if file.exists():
             prompts |= {row.get("video"): row.get("prompt") for row in read_lines(file, VideoRow)}
@@ -549,7 +563,8 @@ class Key:
 
 
 def make_study(a, b, out):
-    """Writes OUT/page, whose files say nothing of the side, and OUT/study_key.json, which does.
+    """Writes OUT/page, whose files' names and times say nothing of the side, and OUT/study_key.json, which
+    does. What tags an mp4 holds inside is copied as it is; `write_video` writes the same into all.
 
     Names and orders are the operating system's randomness: who has this file cannot draw them again.
     """
@@ -589,13 +604,17 @@ def make_study(a, b, out):
         chance.shuffle(names)
         key = Key(secrets.token_hex(6), str(a), str(b), [pairs[name] for name in names])
         write_json(part / "study_key.json", asdict(key))
-        shown = [dict(prompt=prompts.get(Path(name).stem) or "(no text given)", videos=sorted(pairs[name]))
+        shown = [dict(prompt=prompts.get(Path(name).stem) or NO_TEXT, videos=sorted(pairs[name]))
                  for name in names]
         questions = [QUESTION.format(name=name, text=html.escape(text)) for name, text in QUESTIONS.items()]
         data = json.dumps(dict(study=key.study, pairs=shown, questions=list(QUESTIONS)))
         data = data.replace("<", "\\u003c")  # no prompt can end the script, or open a comment in it
         write_page(page / "index.html", "Which video?", STUDY.format(questions="\n".join(questions)),
                    STUDY_SCRIPT.replace("{data}", data))
+    nameless = sum(pair["prompt"] == NO_TEXT for pair in shown)
+    if nameless:
+        print(f"{nameless} of {len(names)} pairs have no text, and one question is about the text: give "
+              "folders that `eval.py metrics` or a training has made, or leave that question's answers out")
     print(f"{len(names)} pairs: give out the folder {out / 'page'} (open index.html); "
           f"keep {out / 'study_key.json'}")
 
@@ -703,6 +722,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="one self-contained page of a training run")
     run_parser.add_argument("run", type=Path, help="its folder")
+    run_parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     study_parser = commands.add_parser("study", help="a blind pairwise study page")
     for side in ("--a", "--b"):
         study_parser.add_argument(side, type=Path, required=True, help="folder of mp4s; both share names")
@@ -712,7 +732,8 @@ def main(argv=None):
         command.add_argument("--out", type=Path, default=Path("study"), help="the study's folder")
     a = parser.parse_args(argv)
     if a.command == "run":
-        report(a.run)
+        check_device(a.device)
+        report(a.run, a.device)
     elif a.command == "study":
         make_study(a.a, a.b, a.out)
     else:

@@ -142,8 +142,10 @@ def check_run(c, folder, base=None):
         if base and before.get("base_sha256", base) != base:
             raise ValueError(f"the weights of --model {c.model} or --lora {c.lora} have changed since "
                              f"{folder} was started; put the old ones back, or choose another --name")
+        # a run that was killed before its first checkpoint may begin again; a damaged one (damaged_step_...)
+        # counts, for it says why by itself
         log = folder / "metrics.jsonl"
-        logged = max((row["step"] for row in read_lines(log)), default=0) if log.exists() else 0
+        logged = max((row["step"] for row in read_log(log)), default=0) if log.exists() else 0
         if not list((folder / "checkpoints").glob("*step_*")) and logged >= before.get("save_every", 1):
             raise ValueError(f"{folder} has logged step {logged} and has no checkpoint, so it would begin "
                              "again over what it did; put its checkpoints back, or choose another --name")
@@ -211,7 +213,7 @@ def append_line(file, row):
         os.fsync(f.fileno())
 
 
-def read_lines(file):
+def read_log(file):
     """-> the rows of a log, without lines that are none (a half-written last one)."""
     rows = []
     for line in file.read_text(errors="replace").splitlines():
@@ -238,7 +240,7 @@ def drop_lines(file, steps):
     the last line is kept, and that is said. -> the rows that are left."""
     if not file.exists():
         return []
-    rows = [row for row in read_lines(file) if row["step"] < steps]
+    rows = [row for row in read_log(file) if row["step"] < steps]
     kept = list({row["step"]: row for row in rows}.values())
     if len(kept) < len(rows):
         print(f"train.py: {file} had {len(rows) - len(kept)} further lines of steps that it has already; "
@@ -253,7 +255,9 @@ def wandb_log(c, folder):
         import wandb
     except ImportError:
         raise ValueError("--wandb needs the wandb package: pip install wandb") from None
-    run = wandb.init(project="nanoworld-r1", name=c.name, id=c.name, resume="allow", dir=folder,
+    # a run is its folder: of the same name elsewhere it is another one
+    own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    run = wandb.init(project="nanoworld-r1", name=c.name, id=f"{c.name}-{own}", resume="allow", dir=folder,
                      config=dataclasses.asdict(c))
 
     def log(row):
@@ -477,7 +481,8 @@ def metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norm
     # the update: how far the policy has moved from the one that rolled out, and from the reference
     for name in ("ratio", "clipped", "kl", "loss"):
         row[name] = mean_of([note[name] for note in notes])
-    row["ratio_max"] = mean_of([max(note["ratio_max"] for note in notes)])  # of one: JSON has no infinity
+    largest = [note["ratio_max"] for note in notes]
+    row["ratio_max"] = max(largest) if all(map(math.isfinite, largest)) else None  # JSON has no infinity
     row["grad"] = [norm if math.isfinite(norm) else None for norm in norms]
     row["skipped"] = row["grad"].count(None)
 

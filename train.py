@@ -41,7 +41,7 @@ from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
 from run import (Clock, Processes, append_line, begin_run, drop_lines, in_words, load_checkpoint, mean_of,
-                 metrics_row, missing_steps, open_run, read_lines, save_checkpoint, wandb_log)
+                 metrics_row, missing_steps, open_run, read_log, save_checkpoint, wandb_log)
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
                     evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
                     sampling_of, transition, unchanged, write_video)
@@ -643,7 +643,7 @@ def learning_rate(c, step):
 def warn_of_one_term(file, share=.7, steps=20):
     """Says so each time one term has decided more than `share` of the advantages for `steps` further main
     steps in a row: the others are then hardly trained on (HPSv3 raw, say, spans ten times what R_3D does)."""
-    rows = read_lines(file)
+    rows = read_log(file)
     if not rows or rows[-1].get("phase") != "main":
         return
     newest_first = [row for row in reversed(rows) if row.get("phase") == "main"]

@@ -197,9 +197,10 @@ def scored(judges, tmp_path_factory):
     write_video(folder / "5.mp4", render(scenes[0], 1)["video"], 8)
     write_video(folder / "6.mp4", render(scenes[0])["video"], 8)  # without a prompt
     captions = [scene.caption for scene in scenes] + [scenes[0].caption] * 3
-    (folder / "prompts.txt").write_text("\n".join(captions) + "\n")
+    rows = [dict(id=str(i), prompt=caption) for i, caption in enumerate(captions)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = folder / "out"
-    prompts = str(folder / "prompts.txt")
+    prompts = str(folder / "prompts.jsonl")
     code = main(["metrics", "--videos", str(folder), "--prompts", prompts, "--out", str(out), *judges])
     return code, out, read_rows(out)
 
@@ -255,7 +256,7 @@ def test_a_results_folder_holds_every_metric(scored):
     _, out, rows = scored
     names = {"psnr", "psnr_held_out", "ssim", "lpips", "mvcs", "rot_err", "cam_mc_rel", "motion", "three_d"}
     assert names | {f"reward_{term}" for term in TERMS} <= set(rows[0])
-    assert rows[0]["frames"] == 9
+    assert rows[0]["views"] == 9
 
     about = json.loads((out / "summary.json").read_text())
     assert about["videos"] == 4
@@ -421,6 +422,14 @@ def test_vbench_is_in_percent_with_the_papers_average(imaging, scored, tmp_path,
     assert "| paper: World-R1-Small | 65.74 | 67.53 | 98.55 | 97.58 | 96.67 | 85.21 |  |" in lines
 
 
+def test_a_failing_vbench_loses_nothing(tmp_path, monkeypatch):
+    (tmp_path / "vbench.py").write_text("class VBench:\n    def __init__(self, *a):\n        raise OSError('no net')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vbench", raising=False)
+    assert vbench(tmp_path, tmp_path) == "not measured: OSError: no net"
+    del sys.modules["vbench"]
+
+
 def test_runs_on_the_same_prompts_are_compared_video_by_video(scored, tmp_path):
     _, out, rows = scored
     better = tmp_path / "better"
@@ -431,11 +440,11 @@ def test_runs_on_the_same_prompts_are_compared_video_by_video(scored, tmp_path):
     (better / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raised))
 
     found = changes(out, better)
-    mean, low, high, rose = found["psnr"]
+    mean, low, high, rose, count = found["psnr"]
     assert mean == pytest.approx(.2)
     assert low <= .2 <= high
-    assert rose == .75
-    assert found["motion"] == (0, 0, 0, 0)
+    assert (rose, count) == (.75, 4)
+    assert found["motion"] == (0, 0, 0, 0, 4)
     text = table(dict(base=out, rl=better))
     assert "**Change from base" in text
     assert "+0.200" in text
@@ -449,7 +458,7 @@ def test_figures_that_are_no_pairs_are_not_compared(scored, tmp_path):
     """Other views, another judge, another seed; and a label is one cell of the table."""
     for name, entry, value, word in (("views", "settings", dict(views=3), "views 3 instead of 9"),
                                      ("critic", "settings", dict(critic="x"), "critic x instead of"),
-                                     ("seed", "seed", 7, "seed 7 instead of 0")):
+                                     ("seed", "seed", 7, "seed 7 instead of None")):
         other = tmp_path / name
         shutil.copytree(scored[1], other)
         about = json.loads((other / "summary.json").read_text())
@@ -460,6 +469,12 @@ def test_figures_that_are_no_pairs_are_not_compared(scored, tmp_path):
         assert "Change from" not in text
         assert "| a\\|b | " in text
     assert "Change from" in table(dict(base=scored[1], same=scored[1]))
+    other = tmp_path / "others_prompts"
+    shutil.copytree(scored[1], other)
+    rows = [row | dict(prompt="another") for row in scored[2]]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = table(dict(base=scored[1], other=other))
+    assert "Not compared with base: other, which shares no scored video" in text
 
 
 def test_a_model_is_sampled_and_scored(judges, checkpoint, tmp_path):
@@ -514,11 +529,19 @@ def test_prompts_are_matched_by_id_or_by_order(tmp_path):
     assert prompts == {"None": "x", "a": "y", "b": "z"}
     (tmp_path / "None.mp4").unlink()
     (tmp_path / "p.txt").write_text("one\n")
-    prompts, _ = folder_videos(tmp_path, tmp_path / "p.txt")
-    assert prompts == {"a": "one", "b": None}
+    with pytest.raises(ValueError, match="has 1 prompts and .* 2 videos, so which is whose is not known; give"):
+        folder_videos(tmp_path, tmp_path / "p.txt")
     (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n{}\n')
     with pytest.raises(ValueError, match="q.jsonl, line 2"):
         folder_videos(tmp_path, tmp_path / "q.jsonl")
+
+
+def test_numbered_videos_are_in_order_of_number(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number}.mp4").touch()
+    (tmp_path / "p.txt").write_text("".join(f"prompt {number}\n" for number in range(12)))
+    prompts, _ = folder_videos(tmp_path, tmp_path / "p.txt")
+    assert prompts == {str(number): f"prompt {number}" for number in range(12)}
 
 
 def test_hidden_files_are_no_videos(tmp_path):
@@ -557,7 +580,7 @@ def test_ctrl_c_is_one_line(one_video, judges, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("damage, message", (
     (dict(videos="4"), "summary.json, entry videos: Expected int, got str"),
-    (dict(seed=None), "summary.json, entry seed"),
+    (dict(seed="x"), "summary.json, entry seed"),
     (dict(summary=dict(psnr=[1, 2])), "summary.json, entry summary"),
     (dict(summary=dict(psnr="1")), "summary.json: psnr is not what eval.py writes"),
     (dict(summary=dict(vbench=[1, 2, 3])), "summary.json: vbench is not what eval.py writes"),

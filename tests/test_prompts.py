@@ -32,6 +32,11 @@ def test_plain_text_is_one_prompt_a_line_and_its_last_tenth_is_for_testing(tmp_p
     assert read_prompts(file) == dict(train=["push_in a hill"], dynamic=[], test=["Camera pan left. A lake."])
     file.write_text("\n".join(f"hill {i}" for i in range(30)))
     assert read_prompts(file)["test"] == ["hill 27", "hill 28", "hill 29"]
+    # what is held out is not trained on, wherever it stands
+    rows = [*(dict(prompt=f"hill {i % 9}") for i in range(10)), dict(prompt="hill 0", split="dynamic")]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_prompts(tmp_path / "b.jsonl") == dict(train=[f"hill {i}" for i in range(1, 9)], dynamic=[],
+                                                       test=["hill 0"])
     file.write_text("one hill")
     assert read_prompts(file) == dict(train=["one hill"], dynamic=[], test=["one hill"])
 

@@ -23,7 +23,7 @@ import train
 from model import DiT, DiTConfig
 from policy import fingerprint
 from run import (Processes, append_line, checkpoints_of, drop_lines, fault_of, mean_of, newest_whole,
-                 read_lines, save_checkpoint, std_in_groups)
+                 read_log, save_checkpoint, std_in_groups)
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def test_only_what_was_written_here_counts_as_a_checkpoint(tmp_path):
 def test_lines_that_are_no_rows_are_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 0, "x": 1.5}\n[1]\n{}\nnull\n{"step": 1}\n{"step": 2, "x"')
-    assert read_lines(file) == [dict(step=0, x=1.5), dict(step=1)]
+    assert read_log(file) == [dict(step=0, x=1.5), dict(step=1)]
     drop_lines(file, 1)
     assert file.read_text() == '{"step": 0, "x": 1.5}\n'
 
@@ -407,7 +407,7 @@ def test_a_step_that_is_logged_twice_is_kept_once_and_said(tmp_path, capsys):
         append_line(file, dict(step=step, total=value))
     assert [row["total"] for row in drop_lines(file, 3)] == [1.0, 3.0, 4.0]
     assert "1 further lines" in capsys.readouterr().err
-    assert [row["step"] for row in read_lines(file)] == [0, 1, 2]
+    assert [row["step"] for row in read_log(file)] == [0, 1, 2]
 
 
 def test_a_digest_of_prompts_knows_contents_not_names(tmp_path):

@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
-from rewards import load_rewards
-from tiny.validity import auc, plain_sum, standardised_sum, validate, win_rate
+from rewards import Rewards, load_rewards
+from tiny.validity import (auc, comparisons, plain_sum, print_row, standardised_sum, summarise, validate,
+                           win_rate)
+from tiny.world import random_scene
 
 
 def test_ties_count_half():
@@ -36,6 +38,30 @@ def test_a_sum_without_a_term_is_of_the_others():
     assert plain_sum(scores).item() == 4321
     assert plain_sum(scores, "recon").item() == 4301
     assert plain_sum(scores, "general").item() == 321
+
+
+def test_what_could_not_be_scored_is_left_out(capsys):
+    """NaN ranks nothing, for no kind and in no count; a clip whose scores are all alike has no correlation."""
+    row = dict(good=[1.0, 1.0, math.nan, 1.0], bad=[0.0, 0.0, 0.0, math.nan], kinds=["a", "b", "a", "b"],
+               grid=[[1.0, .5, 0.0], [1.0, 1.0, 1.0], [1.0, math.nan, 0.0]])
+    summarise(row, [0.0, .5, 1.0])
+    assert row["pairs"][0] == row["kinds_right"]["a"] == row["kinds_right"]["b"] == row["rho"] == 1
+    print_row("x", row)
+    assert "  2 pairs  right 1.000" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_a_judge_that_fails_is_left_out_and_no_fault():
+    class Blind(Rewards):
+        def depth_anything(self, video, views):
+            raise ValueError("sees nothing")
+
+    blind = Blind(views=5, weights=dict(meta=0, recon=0, general=0))
+    blind.load = lambda dynamic=False: blind
+    scene = random_scene("validate/0", "static", 0)
+    for name, kind, score in comparisons(blind, scene, 0, 0):
+        if name.startswith(("re-render", "meta", "traj")):
+            assert math.isnan(score(0.0)) and math.isnan(score(.5)), name
 
 
 def test_the_shipped_twins_tell_good_from_bad(capsys):

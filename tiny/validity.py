@@ -29,6 +29,7 @@ from eval import epipolar_error, interval
 from grpo import standardise
 from noise_warp import MOTIONS, camera_path, relative_to_first
 from rewards import TERMS, meta_views, trajectory_reward
+from sample import generator
 from tiny.probe import reprojection
 from tiny.world import CORRUPTIONS, DAMAGE, DEGRADATIONS, corrupt, damage, degrade, random_scene, render
 
@@ -57,11 +58,11 @@ EPIPOLAR = "epipolar error, no reward"
 REPROJECTION = "re-projection, no reward"
 
 
-def comparisons(rewards, scene, index, rng):
+def comparisons(rewards, scene, index, seed):
     """Yields (what is compared, how the bad copy is bad, score) for one scene.
 
     score(strength) judges a copy that is bad by so much, 0 the whole one. It is a float; of the total, the
-    list of all terms. The kind "word" has no strengths: it is right or wrong.
+    list of all terms; NaN where a judge failed. The kind "word" has no strengths: it is right or wrong.
     """
     path = camera_path(scene.motions, 17)
     video = render(scene)["video"]
@@ -73,10 +74,11 @@ def comparisons(rewards, scene, index, rng):
             return whole
         return rewards.score(corrupt(scene, kind, strength, index), scene.caption, path)
 
-    # The video is wrong. Freeze is a rigid world: the path's business, not the re-render's.
+    # The video is wrong. kind: the fault for judges of rigidity, never freeze, for a frozen camera still
+    # films a rigid world. fault: for judges that know the path, freeze included unless the camera is fixed.
     kind = CORRUPTIONS[index % 3]
     yield "recon: clip against corrupted", kind, lambda strength: clip(kind, strength).scores["recon"]
-    still = scene.motions == ["fixed"]  # which cannot be frozen
+    still = scene.motions == ["fixed"]
     fault = kind if still else CORRUPTIONS[index % 4]
     yield "total", fault, lambda strength: [clip(fault, strength).scores[name] for name in TERMS]
 
@@ -85,6 +87,8 @@ def comparisons(rewards, scene, index, rng):
         room's."""
         judged = clip(fault, strength)
         rec = judged.reconstruction
+        if rec is None:
+            return math.nan
         asked = rec.camera_to_world[:1] @ relative_to_first(path[rec.index]).to(rec.camera_to_world)
         rerender = judged.render(asked).clamp(0, 1)
         return 1 - lpips_distance(rewards.lpips, rerender, judged.video[rec.index].to(rerender.device))
@@ -102,13 +106,15 @@ def comparisons(rewards, scene, index, rng):
         weaker = "traj: motion against weaker motion"
         yield weaker, "freeze", lambda strength: clip("freeze", strength).scores["traj"]
 
-    # The reconstruction is wrong.
+    # The reconstruction is wrong. The draws are not those that the critic was trained on.
     rec = whole.reconstruction
-    draw = torch.Generator()
     harm = DAMAGE[index % 4]
 
     def from_beside(strength):
-        broken = damage(rec, harm, strength, draw.manual_seed(index)) if strength else rec
+        if rec is None:
+            return math.nan
+        draw = generator(seed, "validate", index, harm)
+        broken = damage(rec, harm, strength, draw) if strength else rec
         views = dataclasses.replace(whole, reconstruction=broken).render(meta_views(rec))
         return float(digit_score(rewards.critic(views)).mean())
 
@@ -121,16 +127,18 @@ def comparisons(rewards, scene, index, rng):
     def preferred(strength):
         shown = frames
         if strength:
-            shown = torch.stack([degrade(frame, ugly, strength, draw.manual_seed(index)) for frame in frames])
+            shown = torch.stack([degrade(frame, ugly, strength, generator(seed, "validate", index, ugly))
+                                 for frame in frames])
         return float(rewards.preference(shown, [scene.caption] * len(frames)).mean())
 
     yield "general: frames against degraded", ugly, preferred
 
     # The prompt asks for another motion.
-    wrong = rng.choice([motion for motion in MOTIONS if [motion] != scene.motions])
+    others = [motion for motion in MOTIONS if [motion] != scene.motions]
+    wrong = random.Random(f"{seed}/{index}/wrong").choice(others)
 
     def as_asked(strength):
-        if not strength:
+        if not strength or rec is None:
             return whole.scores["traj"]
         asked = camera_path([wrong], 17)[rec.index]
         return trajectory_reward(asked, rec.camera_to_world, rewards.alpha, rewards.beta,
@@ -166,12 +174,13 @@ def validate(rewards, num=200, seed=0, levels=5):
     strengths = torch.linspace(0, 1, levels).tolist()
     table = {}
     for i in tqdm(range(num), desc="validate", unit="clip"):
-        rng = random.Random(f"{seed}/{i}")
         scene = random_scene(f"validate/{seed}", "static", i)
-        for name, kind, score in comparisons(rewards, scene, i, rng):
+        for name, kind, score in comparisons(rewards, scene, i, seed):
+            # a draw of its own: a figure does not depend on what else is compared
+            bad = random.Random(f"{seed}/{i}/{name}").uniform(.5, 1)
             row = table.setdefault(name, dict(good=[], bad=[], kinds=[], grid=[]))
             row["good"].append(score(0.0))
-            row["bad"].append(score(rng.uniform(.5, 1)))
+            row["bad"].append(score(bad))
             row["kinds"].append(kind)
             if i < num // 4 and kind != "word":
                 row["grid"].append([score(strength) for strength in strengths])
@@ -209,30 +218,31 @@ def print_agreement(row, other):
 
 
 def summarise(row, strengths):
-    """Adds pairs, auc and rho to a row of the table."""
-    known = [(good, bad) for good, bad in zip(row["good"], row["bad"]) if math.isfinite(good + bad)]
-    if len(known) < 2:
+    """Adds to a row what its pairs say that could be scored: count, pairs, auc, kinds_right {kind: share}; and
+    rho, how the score falls as the strength rises (none of a clip whose scores are alike or unknown)."""
+    known = [math.isfinite(good + bad) for good, bad in zip(row["good"], row["bad"])]
+    good, bad, kinds = (list(compress(row[column], known)) for column in ("good", "bad", "kinds"))
+    if len(good) < 2:
         raise ValueError("a comparison needs two pairs that could be scored; ask for more clips (--num)")
-    good, bad = zip(*known)
+    row["count"] = len(good)
     row["pairs"] = win_rate(good, bad)
     row["auc"] = auc(good, bad)
-    falls = [scipy.stats.spearmanr(strengths, scores).statistic for scores in row["grid"]]
-    row["rho"] = -sum(falls) / len(falls) if falls else math.nan
+    row["kinds_right"] = {}
+    for kind in dict.fromkeys(kinds):
+        chosen = [other == kind for other in kinds]
+        row["kinds_right"][kind], _, _ = win_rate(list(compress(good, chosen)), list(compress(bad, chosen)))
+    rises = [scipy.stats.spearmanr(strengths, scores).statistic for scores in row["grid"]
+             if len(set(scores)) > 1 and np.isfinite(scores).all()]
+    row["rho"] = -sum(rises) / len(rises) if rises else math.nan
 
 
 def print_row(name, row):
-    cells = [f"{name:36} {len(row['good']):3} pairs"]
+    cells = [f"{name:36} {row['count']:3} pairs"]
     for label, key in (("right", "pairs"), ("AUC", "auc")):
         value, low, high = row[key]
         cells.append(f"{label} {value:.3f} [{low:.3f}, {high:.3f}]")
     if row["grid"]:
         cells.append(f"rho {row['rho']:.2f}")
-    kinds = list(dict.fromkeys(row["kinds"]))
-    if len(kinds) > 1:
-        shares = []
-        for kind in kinds:
-            chosen = [other == kind for other in row["kinds"]]
-            rate, _, _ = win_rate(compress(row["good"], chosen), compress(row["bad"], chosen))
-            shares.append(f"{kind} {rate:.2f}")
-        cells.append(", ".join(shares))
+    if len(row["kinds_right"]) > 1:
+        cells.append(", ".join(f"{kind} {rate:.2f}" for kind, rate in row["kinds_right"].items()))
     print("  ".join(cells))
