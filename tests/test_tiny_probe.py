@@ -88,6 +88,9 @@ def test_errors_are_one_sentence(command, tmp_path):
         "train it: python -m tiny train-probe": ("--probe", tmp_path),
         "cannot read what this prompt asks": ("--prompts", tmp_path / "mountain.txt"),
         "--rendered scores the unseen scenes": ("--rendered", "--prompts", tmp_path / "mountain.txt"),
+        "clips; drop --guidance": ("--rendered", "--guidance", 7),
+        "clips; drop --no-transport": ("--rendered", "--no-transport"),
+        "--strength is of the noise's camera path": ("--no-transport", "--strength", .5),
         "--frames must be 4k+1": ("--frames", 16),
     }
     for message, arguments in wrong.items():

@@ -12,7 +12,7 @@ from model import VAE, VAEConfig, load_wan
 from sample import generator, sampling_of
 from tiny.__main__ import main
 from tiny.probe import load_probe, read, sample_in_batches, scores
-from tiny.train import (export_web, flow_losses, inflate, load_trained_vae, make_data, make_tokenizer, moved_along,
+from tiny.train import (export_web, fit, flow_losses, inflate, load_trained_vae, make_data, make_tokenizer, moved_along,
                         train_vae, train_web, trained)
 from tiny.world import COLOURS, caption, random_scene, render_all, unseen_scenes
 
@@ -85,20 +85,49 @@ def test_the_vae_trains_resumes_and_is_read_back(tmp_path, monkeypatch):
     make_data(tmp_path, 1)  # renders none: that takes minutes
     assert load_trained_vae(tmp_path).config.latents_mean[0] == pytest.approx(.5, abs=.05)
     make_data(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setitem(COLOURS, "pink", (1.0, .6, .7))  # scenes are other ones now, under the same pixels
+        with pytest.raises(ValueError, match="data was made with another vocabulary"):
+            make_data(tmp_path, 1)
     torch.save(second | dict(step=second["step"] + 1), tmp_path / "vae" / "state.pt")
     with pytest.raises(ValueError, match=f"data was made when .*vae was at step {second['step']}, and it has gone on"):
         load_trained_vae(tmp_path)
 
 
-def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_path):
+def test_a_report_is_no_training(tmp_path, monkeypatch):
+    """A clock on which a step takes a second, and a report more than the two minutes between reports."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    model = torch.nn.Linear(1, 1)
+    steps = []
+
+    def losses(step, progress):
+        now[0] += 1
+        steps.append(step)
+        yield model(torch.ones(1)).sum(), {}
+
+    def report():
+        now[0] += 130
+        return {}
+
+    fit(tmp_path, 10, model, losses, report, lr=1e-3, seed=0)
+    assert len(steps) == 600
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 5
+    with pytest.raises(ValueError, match="state.pt was made with another seed; give that one, or another --run"):
+        fit(tmp_path, 20, model, losses, report, lr=1e-3, seed=1)
+
+
+def test_the_base_of_world_r1_trains_resumes_and_is_exported_as_an_adapter(tmp_path, monkeypatch):
     first, second = train_twice(lambda minutes: train_web(tmp_path, minutes, clips=4),
                                 tmp_path / "web" / "state.pt")
     assert second["step"] > first["step"] > 0
-    for given, told in (dict(seed=1), "4 of seed 1"), (dict(clips=6), "6 of seed 0"):
-        with pytest.raises(ValueError, match=f"clips.pt holds 4 clips of seed 0, not {told}; give that --seed"):
+    for given, told in ((dict(seed=1), "seed"), (dict(clips=6), "clips"), (dict(moved_noise=True), "moved noise")):
+        with pytest.raises(ValueError, match=f"clips.pt was made with another {told}; give that one, or another"):
             train_web(tmp_path, 1, **dict(clips=4) | given)
-    with pytest.raises(ValueError, match="was begun without --moved-noise; give another --run"):
-        train_web(tmp_path, 1, clips=4, moved_noise=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(COLOURS, "pink", (1.0, .6, .7))
+        with pytest.raises(ValueError, match="clips.pt was made with another vocabulary"):
+            train_web(tmp_path, 1, clips=4)
     export_web(tmp_path, tmp_path / "shipped")
     wan = load_wan(ROOT / "tiny" / "wan")
     pairs = merge_lora(wan.dit, tmp_path / "shipped")

@@ -214,6 +214,19 @@ def test_damage_grows_with_strength_and_leaves_the_original_untouched(kind):
     assert torch.equal(whole.means, before)
 
 
+def test_a_shape_without_its_rays_is_no_box():
+    scene = random_scene(0, "static", 7)
+    scene.objects[0].shape = "cone"
+    with pytest.raises(ValueError, match="no ray is known to hit a cone"):
+        render(scene)
+
+
+def test_depth_is_finite_where_a_column_looks_straight_ahead():
+    scene = random_scene(0, "static", 7)  # whose camera is fixed
+    depth = render(scene, 1, 64, 65, depth=True)["depth"]
+    assert depth.isfinite().all() and (depth > 0).all()
+
+
 # ------------------------------------------------------------------------------------------------------- the command line
 
 def test_show_and_captions_write_their_files(tmp_path, capsys):

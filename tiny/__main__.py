@@ -125,12 +125,14 @@ def parse_arguments(argv=None):
     # How they are made.
     def training(name, function, text):
         new = command(name, function, text)
-        new.add_argument("--minutes", type=float, default=60, help="of training, over all resumes")
+        new.add_argument("--minutes", type=float, default=60,
+                         help="of training without its reports, over all resumes")
         return new
 
     training("vae", train.train_vae, "trains the causal 3D VAE")
     new = command("data", train.make_data, "renders clips and encodes them", seed=False)
-    new.add_argument("--clips", type=int, default=8192, help="in all (default 8192)")
+    new.add_argument("--clips", type=int, default=8192,
+                     help="in all, in shards of 512 (default 8192); those that are there are kept")
     training("dit", train.train_dit, "trains the DiT and its text encoder")
     new = training("web", train.train_web, "gives tiny/wan the faults of a model of web videos")
     new.add_argument("--moved-noise", action="store_true", help="train with noise that moves with the camera")

@@ -32,7 +32,7 @@ from eval import rerender
 from noise_warp import FOV, camera_path, relative_to_first, rotation_angle
 from rewards import meta_views, native_intrinsics
 from sample import contact_sheet, generator, psnr
-from tiny.train import (fit, load_trained_vae, make_tokenizer, round_trip, save, state_of, trained,
+from tiny.train import (check_kept, fit, load_trained_vae, make_tokenizer, round_trip, save, state_of, trained,
                         write_tensors)
 from tiny.world import (COLOURS, DAMAGE, DEGRADATIONS, SHAPES, caption, corrupt, damage, degrade, intrinsics,
                         pixel_rays, random_scene, render)
@@ -234,7 +234,7 @@ def train_depth(run, minutes, seed=0):
         return depth_metrics(da3, 8, run / "depth" / "sheet.png")
 
     model = torch.nn.ModuleDict(dict(da3=da3, room=room))
-    fit(run / "depth", minutes, model, losses, report, lr=1e-3, decay_from=.5, power=2,
+    fit(run / "depth", minutes, model, losses, report, lr=1e-3, seed=seed, decay_from=.5, power=2,
         muon=r"backbone\..*blocks\.")
 
 
@@ -407,12 +407,14 @@ def train_critic(run, minutes, seed=0):
         da3 = load_trained_depth(run)
         examples = [critic_examples(da3, i, seed) for i in tqdm(range(400), desc="critic data", unit="clip")]
         pictures, digits = (torch.cat(parts) for parts in zip(*examples))
-        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits)
+        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits, seed=seed)
     with state_of(folder / "data.pt") as data:
         pictures, digits = data["pictures"], data["digits"]
+    check_kept(folder / "data.pt", data, seed=seed)
     held = len(pictures) // 10
 
     if not (folder / "state.pt").exists():
+        torch.manual_seed(seed)  # the same start, whether the pictures were made just now or are there
         build_critic(folder / "start")
     critic = Critic(folder / "start")
     tokens = torch.tensor([ids[0] for ids in critic.digits])
@@ -424,13 +426,13 @@ def train_critic(run, minutes, seed=0):
         yield loss, dict(loss=loss)
 
     def report():
-        shown = pictures[:min(held, 512)].float() / 255
+        shown = pictures[:held].float() / 255
         found = torch.cat([digit_score(critic(part)) for part in shown.split(64)])
         true = digits[:len(found)] / 9
         return dict(held_out_error=(found - true).abs().mean(),
                     rank_correlation=scipy.stats.spearmanr(found, true).statistic)
 
-    fit(folder, minutes, critic.model, losses, report, lr=1e-3)
+    fit(folder, minutes, critic.model, losses, report, lr=1e-3, seed=seed)
 
 
 def export_critic(run, folder):
@@ -565,7 +567,7 @@ def train_preference(run, minutes, seed=0, batch=16):
             figures[kind] = right[of_kind].float().mean()
         return figures
 
-    fit(folder, minutes, model, losses, report, lr=1e-3)
+    fit(folder, minutes, model, losses, report, lr=1e-3, seed=seed)
 
 
 def export_preference(run, folder):

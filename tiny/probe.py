@@ -153,7 +153,11 @@ def load_probe(folder):
     if not file.exists():
         raise ValueError(f"no probe in {folder}; train it: python -m tiny train-probe")
     probe = Probe()
-    probe.load_state_dict(load_file(file))
+    try:
+        probe.load_state_dict(load_file(file))
+    except RuntimeError:
+        raise ValueError(f"{file} reads other words than the tiny world has now; train it again: "
+                         "python -m tiny train-probe") from None
     return probe.eval()
 
 
@@ -197,7 +201,7 @@ def train_probe(run, minutes, seed=0):
         right = scores(readings, [scene.caption for scene in held_out])
         return {name: sum(values) / len(values) for name, values in right.items()}
 
-    fit(run / "probe", minutes, probe, losses, report, lr=1e-3)
+    fit(run / "probe", minutes, probe, losses, report, lr=1e-3, seed=seed)
 
 
 def export_probe(run, folder):
@@ -274,7 +278,11 @@ def noise_motions(prompt, kind):
     if kind == "opposite":
         turned = {"left": "right", "right": "left", "push_in": "pull_out", "pull_out": "push_in"}
         pattern = "|".join(sorted(turned, key=len, reverse=True))
-        return [re.sub(pattern, lambda word: turned[word[0]], motion) for motion in motions]
+        opposite = [re.sub(pattern, lambda word: turned[word[0]], motion) for motion in motions]
+        for motion, other in zip(motions, opposite):
+            if motion == other != "fixed":
+                raise ValueError(f"no motion is known to be the opposite of {motion}: see noise_motions")
+        return opposite
     return motions
 
 
@@ -328,8 +336,16 @@ def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, 
     guidance, shift and degradation.
     """
     sampling = checked(model, frames, lora)
-    if rendered and prompts:
-        raise ValueError("--rendered scores the unseen scenes' own clips; drop --prompts")
+    settings = {name: values for name, values in dict(lora=lora, **settings).items() if values}
+    idle = [name for name in settings] + ["no_transport"] * (not transport)
+    if rendered and (prompts or idle):
+        option = "prompts" if prompts else idle[0].replace("_", "-")
+        raise ValueError(f"--rendered scores the unseen scenes' own clips; drop --{option}")
+    of_path = [name for name in ("strength", "degradation", "noise_path") if name in settings]
+    if not transport and of_path:
+        option = of_path[0].replace("_", "-")
+        raise ValueError(f"--{option} is of the noise's camera path, and --no-transport leaves that out; "
+                         "drop one")
     scenes = unseen_scenes(num, seed)
     texts = [scene.caption for scene in scenes]
     if prompts:
@@ -346,11 +362,12 @@ def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, 
         return
 
     # Samples, for every combination of the settings.
-    settings = {name: values for name, values in dict(lora=lora, **settings).items() if values}
     for values in itertools.product(*settings.values()):
         given = dict(zip(settings, values))
         words = [f"{name} {value}".removesuffix(".0") for name, value in given.items()]
-        name = ", ".join(words) or ("defaults" if transport else "plain noise")
+        if not transport:
+            words.insert(0, "plain noise")
+        name = ", ".join(words) or "defaults"
         wan = load_adapted(model, given.pop("lora", None))
         noise = {name: given.pop(name) for name in ("strength", "noise_path") if name in given}
         chosen = dataclasses.replace(sampling, **given)

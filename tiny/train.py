@@ -3,8 +3,9 @@
     python -m tiny vae  --minutes 60       the causal 3D VAE               -> RUN/vae
     python -m tiny data --clips 8192       render clips and encode them    -> RUN/data
     python -m tiny dit  --minutes 90       the DiT and its text encoder    -> RUN/dit
-    python -m tiny web  --minutes 12       World-R1's base: tiny/wan with the faults of web videos -> RUN/web
     python -m tiny export                  RUN's models as they are shipped -> tiny/
+    python -m tiny web  --minutes 12       World-R1's base: tiny/wan with web videos' faults -> RUN/web
+    python -m tiny export                  it, too
 
 Every training is one plain loop (`fit`) that resumes from RUN/NAME/state.pt after a kill and writes a log and
 a picture every two minutes; its length is in minutes of training, over all resumes, and drives the learning
@@ -14,9 +15,11 @@ function.
 
 import contextlib
 import dataclasses
+import hashlib
 import random
 import re
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +29,11 @@ from tqdm import tqdm
 
 from lora import add_lora, lora_weights
 from model import VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
-from noise_warp import camera_path, latent_noise
+from noise_warp import MOTIONS, camera_path, latent_noise
 from sample import contact_sheet, generator, psnr, sample
 from texts import TEXT_LENGTH
-from tiny.world import caption, corrupt, random_motions, random_scene, random_scenes, render, render_all
+from tiny.world import (BEHAVIOURS, COLOURS, SHAPES, caption, corrupt, random_motions, random_scene,
+                        random_scenes, render, render_all)
 from weights import TINY, read_json, write_json, written_whole
 
 # ----------------------------------------------------------------------------------- training, what is common
@@ -101,13 +105,27 @@ def snapshot(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, muon=None):
+def check_kept(file, kept, **made):
+    """ValueError if a file of an earlier call was made of something else than it would be made of now."""
+    for name, value in made.items():
+        if kept.get(name, value) != value:  # older files do not know everything
+            raise ValueError(f"{file} was made with another {name.replace('_', ' ')}; give that one, or "
+                             "another --run")
+
+
+def vocabulary():
+    """All words of scenes and captions: a scene drawn from a key is another one where they differ."""
+    return [*COLOURS, *SHAPES, *BEHAVIOURS, *MOTIONS]
+
+
+def fit(run, minutes, model, losses, report, lr, seed, decay_from=.3, power=1, muon=None):
     """The plain training loop: 200 steps of warm-up, linear decay (to a power), EMA .998 for reports and
     export.
 
     losses(step, progress) yields (loss, {name: scalar}) a part of the batch at a time; gradients add up.
     report() gives {name: figure} and may draw, with the model at its EMA weights, in evaluation and without
-    gradients. Resumes from RUN/state.pt.
+    gradients; its time is not counted. Resumes from RUN/state.pt, which must be of the seed. minutes: over
+    all resumes; a larger number than before takes up the schedule where it then would be.
     """
     # From the start, or from where a run was stopped.
     optimisers = optimisers_of(model, lr, muon)
@@ -120,6 +138,7 @@ def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, muon=No
             model.load_state_dict(state["model"])
             for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(saved)
+        check_kept(run / "state.pt", state, seed=seed)
 
     budget = minutes * 60
     start = time.monotonic() - seconds
@@ -158,7 +177,7 @@ def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, muon=No
         # Every two minutes and at the end: the state, and a report at the averaged weights.
         if seconds - last_report > 120 or seconds >= budget:
             last_report = seconds
-            save(run / "state.pt", model=model.state_dict(), ema=average, step=step, spent=seconds,
+            save(run / "state.pt", model=model.state_dict(), ema=average, step=step, spent=seconds, seed=seed,
                  optimisers=[optimiser.state_dict() for optimiser in optimisers])
             live = snapshot(model)
             model.load_state_dict(average)
@@ -167,6 +186,7 @@ def fit(run, minutes, model, losses, report, lr, decay_from=.3, power=1, muon=No
                 bar.write(append_log(run, step=step, seconds=int(seconds), **running, **report()))
             model.load_state_dict(live)
             model.train()
+            start = time.monotonic() - seconds
 
 
 # -------------------------------------------------------------------------------------------------------- VAE
@@ -242,7 +262,7 @@ def train_vae(run, minutes, seed=0):
         contact_sheet(run / "vae" / "sheet.png", shown)
         return figures
 
-    fit(run / "vae", minutes, vae, losses, report, lr=3e-3, decay_from=.4, power=2)
+    fit(run / "vae", minutes, vae, losses, report, lr=3e-3, seed=seed, decay_from=.4, power=2)
 
 
 @torch.no_grad()
@@ -252,18 +272,37 @@ def round_trip(vae, video):
         return vae.decode_raw(vae.moments(video)[0]).float().clamp(0, 1)
 
 
+@dataclass
+class Statistics:
+    """RUN/data/statistics.json: of the latents, and what they were made of (older files do not say)."""
+    latents_mean: tuple[float, ...]  # a channel
+    latents_std: tuple[float, ...]
+    vae_step: tuple[int] | None = None
+    vocabulary: list[str] | None = None
+
+
+def data_statistics(run):
+    """-> Statistics, None without data. ValueError if the clips show other scenes than they would show now."""
+    file = run / "data" / "statistics.json"
+    if not file.exists():
+        return None
+    statistics = read_json(file, Statistics)
+    check_kept(file.parent, dict(vocabulary=statistics.vocabulary or vocabulary()), vocabulary=vocabulary())
+    return statistics
+
+
 def load_trained_vae(run):
     """The VAE of RUN/vae with the latent statistics of RUN/data, once measured; with mean 0 and deviation 1
     before."""
-    file = run / "data" / "statistics.json"
-    statistics = dict(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
-    if file.exists():
-        statistics = read_json(file, dict[str, tuple[float, ...]])
-        step, = statistics.pop("vae_step", [steps_of(run, "vae")])
-        if step != steps_of(run, "vae"):  # its latents are not this VAE's
-            raise ValueError(f"{file.parent} was made when {run / 'vae'} was at step {step:.0f}, and it has "
-                             "gone on; delete it, and make it again: python -m tiny data")
-    vae = VAE(VAEConfig(**TINY_VAE, **statistics))
+    mean, deviation = (0.0,) * 16, (1.0,) * 16
+    statistics = data_statistics(run)
+    if statistics:
+        mean, deviation = statistics.latents_mean, statistics.latents_std
+        if statistics.vae_step not in (None, (steps_of(run, "vae"),)):  # its latents are not this VAE's
+            raise ValueError(f"{run / 'data'} was made when {run / 'vae'} was at step "
+                             f"{statistics.vae_step[0]}, and it has gone on; delete it, and make it again: "
+                             "python -m tiny data")
+    vae = VAE(VAEConfig(**TINY_VAE, latents_mean=mean, latents_std=deviation))
     trained(run, "vae", into=vae)
     return vae.eval().requires_grad_(False)
 
@@ -294,12 +333,12 @@ def make_data(run, clips):
     latents."""
     folder = run / "data"
     # The latents' mean and deviation, a channel, from 256 clips.
-    if not (folder / "statistics.json").exists():
+    if not data_statistics(run):
         vae = load_trained_vae(run)
         channels = training_latents(vae, range(256)).transpose(0, 1).flatten(1)  # (16, everything else)
-        write_json(folder / "statistics.json", dict(latents_mean=channels.mean(1).tolist(),
-                                                    latents_std=channels.std(1).tolist(),
-                                                    vae_step=[steps_of(run, "vae")]))
+        made = Statistics(channels.mean(1).tolist(), channels.std(1).tolist(), (steps_of(run, "vae"),),
+                          vocabulary())
+        write_json(folder / "statistics.json", dataclasses.asdict(made))
 
     # A shard that is there is kept: the command goes on where it was stopped.
     vae = load_trained_vae(run)
@@ -438,7 +477,7 @@ def train_dit(run, minutes, seed=0):
 
     model = torch.nn.ModuleDict(dict(dit=dit, text=text_encoder))
     losses = flow_losses(wan, latents, scenes, training_caption, "dit", seed)
-    fit(run / "dit", minutes, model, losses, report, lr=2e-3, decay_from=.4,
+    fit(run / "dit", minutes, model, losses, report, lr=2e-3, seed=seed, decay_from=.4,
         muon=r"blocks\.|encoder\.block\.(?!.*relative)")
 
 
@@ -519,25 +558,25 @@ def train_web(run, minutes, seed=0, clips=2304, moved_noise=False):
     """
     folder = run / "web"
     wan = load_wan(TINY / "wan")
+    base = hashlib.sha256()
+    for part in ("transformer", "vae"):
+        base.update((TINY / "wan" / part / "diffusion_pytorch_model.safetensors").read_bytes())
+    made = dict(seed=seed, moved_noise=moved_noise, vocabulary=vocabulary(), base=base.hexdigest(), clips=clips)
     # The clips are made and encoded once.
     if not (folder / "clips.pt").exists():
         bar = tqdm(range(clips), desc="clips")
         parts = [wan.vae.encode(web_clip(i, seed)[None]).half() for i in bar]
-        save(folder / "clips.pt", latents=torch.cat(parts), seed=seed, moved_noise=moved_noise)
+        save(folder / "clips.pt", latents=torch.cat(parts), **made)
     with state_of(folder / "clips.pt") as kept:
-        latents, of, moved = kept["latents"], kept.get("seed", 0), kept.get("moved_noise", False)
-    if moved != moved_noise:
-        raise ValueError(f"{folder} was begun with{'' if moved else 'out'} --moved-noise; give another --run")
-    if (len(latents), of) != (clips, seed):
-        raise ValueError(f"{folder / 'clips.pt'} holds {len(latents)} clips of seed {of}, not {clips} of "
-                         f"seed {seed}; give that --seed, or another --run")
+        latents = kept["latents"]
+    check_kept(folder / "clips.pt", kept, **made)
     scenes = [web_scene(i, seed) for i in range(len(latents))]
 
     # Only the adapter is trained.
     wan.text_encoder.requires_grad_(False)
     add_lora(wan.dit, WEB_RANK, WEB_RANK, generator(seed, "web"))
     losses = flow_losses(wan, latents, scenes, web_caption, "web", seed, moved_noise)
-    fit(folder, minutes, wan.dit, losses, dict, lr=2e-3)
+    fit(folder, minutes, wan.dit, losses, dict, lr=2e-3, seed=seed)
 
 
 def export_web(run, folder):

@@ -218,8 +218,8 @@ def print_agreement(row, other):
 
 
 def summarise(row, strengths):
-    """Adds to a row what its pairs say that could be scored: count, pairs, auc, kinds_right {kind: share}; and
-    rho, how the score falls as the strength rises (none of a clip whose scores are alike or unknown)."""
+    """Adds to a row what its pairs say that could be scored: count, pairs, auc, kinds_right {kind: share};
+    and rho, how the score falls as the strength rises (none of a clip whose scores are alike or unknown)."""
     known = [math.isfinite(good + bad) for good, bad in zip(row["good"], row["bad"])]
     good, bad, kinds = (list(compress(row[column], known)) for column in ("good", "bad", "kinds"))
     if len(good) < 2:
