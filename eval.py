@@ -261,6 +261,29 @@ def alarms(evaluations, margin=.1):
     return found
 
 
+ALONE_SHARE, ALONE_STEPS = .7, 20
+
+
+def decided_alone(rows):
+    """-> [(term, main steps)], each time that one term decided more than ALONE_SHARE of the advantages'
+    variance in at least ALONE_STEPS main steps in a row: the other terms were then hardly trained on.
+
+    rows: of a run's metrics.jsonl. HPSv3 raw, say, spans ten times what R_3D does.
+    """
+    main_rows = [row for row in rows if row.get("phase") == "main"]
+    found = []
+    for name in TERMS:
+        steps = []
+        for row in [*main_rows, {}]:  # the last one ends what has not ended
+            if (row.get(f"share_{name}") or 0) > ALONE_SHARE:
+                steps.append(row["step"])
+                continue
+            if len(steps) >= ALONE_STEPS:
+                found.append((name, steps))
+            steps = []
+    return found
+
+
 # ---------------------------------------------------------------------------------------- all of one video
 
 @torch.no_grad()

@@ -38,7 +38,8 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from eval import VideoRow, alarms, interval, new_folder, read_lines, read_summary, table, videos_in
+from eval import (ALONE_SHARE, VideoRow, alarms, decided_alone, interval, new_folder, read_lines,
+                  read_summary, table, videos_in)
 from noise_warp import camera_path, draw_paths, parse_motion
 from rewards import TERMS, paths_in_depths
 from run import in_words, missing_steps
@@ -256,23 +257,14 @@ def training_charts(rows):
     return '<div class="grid">\n' + "\n".join(charts) + "\n</div>"
 
 
-def one_term_warnings(rows, share=.7, steps=20):
-    """A paragraph for each time that one term decided more than `share` of the advantages' variance for so
-    many main steps in a row: the other terms were then hardly trained on."""
-    main_rows = [row for row in rows if row.get("phase") == "main"]
+def one_term_warnings(rows):
+    """A paragraph for each time that one term decided alone."""
     paragraphs = []
-    for name, term in TERMS.items():
-        stretch = []  # steps in a row
-        for row in [*main_rows, {}]:  # a last one ends the stretch
-            if (row.get(f"share_{name}") or 0) > share:
-                stretch.append(row["step"])
-                continue
-            if len(stretch) >= steps:
-                text = (f"Warning: {term.label} alone decided more than {share:.0%} of the advantages' "
-                        f"variance in steps {stretch[0]} to {stretch[-1]}: the others hardly counted. "
-                        f"Lower --{name}, or use --standardise.")
-                paragraphs.append(f'<p class="warning">{html.escape(text)}</p>')
-            stretch = []
+    for name, steps in decided_alone(rows):
+        text = (f"Warning: {TERMS[name].label} alone decided more than {ALONE_SHARE:.0%} of the advantages' "
+                f"variance in steps {steps[0]} to {steps[-1]}: the others hardly counted. "
+                f"Lower --{name}, or use --standardise.")
+        paragraphs.append(f'<p class="warning">{html.escape(text)}</p>')
     return paragraphs
 
 

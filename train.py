@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from estimate import estimate_line
-from eval import alarms, unrewarded
+from eval import ALONE_SHARE, ALONE_STEPS, alarms, decided_alone, unrewarded
 from grpo import (Batch, advantages, deal, draw_window, kl, normalise_log_ratio, rectification, rollout,
                   rollout_passes, standardise, surrogate, update_of, variance_shares)
 from lora import lora_file
@@ -640,19 +640,13 @@ def learning_rate(c, step):
     return c.lr * min(1.0, (c.total_steps - step) / max(c.decay * c.total_steps, 1))
 
 
-def warn_of_one_term(file, share=.7, steps=20):
-    """Says so each time one term has decided more than `share` of the advantages for `steps` further main
-    steps in a row: the others are then hardly trained on (HPSv3 raw, say, spans ten times what R_3D does)."""
+def warn_of_one_term(file):
+    """Says so each time one term has decided alone for ALONE_STEPS further main steps in a row."""
     rows = read_log(file)
-    if not rows or rows[-1].get("phase") != "main":
-        return
-    newest_first = [row for row in reversed(rows) if row.get("phase") == "main"]
-    for name, term in TERMS.items():
-        alone = itertools.takewhile(lambda row: row.get(f"share_{name}", 0.0) > share, newest_first)
-        count = len(list(alone))
-        if count and count % steps == 0:
-            tqdm.write(f"{term.label} alone has decided more than {share:.0%} of the advantages "
-                       f"for {count} steps; lower --{name}, or use --standardise")
+    for name, steps in decided_alone(rows):
+        if steps[-1] == rows[-1]["step"] and len(steps) % ALONE_STEPS == 0:
+            tqdm.write(f"{TERMS[name].label} alone has decided more than {ALONE_SHARE:.0%} of the advantages "
+                       f"for {len(steps)} steps; lower --{name}, or use --standardise")
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
