@@ -8,9 +8,10 @@
 A result is never replaced, and a stopped call goes on when it is made again.
 
 All cells and seeds are scored on the same prompts and noise, and runs of one seed begin alike. So a cell is
-compared with the same seeds of another, video by video. An interval is a bootstrap over prompts of the mean
-over seeds; it does not know how far other seeds would fall, so a change is called off zero (bold) only where
-its interval holds no 0 and every seed has its sign.
+compared with the same seeds of another, video by video: cell - other, one change a video. An interval is a
+bootstrap over prompts of the changes' mean over seeds. It knows nothing of how far two trainings of one
+recipe fall apart, which `seed_noise` measures; a change is called off zero (bold) only where its interval
+holds no 0 and it is larger than that.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
@@ -427,9 +429,43 @@ def changes(found, name, column, against=None):
     return np.stack(parts) if parts else np.full((1, 1), math.nan)
 
 
-def change_shown(each):
-    """Changes (seeds, N) in three lines: the mean over seeds, bold if it is off zero; its interval; every
-    seed's mean. Of the probe's one value the mean alone."""
+def seed_noise(found, column, chosen=slice(None)):
+    """How far a training falls from another of its recipe for its seed alone: the standard deviation of a
+    run's mean over videos, and its degrees of freedom. (NaN, 0) if no cell has two seeds.
+
+    Pooled: of full's own seeds, and of each other training's changes from full, seed by seed, which vary by
+    twice a run's variance.
+    """
+    samples = [(1, [over_seeds({seed: result}, column) for seed, result in found.get("full", {}).items()])]
+    samples += [(2, changes(found, name, column, "full")) for name in found
+                if CELLS[name].trained and name != "full"]
+    total, freedom = 0.0, 0
+    for variances, runs in samples:
+        means = [interval(run[chosen])[0] for run in runs] if len(runs) > 1 else []
+        means = [mean for mean in means if math.isfinite(mean)]
+        if len(means) > 1:
+            total += (len(means) - 1) * np.var(means, ddof=1) / variances
+            freedom += len(means) - 1
+    return (math.sqrt(total / freedom), freedom) if freedom else (math.nan, 0)
+
+
+def seeds_apart(found, name, column, against=None, chosen=slice(None)):
+    """How far a cell would at most be from what it is compared with, in 95 of 100 cases, had only the seeds
+    changed it (Student's t): 0 without a training, infinite where no cell has two seeds."""
+    if not CELLS[name].trained:
+        return 0.0
+    deviation, freedom = seed_noise(found, column, chosen)
+    if not freedom:
+        return math.inf
+    trainings = 1 + CELLS[against or CELLS[name].against].trained
+    seeds = len(changes(found, name, column, against))
+    return float(scipy.stats.t.ppf(.975, freedom)) * deviation * math.sqrt(trainings / seeds)
+
+
+def change_shown(found, name, column, against=None, chosen=slice(None)):
+    """A cell's change in three lines: the mean over seeds, bold if it is off zero; its interval; every seed's
+    mean. Of the probe's one value the mean alone. chosen: the videos that count."""
+    each = changes(found, name, column, against)[:, chosen]
     mean, low, high = interval(each.mean(0))
     if math.isnan(mean):
         return ""
@@ -437,7 +473,7 @@ def change_shown(each):
         return f"{mean:+.2g}"
     seeds = [interval(seed)[0] for seed in each]
     text = f"{mean:+.3g}"
-    if is_off_zero(each):
+    if is_off_zero(each, seeds_apart(found, name, column, against, chosen)):
         text = f"**{text}**"
     text += f"<br>[{low:+.3g}, {high:+.3g}]"
     if len(seeds) > 1:
@@ -445,11 +481,11 @@ def change_shown(each):
     return text
 
 
-def is_off_zero(each):
-    """Of changes (seeds, N): has the mean's interval no 0, and every seed one sign?"""
-    _, low, high = interval(each.mean(0))
-    seeds = [interval(seed)[0] for seed in each]
-    return low * high > 0 and min(seeds) * max(seeds) > 0
+def is_off_zero(each, apart):
+    """Of changes (seeds, N): does the mean's interval hold no 0, and is the mean farther from it than seeds
+    alone would bring it?"""
+    mean, low, high = interval(each.mean(0))
+    return low * high > 0 and abs(mean) > apart
 
 
 def label(found, name):
@@ -471,7 +507,7 @@ def cells_of(found, table):
 
 def cells_table(found, table):
     """What every cell of a table changes."""
-    rows = [[label(found, name), *(change_shown(changes(found, name, COLUMNS[title])) for title in CHANGES)]
+    rows = [[label(found, name), *(change_shown(found, name, COLUMNS[title]) for title in CHANGES)]
             for name in cells_of(found, table)]
     return markdown(TABLES[table], CHANGES, rows) if rows else ""
 
@@ -481,18 +517,17 @@ def paper_table(found, table):
     it is not off zero."""
     columns = {title: metric for title, (way, metric) in COLUMNS.items()
                if way == "test" and metric in PAPER_METRICS}
-    from_full = dict(zip(PAPER_METRICS, CELLS["full"].paper))
     rows = []
     for name in cells_of(found, table):
-        theirs = dict(zip(PAPER_METRICS, CELLS[name].paper))
+        theirs, other = (dict(zip(PAPER_METRICS, CELLS[cell].paper)) for cell in (name, CELLS[name].against))
         row = [name]
         for title, metric in columns.items():
             text = ""
             if theirs.get(metric) is not None:
-                change = theirs[metric] - from_full[metric]
+                change = theirs[metric] - other[metric]
                 each = changes(found, name, COLUMNS[title])
                 verdict = "open"
-                if is_off_zero(each):
+                if is_off_zero(each, seeds_apart(found, name, COLUMNS[title])):
                     verdict = "agrees" if interval(each.mean(0))[0] * change > 0 else "disagrees"
                 text = f"{change:+.3g}: {verdict}"
             row.append(text)
@@ -501,7 +536,8 @@ def paper_table(found, table):
 
 
 def subsets_table(found):
-    """What cells change from the base, on those prompts alone that an objection leaves."""
+    """What cells change from the base, on those prompts alone that an objection leaves. One is that an
+    earlier run's length was chosen on 24 test prompts, probably the first of these."""
     obeyed = over_seeds(found["base"], COLUMNS["S_traj"]) >= .8
     subsets = {"all": np.ones_like(obeyed), "from the 25th on": np.arange(len(obeyed)) >= 24,
                "base obeys the camera (S_traj at least .8)": obeyed}
@@ -511,14 +547,14 @@ def subsets_table(found):
         if name not in found:
             continue
         for subset, chosen in subsets.items():
-            each = [changes(found, name, COLUMNS[title], "base")[:, chosen] for title in columns]
-            rows.append([f"{name}: {subset}, {chosen.sum()} prompts", *map(change_shown, each)])
+            shown_changes = [change_shown(found, name, COLUMNS[title], "base", chosen) for title in columns]
+            rows.append([f"{name}: {subset}, {chosen.sum()} prompts", *shown_changes])
     return markdown("Changes from base", columns, rows)
 
 
 def draw_changes(file, found):
-    """The cells' changes as a picture: a bar is an interval, a dot a seed; grey is how far full's own seeds
-    are from their mean."""
+    """The cells' changes as a picture: a bar is an interval, a dot a seed; grey is how far from 0 the mean
+    could be for the seeds alone."""
     names = [name for table in ("ablations", "data", "choices") for name in cells_of(found, table)]
     with matplotlib.rc_context(CHART_STYLE | {"axes.prop_cycle": matplotlib.cycler(color=["#3f87c9"])}):
         height = .6 + .24 * len(names)
@@ -526,10 +562,11 @@ def draw_changes(file, found):
         figure.subplots_adjust(left=.13, right=.99, bottom=.3 / height, top=1 - .25 / height, wspace=.08)
         panels = figure.subplots(1, len(PLOTTED), sharey=True)
         for axes, title in zip(panels, PLOTTED):
-            own = [interval(over_seeds({"": result}, COLUMNS[title]))[0] for result in found["full"].values()]
-            axes.axvspan(min(own) - np.mean(own), max(own) - np.mean(own), color=GREY, alpha=.25, linewidth=0)
             axes.axvline(0, color=GREY, linewidth=.8)
             for place, name in enumerate(names):
+                apart = seeds_apart(found, name, COLUMNS[title])
+                if math.isfinite(apart):
+                    axes.barh(place, 2 * apart, .9, -apart, color=GREY, alpha=.25, linewidth=0)
                 each = changes(found, name, COLUMNS[title])
                 _, low, high = interval(each.mean(0))
                 axes.plot([low, high], [place, place], linewidth=4, alpha=.5, solid_capstyle="butt")
