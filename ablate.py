@@ -166,6 +166,7 @@ def run(a, rest):
         options = [*rest, *CELLS[name].training.split(), "--name", f"{name}-{seed}", "--seed", str(seed)]
         c = training_arguments(options)
         check(c, a.processes)
+        check_can_be_scored(c)
         files[name] = a.out / name / f"seed_{seed}.json", options
         check_writable(files[name][0])
         if not files[name][0].exists():
@@ -230,7 +231,7 @@ def trained(a, c, folder, options):
 
 
 def scorings(name, c, folder, num):
-    """-> {what is scored: command}. The judges of the training score it, too."""
+    """-> {what is scored: command}. The training's judge models score it, on eval.py's views and frames."""
     model = ["--model", c.model, "--prompts", c.prompts, *CELLS[name].scoring.split()]
     adapter = folder if CELLS[name].trained else c.lora
     if adapter:
@@ -246,6 +247,20 @@ def scorings(name, c, folder, num):
         commands["probe"] = ["-m", "tiny", "probe", "--run", folder, *model,
                              "--num", num, "--frames", c.frames]
     return commands
+
+
+# What scoring has of its own: eval.py takes these from the model, or has its defaults.
+NOT_SCORED = ("height", "width", "strength", "traj_alpha", "traj_beta", "general_center", "general_spread")
+
+
+def check_can_be_scored(c):
+    """ValueError for an option that the training would have and its scoring would not."""
+    preset = training_arguments(["--model", c.model])
+    for name in NOT_SCORED:
+        if getattr(c, name) != getattr(preset, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is for training alone, and the videos would be scored without it; "
+                             "leave it out, or teach `scorings` to pass it on")
 
 
 def check_scored(name, c, folder, num):
@@ -348,11 +363,17 @@ SCENES = {f"{title}, {kind}": (kind, metric) for title, metric in (("PSNR", "psn
 
 
 def read_results(out):
-    """-> {cell: {seed: Result}} of a folder's results, in the order of CELLS."""
-    found, counts = {}, {}
+    """-> {cell: {seed: Result}} of a folder's results, in the order of CELLS. ValueError for one that is no
+    seed of its cell, or that was scored on other videos."""
+    found, counts, trainings = {}, {}, {}
     for name in CELLS:
         for file in sorted((out / name).glob("seed_*.json")):
             result = found.setdefault(name, {})[file.stem.removeprefix("seed_")] = read_json(file, Result)
+            recipe = {option: value for option, value in result.config.items()
+                      if option not in ("name", "seed", "runs", "device")}
+            if trainings.setdefault(name, recipe) != recipe:  # seeds of one training
+                raise ValueError(f"{file} is of the options {recipe}, and the seed before it of "
+                                 f"{trainings[name]}; a cell's seeds are of one training")
             for way, scored in result.scored.items():
                 count = len(next(iter(scored.values.values())))
                 if counts.setdefault(way, count) != count:  # differences are taken video by video

@@ -72,9 +72,9 @@ def allocated_peak(call):
 # -------------------------------------------------------------------------- what the real presets would need
 
 # Bytes; dense bfloat16 FLOP/s; bytes/s of a GPU's link inside a node, between nodes, and to the CPU: NVIDIA's
-# figures, of the RTX 4090 those of the Ada whitepaper with float32 sums.
+# figures, of the RTX 4090 those of the Ada whitepaper with float32 sums; its links are PCIe.
 H200 = dict(name="H200", memory=141e9, flops=989e12, link=450e9, network=50e9, host=50e9)
-RTX_4090 = dict(name="RTX 4090", memory=24e9, flops=165e12, host=25e9)
+RTX_4090 = dict(name="RTX 4090", memory=24e9, flops=165e12, link=25e9, network=25e9, host=25e9)
 MACHINES = {"small": (H200, 48), "large": (H200, 96), "release": (H200, 48), "node": (H200, 8),
             "gpu": (RTX_4090, 1)}
 DEPTH = "Depth Anything 3, float32"
@@ -156,7 +156,7 @@ def estimate(c, gpus, card):
     trained = sum(p.numel() for p in add_lora(dit, c.lora_rank, c.lora_alpha).values())
     shards = 1
     if c.parallel == "fsdp":
-        shards = c.shard_size or gpus
+        shards = min(c.shard_size or gpus, gpus)
     pixels = c.height * c.width
     tokens = (c.frames // 4 + 1) * pixels // 16 ** 2  # of a video
     batch = c.batch or c.members
@@ -244,6 +244,8 @@ def estimate_line(c, world):
         properties = torch.cuda.get_device_properties(c.device)
         like = RTX_4090 if "4090" in properties.name else H200  # its speed
         card = like | dict(name=properties.name, memory=properties.total_memory)
+        if like is H200 and "H200" not in properties.name:
+            card["name"] += ", taken for as fast as an H200"
     memory, seconds = estimate(c, world, card)
     peak, room = memory["peak"] / 1e9, card["memory"] / 1e9
     fits = "" if peak <= room else ": it does NOT fit; give --offload, --checkpointing or a smaller --batch"

@@ -439,6 +439,19 @@ def test_subsets_of_prompts_are_those_that_they_name(results, tmp_path):
     assert "no_3d: from the 25th on, 0 prompts" in found
 
 
+def test_seeds_of_a_cell_are_of_one_training(results, tmp_path, capsys):
+    file = tmp_path / "results" / "full" / "seed_2.json"
+    write_json(file, results["full", 2] | dict(config=dict(seed=2, name="full-2", total_steps=48)))
+    pages = copied_pages(tmp_path)
+    assert main(table_command(tmp_path, pages)) == 2
+    assert "full/seed_2.json is of the options {'total_steps': 48}, and the seed before it of {}" in capsys.readouterr().err
+
+
+def test_what_scoring_would_not_know_is_refused(tmp_path, capsys):
+    assert main(["run", "full", "--strength", "2", "--out", str(tmp_path / "results")]) == 2
+    assert "--strength is for training alone, and the videos would be scored without it" in capsys.readouterr().err
+
+
 def test_the_picture_shows_every_cell(results, tmp_path):
     pages = copied_pages(tmp_path)
     assert main(table_command(tmp_path, pages)) == 0

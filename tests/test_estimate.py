@@ -1,5 +1,7 @@
 """The estimates of real sizes against what is computed and allocated."""
 
+import dataclasses
+
 import pytest
 import torch
 from runs import short_run
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train
-from estimate import (H200, MACHINES, busiest_rollout, decoding, dit_config, dit_flops, estimate, estimate_line,
+from estimate import (H200, MACHINES, RTX_4090, busiest_rollout, decoding, dit_config, dit_flops, estimate, estimate_line,
                       rollout_counts)
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig
@@ -116,6 +118,22 @@ def test_weights_are_sharded_inside_a_node():
     assert many_memory == few_memory
     assert many_memory["DiT, bfloat16"] == pytest.approx(14.29e9 * 2 / 8, rel=.01)
     assert many_seconds["update"] == pytest.approx(few_seconds["update"] / 6)
+
+
+def test_there_are_no_more_shards_than_gpus():
+    """policy.shard splits inside groups of shard_size, and a smaller world among all it has."""
+    weights = [estimated("large", gpus)[0]["DiT, bfloat16"] for gpus in (1, 2, 8, 16)]
+    assert weights == pytest.approx([14.29e9 * 2 / shards for shards in (1, 2, 8, 8)], rel=.01)
+    _, alone = estimated("large", 1)
+    _, unsharded = estimated("large", 1, ["--parallel", "ddp"])
+    assert alone == unsharded
+
+
+@pytest.mark.parametrize("card", [H200, RTX_4090], ids=lambda card: card["name"])
+def test_every_card_can_be_sharded_over(card):
+    c = parse_arguments(["--preset", "gpu", "--parallel", "fsdp", "--groups", "8"])
+    _, one = estimate(c, 2, card)
+    assert one["rollout"] > estimate(dataclasses.replace(c, parallel="ddp"), 2, card)[1]["rollout"]
 
 
 def test_options_of_training_lie_over_a_preset():
