@@ -42,10 +42,11 @@ def dit_flops(config, tokens, text=128, attention=1.0):
 def activations(config, tokens, rank, bytes_a_number, layers):
     """Bytes of a forward and backward pass over the tokens of all videos, with one block's LoRA gradient.
 
-    Counted per token and channel, in units of 4 bytes, with s = bytes_a_number / 4 for what is in the model's
-    dtype: a block keeps 5.6 + s (8.7 + F + 8 r/D) for its backward pass, which works on 2 s F + 0.5 more,
-    F = ffn_dim / D. layers: (whole, inputs): of how many blocks all is kept, of how many the input alone
-    (checkpointing keeps 1 and num_layers).
+    For its backward pass a block keeps, a token and channel, 5.6 numbers in float32, and 8.7 + F + 8 r/D in
+    the model's dtype: F = ffn_dim / D is the feed-forward's hidden layer, 8 r/D LoRA's inner vectors. That
+    pass itself holds 2 F more in the dtype and .5 in float32. 5.6, 8.7 and .5 are fitted, to what
+    `bench.py --check-memory` finds allocated. layers: (whole, inputs): of how many blocks all is kept, of how
+    many the input alone (checkpointing keeps 1 and num_layers).
     """
     D, s = config.num_attention_heads * config.attention_head_dim, bytes_a_number / 4
     F = config.ffn_dim / D
@@ -192,16 +193,17 @@ def estimate(c, gpus, card):
     peak = sum(memory.values()) + max(work.values())
     memory |= {f"work: {name}": size for name, size in work.items()} | {"peak": peak}
 
-    # Seconds of one video: a velocity, its backward pass through frozen weights, pixels (convolutions in
-    # TF32, at half the rate), rewards at 2 FLOPs a parameter and token of the critic's two pictures and the
-    # preference model's frames, and 4 of Depth Anything's views: they all attend to each other, and its heads
-    # are float32. Seconds of one pass: the gathers; of one batch: the judges' moves.
+    # Seconds of one video: a velocity, and its backward pass through frozen weights;
     rate = card["flops"] * UTILISATION
     velocity = guided * dit_flops(config, tokens) / rate
     backward = guided * dit_flops(config, tokens, attention=2.5) / rate
+    # pixels, whose convolutions run in TF32, at half the rate;
     decode = (first + c.frames // 4 * further) * pixels / (rate / 2)
+    # rewards: Depth Anything's views at 4 FLOPs a parameter and token, for they all attend to each other and
+    # its heads are float32; the critic's two pictures and the preference model's frames at 2, 600 tokens each.
     seen = 4 * 1.23e9 * c.views * height * width / 14 ** 2
     judging = (seen + 2 * 600 * (4.44e9 * 2 + 7.75e9 * c.frames_seen)) / rate
+    # Seconds of one pass: gathers of all weights. Of one batch: the judges' moves.
     gather = 0
     if shards > 1:
         gather = 2 * frozen * (shards - 1) / shards / card["link" if shards <= 8 else "network"]

@@ -508,7 +508,7 @@ def four_rewards(w):
         f"β = {w.c.traj_beta:g}. The paper adds the terms with weight 1; the weights of this run: stage 10.",
         "World-R1, eq. 8 to 10; rewards.py",
         [term.function for term in TERMS.values()],
-        {"S_meta sees": f"{len(w.clips[0].meta_views)} renders; not the prompt, the path or the video",
+        {"S_meta sees": "2 renders; not the prompt, the path or the video",
          "S_recon sees": f"{w.c.views} frames and their renders; not the prompt or the path; a still video "
                          "is well with it",
          "S_traj sees": f"the path and {w.c.views} found cameras; no pixel; the length of a move is scaled "
@@ -557,7 +557,8 @@ def loss_and_gradient(w):
     for t, before, after in zip(w.batch.sde_steps, w.notes, w.notes_after):
         for name in ("clipped", "kl", "loss"):
             numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
-    followed = (w.log_ratios * w.batch.advantages > 0).float().mean().item()
+    counted = w.batch.advantages != 0  # a masked video has no say
+    followed = (w.log_ratios * w.batch.advantages > 0)[:, counted].float().mean().item()
     squares = dict.fromkeys(range(len(w.policy.wan.dit.blocks)), 0.0)
     for name, norm in w.gradients.items():
         if name.startswith("blocks."):
@@ -636,7 +637,7 @@ def dynamic_phase(w):
         "are the same. R_gen sees first frames: the phase does not reward motion, it stops punishing it. "
         "None of these steps was made for this page.",
         "R = R<sub>gen</sub> in a dynamic step",
-        "The paper has 100 main and then 50 dynamic steps.",
+        "The paper has a dynamic phase after every 100 main steps; the release's has 50.",
         "World-R1, periodic decoupled training; train.py",
         [step_prompts, combine],
         {"main steps, then dynamic steps": f"{c.main_steps}, {c.dynamic_steps}",
@@ -879,6 +880,12 @@ def options_of(argv):
     parser.add_argument("--markdown", type=Path, metavar="FOLDER", help="write walkthrough.md there instead")
     parser.add_argument("--trained", help="adapter of a whole training (default: tiny/world_r1 if there)")
     a, others = parser.parse_known_args(argv)
+    given = {option.partition("=")[0] for option in others}
+    for option in ("--groups", "--updates", "--batch", "--released"):
+        if option in given:
+            raise ValueError("the page follows one group, all members at once, through one update, with the "
+                             f"paper's transport; leave out {option}")
+    a.prompt = usable_prompt(a.prompt)
     c = parse_arguments(["--preset", "tiny", *others])
     shipped = TINY / "world_r1"
     if a.trained is None and c.model == Config.model and shipped.exists():
@@ -889,7 +896,6 @@ def options_of(argv):
 def check_options(a, c):
     """Raises ValueError with one sentence for the first setting that cannot work; writes nothing."""
     check(c, 1)
-    usable_prompt(a.prompt)
     if not all(c.weights.values()):
         raise ValueError("the page shows every reward; give none of them weight 0")
     if a.trained:
