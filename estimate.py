@@ -200,7 +200,8 @@ def estimate(c, gpus, card):
     # pixels, whose convolutions run in TF32, at half the rate;
     decode = (first + c.frames // 4 * further) * pixels / (rate / 2)
     # rewards: Depth Anything's views at 4 FLOPs a parameter and token, for they all attend to each other and
-    # its heads are float32; the critic's two pictures and the preference model's frames at 2, 600 tokens each.
+    # its heads are float32; the critic's two pictures and the preference model's frames at 2, 600 tokens a
+    # picture.
     seen = 4 * 1.23e9 * c.views * height * width / 14 ** 2
     judging = (seen + 2 * 600 * (4.44e9 * 2 + 7.75e9 * c.frames_seen)) / rate
     # Seconds of one pass: gathers of all weights. Of one batch: the judges' moves.
