@@ -161,11 +161,28 @@ def test_sde_keeps_the_marginals_as_steps_grow(kind, eta):
     assert errors[2] < .05, errors  # Monte-Carlo error is about .01
 
 
+def test_a_masked_sample_leaves_the_pooled_std_and_a_flat_group_counts_in_it():
+    rewards, group_ids = torch.tensor([.1, .2, .6, NAN, .5, .9]), torch.tensor([0, 0, 0, 0, 1, 1])
+    known = ~rewards.isnan()
+    found = advantages(rewards, group_ids, pooled=True)
+    assert torch.equal(found[known], advantages(rewards[known], group_ids[known], pooled=True))
+    assert found[3] == 0 and found[known].abs().max() > 1
+    # deviations -.5, .5, 0, 0: their mean square is 1/8
+    found = advantages(torch.tensor([0.0, 1, 5, 5]), torch.tensor([0, 0, 1, 1]), pooled=True)
+    assert found.tolist() == pytest.approx([-2 ** .5, 2 ** .5, 0, 0], rel=1e-3)
+
+
+def test_shares_count_the_weights():
+    x = torch.tensor([0.0, 1, 2])
+    shares = variance_shares(dict(meta=x, recon=x), dict(meta=1.0, recon=3.0), torch.zeros(3))
+    assert shares == pytest.approx(dict(meta=.25, recon=.75))
+
+
 def test_cps_is_a_sampler_too_but_its_error_does_not_vanish():
     errors = [moment_error("cps", .7, steps) for steps in (10, 40, 160)]
     print(f"cps, eta 0.7: error of mean and covariance at 10, 40, 160 steps {errors}")
-    assert errors[2] < 2
-    assert moment_error("cps", .1, 160) < errors[2] + .05
+    assert .2 < errors[2] < .5
+    assert moment_error("cps", .1, 160) < .06  # nearly the ODE
 
 
 LEVELS = sigmas(6, 1.0)

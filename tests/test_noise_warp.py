@@ -123,6 +123,12 @@ def test_the_scene_moves_against_the_camera():
         assert math.copysign(1, screen_x(path[-1], (0, 0, 2))) == side
 
 
+def test_a_second_motion_starts_in_the_frame_of_the_first():
+    """Half a pan to the left, then half a push along the turned view."""
+    pose, half = camera_path(["pan_left", "push_in"], 5)[-1], PAN / 2
+    assert pose[:3, 3].tolist() == pytest.approx([-PUSH / 2 * math.sin(half), 0, PUSH / 2 * math.cos(half)])
+
+
 def test_composites_join_without_a_jump_in_position_or_velocity():
     path = camera_path(["push_in", "pan_left"], 401)
     steps = (path[1:] - path[:-1]).flatten(1).norm(dim=1)
@@ -423,6 +429,18 @@ def test_one_generator_a_sample_makes_samples_independent_of_their_company():
     assert torch.equal(group[:1], latent_noise(path, 9, 6, 8, 1, torch.Generator().manual_seed(5), 4, .3))
     with pytest.raises(ValueError, match="3 samples need as many generators"):
         latent_noise(path, 9, 6, 8, 3, make([1]), 4)
+
+
+def test_released_push_is_its_formula():
+    g = torch.Generator().manual_seed(0)
+    base, moved, x = 3 * torch.randn(3, 1, 2, 3, 12, 16, generator=g)
+    delta = torch.nn.functional.avg_pool2d((moved - base).flatten(0, 1), 9, 1, 4).view_as(base)
+    delta = delta / delta.std()
+    push = released_push(base, moved, strength=.5, steps=2)
+    for step, weight in enumerate((1 / 1.1, .1 / 1.1)):
+        y = x + .5 * weight * x.std() * delta
+        assert torch.allclose(push(x, step), (y - y.mean()) / y.std() * x.std() + x.mean(), atol=1e-4)
+    assert torch.equal(push(x, 2), x)
 
 
 def test_released_push_moves_white_noise_towards_the_transported():

@@ -101,6 +101,27 @@ def some_gradients(policy, seed):
         p.grad = torch.randn(p.shape, generator=generator(seed, name))
 
 
+@torch.no_grad()
+def test_the_velocity_is_guided_towards_the_prompt(policy):
+    x, t = torch.randn(2, 4, 2, 4, 4), torch.full((2,), 800.0)
+    conditional, unconditional = (policy.wan.dit(x, t, policy.embedding(text).expand(2, -1, -1))
+                                  for text in ("push_in a red box", ""))
+    found = policy.velocity("push_in a red box")(x, torch.tensor(.8))
+    assert torch.allclose(found, unconditional + 2 * (conditional - unconditional), atol=1e-4)
+    assert not torch.allclose(found, conditional, atol=1e-3)
+
+
+def test_the_average_is_what_is_exported(policy, tmp_path):
+    some_gradients(policy, 0)
+    policy.step(lr=.1, norm=1.0)
+    policy.update_average(1)
+    policy.export(tmp_path)
+    found, live = load_file(tmp_path / "lora.safetensors"), lora_weights(policy.wan.dit)
+    expected = lora_weights(policy.wan.dit, policy.average)
+    for name in live:
+        assert torch.equal(found[name], expected[name]) and not torch.equal(found[name], live[name])
+
+
 def test_the_order_of_the_groups_does_not_show_in_the_gradient(policy):
     """Sums are in float64: float32 ones would differ in their last bits."""
     results = []

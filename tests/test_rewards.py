@@ -2,16 +2,20 @@ import copy
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from conftest import ROOT
+from matplotlib.axes import Axes
 
+from critics import digit_score, lpips_distance
 from depth_anything import DA3Config, DepthAnything3
 from noise_warp import MOTIONS, camera_path
-from rewards import (TERMS, Clip, draw_clip, load_rewards, main, meta_views, preference_reward,
-                     trajectory_reward)
+from rewards import (TERMS, Clip, draw_clip, load_rewards, main, meta_views, motion_magnitude,
+                     native_intrinsics, preference_reward, trajectory_reward, trajectory_term)
 from sample import write_video
 from tiny.judges import write_depth
 from tiny.world import random_scene, render
@@ -87,7 +91,32 @@ def test_noise_in_place_of_travel_is_no_better_than_standing_still():
     for _ in range(20):
         jitter = STILL.clone()
         jitter[1:, :3, 3] = 1e-4 * torch.randn(16, 3, generator=draw)
-        assert trajectory_reward(path, jitter) < .8
+        assert trajectory_reward(path, jitter) < trajectory_reward(path, STILL) + .01
+
+
+def test_alpha_weighs_travel_and_beta_turning():
+    push, pan = camera_path(["push_in"], 17), camera_path(["pan_left"], 17)
+    assert trajectory_reward(push, STILL, alpha=0.0) == trajectory_reward(pan, STILL, beta=0.0) == 1
+    assert trajectory_reward(push, STILL, beta=0.0) < .5
+    assert trajectory_reward(pan, STILL, alpha=0.0) < .5
+    # and each option reaches its own
+    clip = Clip(torch.zeros(17, 3, 8, 8), "", push)
+    clip.reconstruction = SimpleNamespace(index=torch.arange(17), camera_to_world=STILL, depth=torch.ones(17, 8, 8))
+    assert trajectory_term(SimpleNamespace(alpha=0.0, beta=9.0), clip) == 1
+    assert trajectory_term(SimpleNamespace(alpha=9.0, beta=0.0), clip) < .5
+
+
+def test_the_recovered_path_is_compared_at_its_own_frames():
+    path, index = camera_path(["orbit_left"], 17), torch.tensor([0, 8, 16])
+    clip = Clip(torch.zeros(17, 3, 8, 8), "", path)
+    clip.reconstruction = SimpleNamespace(index=index, camera_to_world=path[index], depth=torch.ones(3, 8, 8))
+    assert trajectory_term(SimpleNamespace(alpha=5.0, beta=5.0), clip) == pytest.approx(1)
+
+
+def test_intrinsics_are_scaled_to_the_videos_width_and_height():
+    K = torch.tensor([[40.0, 0, 25], [0, 40, 14], [0, 0, 1]]).repeat(2, 1, 1)  # of 50x28
+    rec = SimpleNamespace(depth=torch.ones(2, 28, 50), intrinsics=K)
+    assert torch.equal(native_intrinsics(rec, 56, 200)[1], torch.tensor([[160.0, 0, 100], [0, 80, 28], [0, 0, 1]]))
 
 
 def test_paths_of_unequal_length_are_refused():
@@ -112,6 +141,21 @@ def batch(twins):
     paths = [camera_path(scene.motions, 17) for scene in scenes]
     rewards = load_rewards(**options(twins))
     return rewards, videos, prompts, paths, rewards(videos, prompts, paths)
+
+
+def test_each_term_looks_at_its_own_frames(batch):
+    """S_recon at those that were reconstructed; S_meta from both sides; R_gen at the first ones alone."""
+    rewards, (video, *_), (prompt, *_), (path, *_), _ = batch
+    clip = rewards.score(video, prompt, path)
+    index = clip.reconstruction.index
+    assert index.tolist() == [0, 4, 8, 12, 16]
+    assert clip.scores["recon"] == pytest.approx(1 - float(lpips_distance(rewards.lpips, clip.rerender, video[index])))
+    assert clip.scores["meta"] == pytest.approx(float((digit_score(clip.digits[0]) + digit_score(clip.digits[1])) / 2))
+    for frame, alike in ((rewards.frames_seen - 1, False), (rewards.frames_seen, True)):
+        other = video.clone()
+        other[frame] = 1 - other[frame]
+        changed = preference_reward(rewards, Clip(other, prompt, path))
+        assert (float(changed) == clip.scores["general"]) == alike
 
 
 def test_all_terms_are_returned_and_sum(batch):
@@ -393,20 +437,45 @@ def test_models_are_loaded_where_they_wait(twins):
         assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
 
 
+# ------------------------------------------------------------------------------------------------- the motion
+
+def test_motion_is_what_moves_by_itself():
+    """A pan over a far picture hardly counts; a square in it that goes its own way does, and twice as fast more."""
+    draw = torch.Generator().manual_seed(0)
+    far = torch.rand(1, 3, 10, 24, generator=draw)
+    far = F.interpolate(far, size=(80, 192), mode="bicubic").clamp(0, 1)[0]
+    still = torch.stack([far[:, 8:72, 8 + 2 * f:72 + 2 * f] for f in range(6)])
+
+    def with_square(speed):
+        video = still.clone()
+        for f in range(6):
+            x = 6 + speed * f
+            video[f, :, 20:44, x:x + 24] = far[:, :24, 150:174]
+        return motion_magnitude(video)
+
+    assert motion_magnitude(still[:1].expand(6, -1, -1, -1)) < .01
+    assert motion_magnitude(still) < 1 < 2 < with_square(2) < with_square(4)
+
+
 # ------------------------------------------------------------------------------------------------ the picture
 
 @pytest.mark.parametrize("lost", [
     (), ("digits",), ("meta_views", "digits"), ("rerender",),
     ("reconstruction", "rerender", "meta_views", "digits")])
-def test_a_clip_is_drawn_whatever_failed(lost, batch, tmp_path):
+def test_a_clip_is_drawn_whatever_failed(lost, batch, tmp_path, monkeypatch):
     """And whatever the prompt: dollar signs are no formula."""
     rewards, videos, _, paths, _ = batch
     clip = copy.copy(rewards.score(videos[0], r"$\nothing$ costs 5", paths[0]))
     for name in lost:
         setattr(clip, name, None)
     clip.scores = dict.fromkeys(TERMS, math.nan)
+    drawn = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axes, image: drawn.append(image) or imshow(axes, image))
     draw_clip(tmp_path / "clip.png", clip)
     assert (tmp_path / "clip.png").stat().st_size > 5000
+    shown = [video for video in (clip.video, clip.rerender, clip.meta_views) if video is not None]
+    assert len(drawn) == sum(min(6, len(video)) for video in shown) - (clip.reconstruction is not None)  # of 5 frames
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import largest_difference, metrics, newest_checkpoint, run_jobs, short_run, weights
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -482,3 +483,36 @@ def test_what_a_kill_leaves_of_the_first_config_is_no_obstacle(tmp_path):
     (tmp_path / "a" / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match="holds summary.json and no config.json, so it is no run"):
         run.check_run(c, tmp_path / "a")
+
+
+# -------------------------------------------------------------------------------------- what is kept, and what was
+
+def test_another_adapter_is_another_fingerprint(tmp_path):
+    dit = DiT(DiTConfig(2, 16, 64, 1, text_dim=8))
+    for number, name in enumerate("ab"):
+        save_file({"x": torch.full((1,), float(number))}, tmp_path / f"{name}.safetensors")
+    adapters = None, tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert len({fingerprint(dit, adapter) for adapter in adapters}) == 3
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    policy = SimpleNamespace(c=SimpleNamespace(keep=2), processes=Processes("cpu"),
+                             state=lambda: dict(a=torch.zeros(2)), check_finite=lambda: None)
+    for step in range(1, 5):
+        save_checkpoint(policy, tmp_path, step)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_an_option_an_older_run_did_not_know_had_its_default(tmp_path):
+    c, alone = train.parse_arguments(["--name", "a", "--runs", str(tmp_path)]), Processes("cpu")
+    run.begin_run(c, tmp_path / "a", SimpleNamespace(processes=alone, fingerprint="1"))
+    file = tmp_path / "a" / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("ema_every", "noisy_steps"):
+        del config[name]
+    file.write_text(json.dumps(config))
+    own = train.Config().noisy_steps
+    assert own != c.noisy_steps, "the tiny preset's"
+    with pytest.raises(ValueError, match=f"was started with --noisy-steps {own}, not {c.noisy_steps}"):
+        run.check_run(c, tmp_path / "a")
+    alone.close()

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sample as S
 from lora import add_lora, lora_weights
 from model import load_wan
-from noise_warp import camera_path
+from noise_warp import camera_path, released_push
 
 
 # ----------------------------------------------------------------------------------------- schedule and steps
@@ -495,3 +496,36 @@ def test_a_damaged_model_as_a_user_meets_it(checkpoint, tmp_path):
     assert done.stderr.count("\n") == 1
     assert "vae/diffusion_pytorch_model.safetensors is not a whole safetensors file" in done.stderr
     assert not out.parent.exists()
+
+
+# ------------------------------------------------------------------------------------ every option has its effect
+
+def test_every_option_reaches_the_sample(checkpoint):
+    wan, own = load_wan(checkpoint), S.sampling_of(checkpoint)
+    ways = [dict(), dict(seed=1), dict(transport=False), dict(solver="euler"), dict(negative="a box"),
+            dict(strength=3.0)]
+    ways += [dict(sampling=dataclasses.replace(own, **{name: value}))
+             for name, value in dict(shift=7.0, guidance=4.0, steps=3, degradation=.9).items()]
+    found = [S.sample_latents(wan, ["push_in a red sphere"], **dict(sampling=own) | way)[0].flatten()
+             for way in ways]
+    assert torch.pdist(torch.stack(found)).min() > 1e-3
+    assert torch.equal(S.noise_levels(wan, 4), S.sigmas(4, 3.0)), "the model's own shift"
+
+
+def test_released_sampling_pushes_the_carried_noise_into_white(checkpoint):
+    wan, own, path = load_wan(checkpoint), S.sampling_of(checkpoint), camera_path(["push_in"], 5)
+    white = S.initial_noise(wan, path, 16, 32, [S.generator(0, 0, 0, 0, "white")], transport=False)
+    carried = S.initial_noise(wan, path, 16, 32, [S.generator(0, 0, 0, 0, "noise")], True, own.degradation)
+    expected = S.sample(wan, ["push_in a box"], white, own.steps, own.guidance,
+                        after_step=released_push(white, carried))
+    assert torch.equal(S.sample_latents(wan, ["push_in a box"], own, released=True)[0], expected)
+
+
+def test_euler_changes_latents_after_every_step():
+    x = S.euler(lambda x, sigma: torch.zeros_like(x), torch.zeros(1, 2), S.sigmas(3, 1.0), lambda x, i: x + 10 ** i)
+    assert x.tolist() == [[111.0, 111.0]]
+
+
+def test_a_video_keeps_its_frames_a_second(tmp_path):
+    S.write_video(tmp_path / "a.mp4", torch.rand(5, 3, 16, 32), 8)
+    assert S.read_video(tmp_path / "a.mp4")[1] == 8
