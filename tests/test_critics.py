@@ -334,3 +334,29 @@ def test_a_config_of_endless_layers_is_refused_at_once(kind, twins, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="holds far fewer layers"):
         kind(folder)
+
+
+# ---------------------------------------------------------------------------------------------- what judges are shown
+
+def test_the_score_depends_on_the_prompt(judge):
+    red, blue = judge(pictures(1).expand(2, -1, -1, -1), ["a red box", "a blue sphere"])
+    assert red != blue
+
+
+@pytest.mark.parametrize("side", [32, 128])
+def test_pictures_are_as_large_as_hpsv3_json_says(side, twins, tmp_path):
+    folder = shutil.copytree(twins / "hpsv3", tmp_path / "judge")
+    write_json(folder / "hpsv3.json", read_json(folder / "hpsv3.json") | dict(image_pixels=side ** 2))
+    judge = Preference(folder)
+    grid = judge.inputs(as_pictures(pictures(1)), ["a box"])["image_grid_thw"][0]
+    assert grid.prod() * judge.processor.image_processor.patch_size ** 2 == side ** 2
+
+
+def test_pictures_are_rounded_and_do_not_wrap():
+    picture, = as_pictures(torch.tensor([-.1, .6 / 255, 1.1]).view(1, 3, 1, 1))
+    assert picture.flatten().tolist() == [0, 1, 255]
+
+
+def test_lpips_sees_pixels_between_minus_one_and_one():
+    network, a, b = load_lpips("random"), pictures(2), pictures(2, seed=1)
+    assert lpips_distance(network, a, b) == pytest.approx(float(network(2 * a - 1, 2 * b - 1).mean()), rel=1e-5)

@@ -251,3 +251,9 @@ def test_a_containers_limit_is_known(limit, free, tmp_path):
     if limit:
         (tmp_path / "memory.max").write_text(limit)
     assert container_memory(tmp_path) == free
+
+
+def test_near_is_light_and_warm():
+    near, middle, far = D.colour_depth(torch.tensor([1.0, 2, 8]).repeat_interleave(70).view(3, 7, 10)).mean((2, 3))
+    assert near.mean() > middle.mean() > far.mean()
+    assert near[0] > near[2]

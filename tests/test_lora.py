@@ -483,3 +483,9 @@ def test_pickled_files_are_read_only_as_plain_tensors(dit, tmp_path):
     assert merge_lora(dit, tmp_path / "plain.pth").keys() == {"blocks.0.attn1.to_q"}
     torch.save({"model": nn.Linear(2, 2)}, tmp_path / "adapter_model.bin")
     refused(dit, tmp_path / "adapter_model.bin", "not a .pth of plain tensors")
+
+
+def test_A_is_uniform_within_one_over_the_root_of_its_inputs(checkpoint):
+    for name, p in add_lora(load_wan(checkpoint).dit).items():
+        if name.endswith("lora_A"):
+            assert .9 < p.abs().max() * p.shape[1] ** .5 <= 1

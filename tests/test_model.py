@@ -367,3 +367,56 @@ def test_a_model_of_two_transformers_is_refused(checkpoint, tmp_path):
     shutil.copytree(folder / "transformer", folder / "transformer_2")
     with pytest.raises(ValueError, match="holds two transformers, as Wan2.2 does; give a Wan2.1"):
         load_wan(folder)
+
+
+# ------------------------------------------------------------------------------------------------ what is promised
+
+def test_bfloat16_rounds_neither_the_stream_nor_the_conditions():
+    dit, kept = randomise(DiT(DiTConfig(**DIT))).to(torch.bfloat16), []
+    for part in (*dit.blocks, dit.condition_embedder):
+        part.register_forward_hook(lambda part, given, out: kept.extend(out[:2] if isinstance(out, tuple) else [out]))
+    with torch.no_grad():
+        dit(*inputs())
+    assert len(kept) == 2 + len(dit.blocks)
+    for x in kept:
+        assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+
+
+def test_checkpointing_runs_every_block_again():
+    dit, calls = randomise(DiT(DiTConfig(**DIT))).train(), []
+    for block in dit.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(True))
+    for dit.checkpointing, times in ((False, 1), (True, 2)):
+        calls.clear()
+        dit(*inputs()).square().mean().backward()
+        assert len(calls) == times * len(dit.blocks)
+
+
+def test_pieces_are_asked_for_by_all_pixels_of_the_batch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(VAE, "pieces", lambda vae, T, pixels: asked.append(pixels) or [(0, T)])
+    vae = randomise(VAE(VAEConfig(**VAE_)))
+    with torch.no_grad():
+        vae.decode(vae.encode(torch.rand(2, 5, 3, 16, 24)))
+    assert asked == [2 * 16 * 24] * 2
+
+
+def test_the_vae_stays_float32_and_flow_matchings_shift_is_read(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"shift": 7.0}')
+    wan = load_wan(folder, dtype=torch.bfloat16)
+    assert wan.shift == 7
+    assert {p.dtype for p in wan.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in wan.dit.parameters()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_cut_and_still_ends(checkpoint):
+    wan = load_wan(checkpoint)
+    ids = wan.tokenizer("box " * 600).input_ids
+    ids = torch.tensor([[*ids[:511], wan.tokenizer.eos_token_id]])
+    assert torch.allclose(wan.encode_text(["box " * 600]), wan.text_encoder(ids).last_hidden_state, atol=1e-4)
+
+
+def test_broken_characters_are_mended():
+    assert texts.clean_prompt("a cafÃ©\u2019s door") == "a café's door"

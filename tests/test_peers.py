@@ -141,7 +141,7 @@ def pipeline_psnr(folder, prompt, frames, size, steps, guidance, shift, lora=Non
 
 
 def test_pipeline_at_random_weights(checkpoint):
-    assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0) > 45
+    assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0) > 100  # without guidance 47
 
 
 def random_lora(dit):
@@ -154,7 +154,7 @@ def random_lora(dit):
 
 
 def test_pipeline_loads_our_lora(checkpoint, tmp_path):
-    assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0, tmp_path) > 45
+    assert pipeline_psnr(checkpoint, "push_in a red sphere", 9, 32, 6, 2.0, 3.0, tmp_path) > 100
 
 
 def test_lora_against_peft(checkpoint):
@@ -345,3 +345,19 @@ def test_the_published_diffusers_files_load(checkpoint, tmp_path, of_dit, of_tex
         for name, p in whole.dit.state_dict().items():
             assert torch.equal(wan.dit.state_dict()[name], p.to(dtype)), name
         assert torch.equal(wan.text_encoder.shared.weight, whole.text_encoder.shared.weight.to(dtype))
+
+
+@pytest.mark.parametrize("H, W", [(96, 128), (480, 832), (504, 296)])
+def test_depth_anything_sees_the_packages_frames(H, W, monkeypatch):
+    pytest.importorskip("depth_anything_3")
+    from depth_anything_3.utils.io.input_processor import InputProcessor
+
+    import depth_anything as D
+    coarse = torch.rand(2, 3, H // 8, W // 8, generator=torch.Generator().manual_seed(0))
+    frames = (coarse.repeat_interleave(8, 2).repeat_interleave(8, 3) * 255).round() / 255
+    pictures = [(255 * x).round().byte().permute(1, 2, 0).numpy() for x in frames]
+    theirs, *_ = InputProcessor()(pictures, process_res=504, process_res_method="upper_bound_resize", sequential=True)
+    ours, model = [], D.DepthAnything3(D.SIZES["da3-small"])
+    monkeypatch.setattr(model, "network", lambda images: [ours.append(images)] * 5)  # what comes before it is looked at
+    model(frames)
+    assert (ours[0] - theirs.view_as(ours[0])).abs().max() < .03

@@ -116,3 +116,12 @@ def test_two_writers_of_one_embedding_do_not_meet(cache):
         assert file.read_bytes() == b"second"
     assert file.read_bytes() == b"first"
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_another_tokenizer_does_not_answer(checkpoint, tmp_path):
+    cache = TextCache(checkpoint, tmp_path / "texts")
+    cache.encode_missing(["a box"])
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    assert TextCache(other, cache.folder).file("a box").exists()
+    (other / "tokenizer" / "tokenizer.json").touch()
+    assert not TextCache(other, cache.folder).file("a box").exists()

@@ -9,11 +9,13 @@ import torch
 from runs import largest_difference, metrics, run_jobs, short_run, weights
 
 import train
+from grpo import rectification
+from noise_warp import camera_path, released_push
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Term, combine
 from run import Processes
-from sample import sigmas
+from sample import generator, log_prob, sigmas, transition
 from train import Config, check, parse_arguments, step_prompts
 
 
@@ -519,3 +521,88 @@ def test_ctrl_c_and_too_little_memory_end_with_one_line(happens, status, line, a
     monkeypatch.setattr(train, "read_prompts", happens)
     assert train.main([*arguments, "--runs", str(tmp_path), "--name", "x"]) == status
     assert capsys.readouterr().err.strip() == "train.py: " + line
+
+
+# ------------------------------------------------------------------------- the loss, the advantages and their options
+
+@pytest.mark.parametrize("switch", ["--no-rectify", "--rectify", "--ratio-norm"])
+def test_the_loss_is_the_clipped_surrogate_plus_the_kl(switch, arguments, tmp_path):
+    """Of two members after the weights have moved, the second beyond the clip; by the equations, with the public parts."""
+    given = ["--runs", str(tmp_path), "--kl", "100", "--clip", ".002", "--steps", "4", "--noisy-steps", "3", switch]
+    c = parse_arguments([*arguments, *given])
+    policy, prompt = Policy(c, Processes("cpu")), "push_in a hill"
+    (batch, _, _), = train.roll_out(policy, 0, False, [(7, prompt)], [range(1, 2)], [(0, range(2))])
+    batch.advantages, (step,) = torch.tensor([1.5, -.5]), batch.sde_steps
+    with torch.no_grad():
+        for name, p in policy.trained.items():
+            p += .02 * torch.randn(p.shape, generator=generator(name))
+    loss, note = train.policy_loss(policy, batch, step)
+
+    sigma, sigma_next = batch.levels[1:3]
+    (mean, std), (reference, _) = (transition(step.x, velocity(step.x, sigma), sigma, sigma_next, c.eta, c.sde)
+                                   for velocity in (policy.velocity(prompt), policy.reference_velocity(prompt)))
+    log_ratio = log_prob(step.x_next, mean, std) - step.logp
+    if c.ratio_norm:
+        log_ratio = std * (log_ratio + ((mean - step.mean) ** 2 / (2 * std ** 2)).flatten(1).mean(1))
+    ratio, A = log_ratio.exp(), batch.advantages
+    expected = -torch.minimum(A * ratio, A * ratio.clamp(1 - c.clip, 1 + c.clip)).mean()
+    if c.rectify:
+        expected = expected * rectification(batch.levels, 3, c.eta, c.sde)[1]
+    distance = ((mean - reference) ** 2 / (2 * std ** 2)).mean()
+    assert loss.item() == pytest.approx((expected + c.kl * distance).item(), rel=1e-5)
+    assert note["kl"] == pytest.approx(distance.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_advantages_are_of_the_sum_that_is_asked_for(standardised, pooled):
+    draw, group_ids = torch.Generator().manual_seed(0), torch.arange(2).repeat_interleave(4)
+    terms = {name: scale * torch.randn(8, generator=draw) for name, scale in zip(TERMS, (.1, 1, 10, .3))}
+    c = Config(standardise=standardised, pooled=pooled, weights=dict.fromkeys(TERMS, 1.0) | dict(recon=2.0))
+    _, terms["total"] = combine(terms, c.weights)
+
+    def scaled(x):
+        x = x.view(2, 4) - x.view(2, 4).mean(1, keepdim=True)
+        variance = x.square().mean(1, keepdim=True)
+        return (x / (variance.mean() if pooled else variance).sqrt()).flatten()
+
+    total = sum(c.weights[name] * (scaled(terms[name]) if standardised else terms[name]) for name in TERMS)
+    assert torch.allclose(train.compare(c, terms, group_ids)[0], scaled(total), atol=1e-3)
+
+
+def test_a_released_rollout_pushes_the_carried_noise_into_white(arguments, tmp_path):
+    c = parse_arguments([*arguments, "--runs", str(tmp_path), "--released"])
+    policy, path, whose = Policy(c, Processes("cpu")), camera_path(["push_in"], 5), (0, False, 7)
+    white, after_step = train.first_noise(policy, path, whose, [0, 1])
+    c.released = False
+    carried, _ = train.first_noise(policy, path, whose, [0, 1])
+    assert torch.equal(after_step(white, 0), released_push(white, carried)(white, 0))
+    assert not torch.equal(after_step(white, 0), white)
+
+
+def test_a_rollout_asks_for_the_path_at_its_strength(arguments, tmp_path):
+    c = parse_arguments([*arguments, "--runs", str(tmp_path), "--strength", ".5"])
+    (_, _, path), = train.roll_out(Policy(c, Processes("cpu")), 0, False, [(7, "push_in a hill")], [range(1)],
+                                   [(0, range(2))])
+    assert torch.equal(path, camera_path(["push_in"], 5, .5))
+
+
+def test_a_rollout_that_the_update_does_not_repeat_stops_the_run():
+    for dtype, small, large in (("float32", 5e-6, 5e-5), ("bfloat16", 5e-4, 5e-3)):
+        train.stop_if_drifted(Config(dtype=dtype), [dict(drift=small)])
+        with pytest.raises(RuntimeError, match="rollout and update run the model differently"):
+            train.stop_if_drifted(Config(dtype=dtype), [dict(drift=0.0), dict(drift=large), dict(drift=0.0)])
+
+
+def test_options_reach_the_rewards(checkpoint):
+    given = "--traj-alpha 2 --traj-beta 3 --views 4 --frames-seen 3 --general-center 1 --general-spread 2 --recon .5"
+    made = train.rewards_for(parse_arguments(["--model", str(checkpoint), "--offload", *given.split()]))
+    assert (made.alpha, made.beta, made.views, made.frames_seen, made.center, made.spread) == (2, 3, 4, 3, 1, 2)
+    assert made.offload and made.weights["recon"] == .5
+
+
+def test_a_common_window_is_one_for_all_groups():
+    for common in (False, True):
+        c = Config(steps=10, window=1, noisy_steps=9, common_window=common)
+        assert (len({train.step_window(c, 0, False, key) for key in range(20)}) == 1) == common
+        assert len({train.step_window(c, step, False, 0) for step in range(20)}) > 4

@@ -3,8 +3,10 @@ import os
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from model import load_dit, load_vae, load_wan
@@ -341,3 +343,31 @@ def test_pth_that_is_not_plain_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "vae.pth")
     with pytest.raises(ValueError, match="vae.pth is not a .pth of plain tensors"):
         load_vae(tmp_path / "vae.pth")
+
+
+def test_what_is_downloaded_of_a_hub_id_is_enough_and_no_more(checkpoint, tmp_path, monkeypatch):
+    """With a hub that is a folder here, and the package's own rule of which files a pattern wants."""
+    hub = shutil.copytree(checkpoint, tmp_path / "hub")
+    (hub / "assets").mkdir()
+    (hub / "assets" / "demo.mp4").write_bytes(b"large")
+
+    def snapshot(name, allow_patterns=None, **_):
+        files = [str(file.relative_to(hub)) for file in hub.rglob("*") if file.is_file()]
+        folder = tmp_path / "cache" / str(len(list(tmp_path.glob("cache/*"))))
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / file, folder / file)
+        return folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    for load in (load_wan, load_dit, load_vae):
+        load("owner/wan")
+    assert len(list(tmp_path.glob("cache/*"))) == 3
+    assert not list(tmp_path.glob("cache/**/*.mp4"))
+
+
+def test_a_huge_json_is_not_read(tmp_path):
+    with open(tmp_path / "huge.json", "wb") as file:
+        file.truncate(2 ** 28 + 1)  # of holes: no disk is used
+    with pytest.raises(ValueError, match="no regular file of at most 256 MiB"):
+        read_json(tmp_path / "huge.json")
