@@ -623,11 +623,12 @@ CHANGE = "{0[0]:+.3f} [{0[1]:+.3f}, {0[2]:+.3f}] ({0[3]:.0%} of {0[4]})"  # the 
 
 
 def read_lines(file, kind, growing=False):
-    """The rows of a .jsonl file, each checked to be of that kind; ValueError names the line. growing: what
-    comes after the last line's end is still being written, and no row yet."""
+    """The rows of a .jsonl file, each checked to be of that kind; ValueError names the line. growing: a last
+    line without its end is still being written, and no row yet."""
     text = read_bytes(file)
-    if growing:
-        text, _, _ = text.rpartition(b"\n")
+    whole, end, last = text.rpartition(b"\n")
+    if growing and end and not last.rstrip().endswith(b"}"):
+        text = whole
     lines = text.splitlines()
     return [from_json(line, kind, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
 

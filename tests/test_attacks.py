@@ -318,7 +318,7 @@ BREAKS = [
     ("report", "run", "eval.jsonl", [*NO_LINE, *lines('{"step": "x"}')], "eval.jsonl"),
     ("report", "run", "results/summary.json", NO_JSON),
     ("table", "results", "summary.json", [*NO_JSON, None, *entries(
-        'videos="x" sizes=3 seed=null summary=[] summary={"psnr":[1]} summary={"vbench":[1,2,3]} '
+        'videos="x" sizes=3 seed="x" summary=[] summary={"psnr":[1]} summary={"vbench":[1,2,3]} '
         'failed_terms=[] summary={"vbench":{"AVG":"x"}}')], "summary.json"),
     ("table", "results", "metrics.jsonl", [*NO_LINE, None, *lines('{"psnr": "x"}', '{"video": 3}')],
      "metrics.jsonl"),
