@@ -588,10 +588,10 @@ def vbench(videos, out):
     try:
         judge = package.VBench(device, str(Path(package.__file__).parent / "VBench_full_info.json"), str(out))
         judge.evaluate(videos_path=str(videos), name="vbench", dimension_list=dimensions, mode="custom_input")
+        results = read_json(out / "vbench_eval_results.json")  # {dimension: [score, a list of the videos']}
+        scores = {name: 100 * results[name][0] for name in dimensions}
     except Exception as e:  # it downloads, and is not ours: what is scored already must not be lost with it
         return f"not measured: {type(e).__name__}: {e}".splitlines()[0]
-    results = read_json(out / "vbench_eval_results.json")  # {dimension: [score, a list of the videos']}
-    scores = {name: 100 * results[name][0] for name in dimensions}
     if scores["imaging_quality"] > 100:
         scores["imaging_quality"] /= 100  # older versions of the package give this one in percent
     return scores | dict(AVG=sum(scores[name] for name in VBENCH) / len(VBENCH))
