@@ -407,9 +407,9 @@ def print_dress(preset, options=()):
     c = training_arguments(["--preset", preset, *options])
     row, phases, depth = dress(preset, options)
     batches = c.members // (c.batch or c.members)
-    flops = {phase: batches * found for phase, (_, found) in phases.items()}
+    flops = {phase: found for phase, (_, found) in phases.items()}
     traced = {"rollout": flops["rollout, decoding"], "reward": c.members * depth[1],
-              "update": flops["update"] + flops["optimiser step"]}
+              "update": batches * flops["update"] + flops["optimiser step"]}
     on_gpu = c.device.startswith("cuda")
     where = torch.cuda.get_device_name(c.device) if on_gpu else f"a CPU, {torch.get_num_threads()} threads"
     print(f"DRESS REHEARSAL on {where}, {c.dtype}: preset {' '.join([preset, *options])}, one step of one "

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from depth_anything import SIZES, DepthAnything3
 from estimate import dit_config
+from grpo import deal
 from model import VAE, DiT, VAEConfig
 from rehearse import rehearse, rehearse_depth
 from tiny.judges import write_depth
@@ -45,8 +46,9 @@ def write_models(_, folder, model, dit, vae, depth):
 
 
 def dress(preset, options=(), models=None):
-    """One step of one group. -> (its line of metrics.jsonl, {phase: (bytes, FLOPs)} as traced, the same of
-    Depth Anything 3 on one video). models: other (DiT, VAE, Depth Anything 3) configurations."""
+    """One step of one group. -> (its line of metrics.jsonl, {phase: (bytes, FLOPs)} as traced, of the rollout
+    all the group's and else one batch's, and the same of Depth Anything 3 on one video). models: other (DiT,
+    VAE, Depth Anything 3) configurations."""
     c = parse_arguments(["--preset", preset, *options])
     check(dataclasses.replace(c, groups=1), 1)  # before gigabytes are written
     model = Path(c.model).name + "-random"
@@ -68,4 +70,5 @@ def dress(preset, options=(), models=None):
         row = json.loads((folder / "runs" / "dress" / "metrics.jsonl").read_text())
         c = parse_arguments(arguments)
         dit, vae, depth = models
-        return row, rehearse(c, 1, dit, vae), rehearse_depth(c, depth)
+        batches = len(deal(c, 1)[0])
+        return row, rehearse(c, 1, dit, vae, rolled_out=batches), rehearse_depth(c, depth)

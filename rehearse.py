@@ -161,19 +161,22 @@ def random_wan(config, vae_config, dtype):
     return Wan(dit, VAE(vae_config).eval().requires_grad_(False), shift=3.0, text_cache=lambda prompt: text)
 
 
-def one_batch(trained, lap):
+def one_batch(trained, lap, rolled_out=1):
     """Rank 0's first batch through a step of training, and an evaluation of two steps; trained: a Policy.
-    lap(phase) is called after each phase."""
+    lap(phase) is called after each phase. rolled_out: batches of the rollout; those of a group share
+    what comes before the window."""
     c, prompt = trained.c, "push_in a lighthouse"
-    group, members = train.deal(c, trained.processes.world)[0][0]
-    windows = [train.step_window(c, 0, False, index) for index in range(c.groups)]
+    work = train.deal(c, trained.processes.world)[0][:rolled_out]
+    members = work[0][1]
+    with _disable_current_modes():  # the windows of a true run's first step
+        windows = [train.step_window(c, 0, False, index) for index in range(c.groups)]
     chosen = [(index, prompt) for index in range(c.groups)]
     lap("weights, optimiser")
 
-    (batch, videos, _), = train.roll_out(trained, 0, False, chosen, windows, [(group, members)])
+    for batch, videos, _ in train.roll_out(trained, 0, False, chosen, windows, work):
+        del videos  # before the next batch's
     lap("rollout, decoding")
 
-    del videos
     batch.advantages = torch.zeros(len(members))
     for sde_step in batch.sde_steps:
         loss, _ = train.policy_loss(trained, batch, sde_step)
@@ -192,9 +195,9 @@ def one_batch(trained, lap):
     lap("evaluation of 2 steps")
 
 
-def rehearse(c, gpus, config=None, vae_config=None):
+def rehearse(c, gpus, config=None, vae_config=None, rolled_out=1):
     """A step of train.Config c on so many GPUs -> {phase: (peak bytes of one GPU, FLOPs)}, the policy's
-    weights in each."""
+    weights in each. Of one batch; rolled_out: of so many in the rollout."""
     trace, phases = Trace(), {}
 
     def lap(phase):
@@ -205,7 +208,7 @@ def rehearse(c, gpus, config=None, vae_config=None):
     try:
         with without_data(trace):
             wan = random_wan(config, vae_config or VAEConfig(), getattr(torch, c.dtype))
-            one_batch(policy.Policy(c, processes, wan), lap)
+            one_batch(policy.Policy(c, processes, wan), lap, rolled_out)
             del wan
     finally:
         processes.close()

@@ -200,6 +200,22 @@ def test_the_command_traces_a_step(capsys):
     assert "GB with the judges and a gather in flight" in printed
 
 
+def test_batches_of_a_group_share_the_steps_before_the_window():
+    def flops(batches, *options):
+        c = config_of("wide", *options)
+        return rehearse.rehearse(c, 1, SIZES["wide"][0], VAE_CONFIG, batches)["rollout, decoding"][1]
+
+    first = train.step_window(config_of("wide"), 0, False, 0)[0]
+    assert first > 0  # so there are steps to share
+    # without the prompt's keys and values, which are made once: less than 1 in 10,000
+    alone, of_a_step = flops(1, "--no-shared"), flops(1, "--no-shared", "--steps", "5") - flops(1, "--no-shared")
+    assert flops(2, "--no-shared") == pytest.approx(2 * alone, rel=1e-4)
+    # of 2 videos a batch: what 2 batches share is the ODE of 1 of 4 videos
+    assert flops(1) == pytest.approx(alone - first * of_a_step / 2, rel=1e-4)
+    assert flops(2) == pytest.approx(2 * alone - first * of_a_step * 3 / 2, rel=1e-4)
+    assert first * of_a_step > .05 * alone
+
+
 # ------------------------------------------------------------------------------------------------------- dressed
 
 def test_a_dress_rehearsal_trains_a_step_from_folders_it_has_written(monkeypatch, tmp_path):
@@ -207,7 +223,7 @@ def test_a_dress_rehearsal_trains_a_step_from_folders_it_has_written(monkeypatch
     monkeypatch.chdir(tmp_path)
     depth = DA3Config(64, 4, 2, features=32, out_channels=(16, 16, 16, 16), out_layers=(0, 1, 2, 3), alt_start=1,
                       gaussians=True, patch_size=8, grid=8, process_res=64)
-    options = "--frames 5 --height 32 --width 48 --members 2 --views 2 --steps 3 --noisy-steps 2".split()
+    options = "--frames 5 --height 32 --width 48 --members 2 --batch 1 --views 2 --steps 3 --noisy-steps 2".split()
     row, phases, (depth_peak, depth_flops) = dress.dress("small", options, (SMALL, VAE_CONFIG, depth))
     assert row["masked"] < 2
     assert row["grad"][0] > 0
@@ -215,6 +231,11 @@ def test_a_dress_rehearsal_trains_a_step_from_folders_it_has_written(monkeypatch
     assert row["machine"]["peak_bytes"] > phases["weights, optimiser"][0]
     assert depth_peak > sum(p.numel() * 4 for p in DepthAnything3(depth).parameters())
     assert list(tmp_path.iterdir()) == []
+
+    # the whole group's rollout is traced, for it is the whole group's that was timed
+    c = train.parse_arguments(["--preset", "small", "--groups", "1", *options])
+    both = rehearse.rehearse(c, 1, SMALL, VAE_CONFIG, rolled_out=2)
+    assert phases["rollout, decoding"] == both["rollout, decoding"]
     with pytest.raises(ValueError, match="a window of 9 steps does not fit"):
         dress.dress("small", [*options, "--window", "9"])
     assert list(tmp_path.iterdir()) == []
