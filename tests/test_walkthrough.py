@@ -18,12 +18,12 @@ from test_report import browser, complaints, wait  # noqa: F401
 import walkthrough
 from model import load_dit
 from noise_warp import camera_path, latent_noise, parse_motion, path_flow
+from pages import html_picture, place
 from rewards import TERMS
 from run import Processes
 from sample import sigmas
 from train import Config, parse_arguments, train
-from walkthrough import (STAGES, before_and_after, best_and_worst, dynamic_phase, html_picture, main, noise_statistics,
-                         options_of, place, walk)
+from walkthrough import STAGES, before_and_after, best_and_worst, dynamic_phase, main, noise_statistics, options_of, walk
 
 PROMPT = 'push_in then pan_left, a <b>red</b> sphere | "room"'
 THEMES = ("light", "dark")
