@@ -11,6 +11,7 @@ from noise_warp import camera_path
 from tiny.__main__ import main
 from tiny.judges import (LOSS_WEIGHTS, build_depth, camera_step, depth_sample, export_preference, preference_pair,
                          render_step, train_preference)
+from tiny.world import render
 
 # ----------------------------------------------------------------------------------------------------- Depth Anything
 
@@ -37,6 +38,19 @@ def test_depth_training_losses_reach_every_part(step):
     backbone = da3.backbone.pretrained.blocks[0].attn.qkv
     for layer in (backbone, da3.head.projects[0], da3.cam_dec.fc_t, da3.gs_head.projects[0]):
         assert layer.weight.grad.abs().sum() > 0
+
+
+def test_a_noisy_clip_is_the_same_again_and_another_next_to_it():
+    """A training of the depth model that goes on sees what an unbroken one sees."""
+    noisy = next(s for s in range(100) if .8 < random.Random(s).random() < .9)
+    views = [0, 5]
+    first, *_ = depth_sample(random.Random(noisy), None, 3, 0, views)
+    again, exact, scene = depth_sample(random.Random(noisy), None, 3, 0, views)
+    other, *_ = depth_sample(random.Random(noisy), None, 3, 1, views)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    clean = render(scene, at=views)["video"]
+    assert .03 < (again - clean).std() < .07  # it is noisy
 
 
 def test_depth_batches_are_their_clips():

@@ -102,7 +102,8 @@ def depth_sample(rng, vae, index, seed, views):
     if draw > .9:
         seen = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
     elif draw > .8:
-        seen = (seen + .05 * torch.randn(seen.shape)).clamp(0, 1)
+        noise = torch.randn(seen.shape, generator=generator(seed, index, "noisy clip"))
+        seen = (seen + .05 * noise).clamp(0, 1)
     return seen, clip["depth"], scene
 
 
