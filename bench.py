@@ -394,9 +394,10 @@ def print_rehearsal(preset, gpus=None, options=()):
     weights, _ = phases["weights, optimiser"]
     resident = {name: memory.get(name, 0) for name in JUDGES}
     beside = sum(resident.values()) + memory["gathered blocks"] / 2
-    working = [memory[f"work: {name}"] for name in JUDGES if name != DEPTH]
-    working.append(depth - resident[DEPTH])
-    peak = beside + max(max(peak for peak, _ in phases.values()), weights + max(working))
+    working = {name: memory.get(f"work: {name}", 0) for name in JUDGES}
+    if working[DEPTH]:
+        working[DEPTH] = depth - resident[DEPTH]
+    peak = beside + max(max(peak for peak, _ in phases.values()), weights + max(working.values()))
     print(f"\n{peak / 1e9:.1f} GB with the judges and a gather in flight (by the estimate: "
           f"{memory['peak'] / 1e9:.1f})")
     check_fits(peak, f"weights and work of {preset}")

@@ -9,6 +9,7 @@ CPU, Gaussians' rendering, checkpoints, loading; CUDA's own memory and gaps in i
 
 import functools
 import math
+import os
 import statistics
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +21,7 @@ from depth_anything import SIZES, memory_estimate, processed_size
 from grpo import deal, draw_window, rollout_passes
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, VAEConfig
+from rewards import TERMS
 from sample import generator, sampling_of
 from weights import read_json
 
@@ -63,6 +65,7 @@ def forward_bytes(config, tokens, bytes_a_number):
 
 def allocated_peak(call):
     """Peak bytes that PyTorch's CPU allocator hands out during a call."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs a GPU that is not there as an error
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()
@@ -78,8 +81,9 @@ H200 = dict(name="H200", memory=141e9, flops=989e12, link=450e9, network=50e9, h
 RTX_4090 = dict(name="RTX 4090", memory=24e9, flops=165e12, link=25e9, network=25e9, host=25e9)
 MACHINES = {"small": (H200, 48), "large": (H200, 96), "release": (H200, 48), "node": (H200, 8),
             "gpu": (RTX_4090, 1)}
-DEPTH = "Depth Anything 3, float32"
-JUDGES = {DEPTH: 1.23e9 * 4, "critic, bfloat16": 4.44e9 * 2, "preference model, bfloat16": 7.75e9 * 2}
+DEPTH, CRITIC, PREFERENCE = "Depth Anything 3, float32", "critic, bfloat16", "preference model, bfloat16"
+JUDGES = {DEPTH: 1.23e9 * 4, CRITIC: 4.44e9 * 2, PREFERENCE: 7.75e9 * 2}
+MODELS = dict(depth_anything=DEPTH, critic=CRITIC, preference=PREFERENCE)  # as a rewards.Term names them
 UTILISATION = .4  # of the FLOP/s; a plain assumption
 
 
@@ -140,9 +144,9 @@ def estimate(c, gpus, card):
     step, an evaluation and the run among the phases. ValueError if it trains all weights, or not a released
     Wan.
 
-    Memory: weights by count, activations by `activations`, decoding by `decoding`. The judges are counted as
-    the released ones. Time: FLOPs over UTILISATION of the peak, then FSDP's gathers of all weights (in truth
-    they overlap).
+    Memory: weights by count, the policy's in bfloat16, activations by `activations`, decoding by `decoding`.
+    Judges of terms of weight 0 are left out, the others counted as the released ones. Time: FLOPs over
+    UTILISATION of the peak, then FSDP's gathers of all weights (in truth they overlap).
     """
     if c.full:
         raise ValueError("the estimate counts LoRA training alone; leave out --full")
@@ -180,16 +184,24 @@ def estimate(c, gpus, card):
         "decoding": (working_set + c.frames * 3 * 4) * pixels,  # and the video
     }
 
-    # The reward models, weights and work: Depth Anything's views, and .1 GB a picture of the critic and the
-    # preference model. Offloaded ones are there for their work alone.
+    # The reward models that a term of the total looks through. Memory: their weights and their work, of Depth
+    # Anything its views, of the others .1 GB a picture; offloaded ones are there for their work alone. Work:
+    # Depth Anything's at 4 FLOPs a parameter and token, for its views all attend to each other and its heads
+    # are float32; of the critic's two pictures and the preference model's frames at 2, 600 tokens a picture.
     height, width = processed_size(c.height, c.width, SIZES["da3-giant"])
     views = memory_estimate(SIZES["da3-giant"], c.views, height, width)
-    for name, working in zip(JUDGES, (views, 2 * .1e9, c.frames_seen * .1e9)):
-        work[name] = working
+    working = {DEPTH: views, CRITIC: 2 * .1e9, PREFERENCE: c.frames_seen * .1e9}
+    looking = {DEPTH: 4 * 1.23e9 * c.views * height * width / 14 ** 2,
+               CRITIC: 2 * 4.44e9 * 2 * 600,
+               PREFERENCE: 2 * 7.75e9 * c.frames_seen * 600}
+    asked = {model for name, term in TERMS.items() if c.weights[name] for model in term.models}
+    judges = [judge for model, judge in MODELS.items() if model in asked]
+    for judge in judges:
+        work[judge] = working[judge]
         if c.offload:
-            work[name] += JUDGES[name]
+            work[judge] += JUDGES[judge]
         else:
-            memory[name] = JUDGES[name]
+            memory[judge] = JUDGES[judge]
     peak = sum(memory.values()) + max(work.values())
     memory |= {f"work: {name}": size for name, size in work.items()} | {"peak": peak}
 
@@ -199,18 +211,15 @@ def estimate(c, gpus, card):
     backward = guided * dit_flops(config, tokens, attention=2.5) / rate
     # pixels, whose convolutions run in TF32, at half the rate;
     decode = (first + c.frames // 4 * further) * pixels / (rate / 2)
-    # rewards: Depth Anything's views at 4 FLOPs a parameter and token, for they all attend to each other and
-    # its heads are float32; the critic's two pictures and the preference model's frames at 2, 600 tokens a
-    # picture.
-    seen = 4 * 1.23e9 * c.views * height * width / 14 ** 2
-    judging = (seen + 2 * 600 * (4.44e9 * 2 + 7.75e9 * c.frames_seen)) / rate
+    # rewards.
+    judging = sum(looking[judge] for judge in judges) / rate
     # Seconds of one pass: gathers of all weights. Of one batch: the judges' moves.
     gather = 0
     if shards > 1:
         gather = 2 * frozen * (shards - 1) / shards / card["link" if shards <= 8 else "network"]
     moving = 0
     if c.offload:
-        moving = 2 * sum(JUDGES.values()) / card["host"]  # there and back
+        moving = 2 * sum(JUDGES[judge] for judge in judges) / card["host"]  # there and back
 
     # A step, every one as a main one: all wait for the busiest process. A trained step is a forward pass, its
     # recomputation (checkpointing) and the backward pass; for KL the reference's forward too.

@@ -1,6 +1,8 @@
 """The estimates of real sizes against what is computed and allocated."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train
-from estimate import (H200, MACHINES, RTX_4090, busiest_rollout, decoding, dit_config, dit_flops, estimate, estimate_line,
-                      rollout_counts)
+from estimate import (CRITIC, DEPTH, H200, JUDGES, MACHINES, PREFERENCE, RTX_4090, busiest_rollout, decoding,
+                      dit_config, dit_flops, estimate, estimate_line, rollout_counts)
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig
 from policy import Policy
@@ -148,6 +150,36 @@ def test_options_of_training_lie_over_a_preset():
     assert seconds | dict(update=0, step=0, run=0) == with_reference | dict(update=0, step=0, run=0)
     with pytest.raises(ValueError, match="leave out --full"):
         estimated("node", 8, ["--full"])
+
+
+def test_judges_that_no_term_looks_through_take_nothing():
+    def judges(memory):
+        return {judge for judge in JUDGES if judge in memory}
+
+    memory, seconds = estimated("small")
+    assert judges(memory) == set(JUDGES)
+    no_critic, sooner = estimated("small", None, ["--meta", "0"])
+    assert judges(no_critic) == {DEPTH, PREFERENCE}  # S_recon and S_traj still reconstruct
+    assert f"work: {CRITIC}" not in no_critic
+    assert memory["peak"] - no_critic["peak"] == JUDGES[CRITIC]
+    assert sooner["reward"] < seconds["reward"]
+    r_gen_alone, _ = estimated("small", None, ["--meta", "0", "--recon", "0", "--traj", "0"])
+    assert judges(r_gen_alone) == {PREFERENCE}
+
+    # offloaded ones are moved for every batch
+    few = ["--general", "0", "--dynamic-steps", "0", "--meta", "0"]
+    _, both_ways = estimated("gpu", None, few)
+    _, kept = estimated("gpu", None, [*few, "--no-offload"])
+    c = parse_arguments(["--preset", "gpu"])
+    moved = 2 * c.groups * c.members / c.batch * JUDGES[DEPTH]  # there and back
+    assert both_ways["reward"] - kept["reward"] == pytest.approx(moved / RTX_4090["host"])
+
+
+def test_an_estimate_says_nothing_on_the_error_stream():
+    """PyTorch's profiler would report a missing GPU there as an error."""
+    run = subprocess.run([sys.executable, bench.__file__, "--estimate", "gpu"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert run.stderr == ""
 
 
 def test_an_estimate_says_what_the_whole_run_takes(capsys, monkeypatch):
