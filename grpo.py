@@ -3,7 +3,7 @@ window.
 
     group      G members of one prompt; each gets a reward r, a weighted sum of terms;
                processes share the work by batches of members                            `Batch`
-    rollout    ODE steps, but for a window of a few consecutive high-noise steps
+    rollout    ODE steps, but for a window of a few consecutive early steps
                that are SDE steps x' ~ N(mean_theta(x), std^2)                           `rollout`
     advantage  A = (r - mean of the group) / (std of the group + 1e-4), within +-5       `advantages`
     ratio      rho = exp(log p_theta(x'|x) - log p_old(x'|x)), log p a mean over
@@ -16,10 +16,14 @@ by its std inside the group (`standardise`), so that no term drowns the others. 
 --pooled takes one over all groups of the step, so that a group whose members are alike counts for little. The
 presets say which.
 
-"Fast": only the window is trained, so a rollout keeps a few steps instead of all. The window is drawn
-for each prompt, the same for its members. A rollout is used once: with --updates n the step's groups are
-split among n optimiser steps, not used n times. At the first of them the ratio is 1; so with one update
-(every preset) clipping never acts, and the gradient is REINFORCE's with a baseline.
+As RL: the state is the latents x at a noise level, the action is the next latents x', the policy is the
+Gaussian that x' is drawn from, and one reward comes at the end, for the finished video.
+
+"Fast": only the window is trained, so a rollout keeps a few steps instead of all. A group's members have the
+same window. Each prompt draws its own, or with --common-window (every preset but tiny) a step draws one.
+A rollout is used once: with --updates n the step's groups are split among n optimiser steps, not used n
+times. At the first of them the ratio is 1; so with one update (every preset) clipping never acts, and the
+gradient is REINFORCE's with a baseline.
 
 Sources: Flow-GRPO (arXiv 2505.05470) and its Fast variant, GRPO-Guard's ratio normalisation (arXiv
 2510.22319). `sample.transition` gives mean and std for sampling, log-probability and KL alike. Left out:
@@ -60,8 +64,8 @@ class Batch:
 # --------------------------------------------------------------------------------------------------- rollouts
 
 def draw_window(generator, steps, size, noisy_steps):
-    """A random window of `size` consecutive steps among the first `noisy_steps`, but never the last step: its
-    noise would stay in the video, and with cps it has none and so no log-probability."""
+    """A random window of `size` consecutive steps among the first `noisy_steps`. Never the last step: its
+    noise would stay in the video, and cps has std 0 there, so no log-probability."""
     noisy_steps = min(noisy_steps, steps - 1)
     if not 1 <= size <= noisy_steps:
         raise ValueError(f"a window of {size} steps does not fit into "
@@ -78,8 +82,8 @@ def rollout(velocity, x, levels, window, eta=.7, kind="flow", generators=None, f
     a sample, for its step noise. after_step(x, i) may change x after step i, which is no part of the policy.
     -> latents (B, ...), and the window's [SDEStep].
 
-    Members may share what comes before the window, which is an ODE: x is then `euler` of one noise, repeated,
-    and first the window's first step.
+    first: the step to begin at. It is above 0 when members share the steps before the window: these are an
+    ODE, so `euler` solves them once, and x holds copies of the state that it reached.
     """
     x, sde_steps = x.float(), []
     for i in range(first, len(levels) - 1):
@@ -87,8 +91,7 @@ def rollout(velocity, x, levels, window, eta=.7, kind="flow", generators=None, f
         stochastic = i in window
         mean, std = transition(x, velocity(x, sigma), sigma, sigma_next, eta if stochastic else 0.0, kind)
         if stochastic:
-            # the step noise: here the group's members part, and this is what the policy's probability is
-            # about
+            # the action: the one random draw of these steps, whose probability the update raises or lowers
             noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
             x_next = mean + std * noise.to(mean.device)
             sde_steps.append(SDEStep(i, x, x_next, mean, log_prob(x_next, mean, std)))
@@ -106,8 +109,11 @@ def update_of(c, group):
 
 
 def deal(c, world):
-    """-> each process's work in a step, [(group, members)]: an equal share of every optimiser step's batches,
-    neighbours together, so that a group's members stay on one process where they can."""
+    """-> for each process its work in a step, [(group, members)].
+
+    Each optimiser step's batches are cut into `world` runs of nearly equal length (some may be empty), in
+    order, so that a group's members stay on one process where they can.
+    """
     size = c.batch or c.members
     work = [[] for _ in range(world)]
     for update in range(c.updates):
@@ -119,7 +125,7 @@ def deal(c, world):
 
 
 def rollout_passes(c, windows, work):
-    """-> how many forward passes `roll_out` makes of a process's work."""
+    """-> how many forward passes `train.roll_out_groups` makes of a process's work."""
     if not c.shared:
         return c.steps * len(work)
     before = sum(windows[g][0] for g in {g for g, _ in work})
@@ -143,12 +149,12 @@ def standardise(values, group_ids, pooled=False, eps=1e-6):
     for group in torch.unique(group_ids):
         member = (group_ids == group) & ~values.isnan()
         x = values[member]
-        comparable = len(x) > 1 and (x != x[0]).any()
+        comparable = len(x) > 1 and (x != x[0]).any()  # the mean of equal values may differ in its last bit
         centred[member] = x - x.mean() if comparable else torch.zeros_like(x)
         std[member] = centred[member].square().mean().sqrt()
     if pooled:
         std[:] = centred[~centred.isnan()].square().mean().sqrt()
-    return torch.where(centred == 0, 0.0, centred / (std + eps))
+    return centred / (std + eps)
 
 
 def advantages(rewards, group_ids, clip=5.0, pooled=False):
@@ -163,16 +169,16 @@ def variance_shares(terms, weights, group_ids):
     terms {name: (N,)}, NaN = masked or not asked for; weights {name: weight}; group_ids (N,). -> {name:
     share}, share = cov(w r, R) / var(R) about the groups' means, over the samples that no term masks. Shares
     sum to 1; a term that pulls against the sum has a negative one. Where nothing varies, every share is 0.
-    All groups count as they vary, also where `advantages` then gives each its own std.
+    Groups that vary more count for more here, also where `advantages` gives each group its own std.
     """
     parts = {name: weights[name] * values.double() for name, values in terms.items() if weights[name]}
     parts = {name: values for name, values in parts.items() if not values.isnan().all()}
     if not parts:  # every sample is masked
         return {}
-    known = ~sum(parts.values()).isnan()
+    known = ~sum(parts.values()).isnan()  # the samples that no term masks
     same_group = (group_ids[known, None] == group_ids[known]).double()  # (n, n)
-    mean_of_group = same_group / same_group.sum(1, keepdim=True)
-    deviations = {name: values[known] - mean_of_group @ values[known] for name, values in parts.items()}
+    group_average = same_group / same_group.sum(1, keepdim=True)  # @ values: the mean of each sample's group
+    deviations = {name: values[known] - group_average @ values[known] for name, values in parts.items()}
     total = sum(deviations.values())
     variance = total.square().sum().clamp_min(1e-300)
     return {name: float((values * total).sum() / variance) for name, values in deviations.items()}
@@ -196,9 +202,9 @@ def kl(mean, mean_ref, std):
 def normalise_log_ratio(log_ratio, mean, mean_old, std):
     """GRPO-Guard's RatioNorm: std (log rho + |mean - mean_old|^2 / (2 std^2)), (B,).
 
-    Under the old policy log rho has mean -|mean - mean_old|^2/(2 std^2), a bias below 0, and a scale of |mean
-    - mean_old|/std that depends on the step: both make clipping one-sided. What is left is centred, and alike
-    at all steps.
+    Under the old policy log rho has mean -|mean - mean_old|^2 / (2 std^2), below 0: one side of the clip acts
+    more often. Its spread goes with |mean - mean_old| / std: the clip acts more at some steps than at others.
+    Adding the first back centres it; multiplying by std takes the step's std out of the second.
     """
     return (log_ratio + kl(mean, mean_old, std)) * std
 

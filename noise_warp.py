@@ -5,9 +5,10 @@
     noise = latent_noise(camera_path(parse_motion(prompt), 81), 81, 60, 104, generator=g)    # for the DiT
     python noise_warp.py "push_in" --show     path, flow and noise frames as a picture
 
-A video model keeps much of its initial noise's layout, so noise that already moves like the camera makes the
-video do so. Every frame of it alone must stay white N(0, 1), or the model sees something it was never trained
-on; that is what the density tracker is for (Go-with-the-Flow, arXiv 2501.08331).
+A video model keeps much of its initial noise's layout, so noise that already moves like the camera nudges the
+video to do the same. Each frame of it by itself must stay white N(0, 1), or the model sees something it was
+never trained on: so what merges is scaled to unit variance, and what is split gets zero-sum noise. The
+density tracker only chooses the weights of a merge (Go-with-the-Flow, arXiv 2501.08331).
 
 Conventions: camera-to-world 4x4, OpenCV axes (x right, y down, z forward), frame 0 = identity, angles in
 radians, distances in units of the assumed scene depth (the plane the camera looks at sits at z = 1).
@@ -71,15 +72,18 @@ def parse_motion(prompt):
             verb = "move"
         motions.append(f"{verb}_{direction}")
 
-    # What reads like the scene's own motion is one of the camera's all the same: dancers may well move left.
+    # A motion is the camera's even in a sentence that does not name it ("dancers move left"); warn if another
+    # sentence does.
     elsewhere = [match for sentence in sentences for match in _MOTION.findall(sentence)
                  if of_camera and sentence not in of_camera]
     if elsewhere:
         words = " ".join(word for word in elsewhere[0] if word)
         warnings.warn(f"'{words}' is taken for a camera motion, though its sentence does not name the "
                       "camera; say it otherwise if the scene moves", stacklevel=2)
-    # What looks like a motion, only where the camera is spoken of: a scene's blind may well tilt down.
-    stray = _LOOKALIKE.search(_MOTION.sub(",", ". ".join(of_camera or sentences[:1])))
+    # Near misses ("zoom in") are looked for only where the camera is spoken of, else in the first sentence: a
+    # scene's blind may well tilt down. The motions that were read are taken out before.
+    spoken = ". ".join(of_camera or sentences[:1])
+    stray = _LOOKALIKE.search(_MOTION.sub(",", spoken))
     if stray:
         warnings.warn(f"'{stray.group()}' is not a camera motion here; the motions are {', '.join(MOTIONS)}",
                       stacklevel=2)
@@ -91,7 +95,8 @@ def parse_motion(prompt):
 # Each word is a rigid motion of the camera, and each motion starts in the frame the one before it ended in.
 # The path is the product of their small steps (paper, eq. 5), E_f camera-to-world:
 #     E_0 = I,    E_f = E_{f-1} T_action
-# Written in closed form here: E_f = S_1 S_2 ..., each motion's pose at as much of it as frame f has seen.
+# Written in closed form here: E_f = S_1 S_2 ..., where S_i is motion i as far as it has come by frame f: the
+# identity before it begins, its whole travel once it is over.
 
 # A motion's whole travel: x, z and the angle about y (positive looks right). Left mirrors right. Of an orbit
 # the angle alone: x and z follow from it.
@@ -194,11 +199,12 @@ def path_flow(path, height, width, depth=1.0, fov=FOV):
     for f in range(len(path) - 1):  # a frame at a time: in float64 all at once would take gigabytes
         R, t = path[f, :3, :3], path[f, :3, 3, None, None]
         next_R, next_t = path[f + 1, :3, :3], path[f + 1, :3, 3, None, None]
-        # Along the ray to the plane, and from there into the next camera.
+        # Each pixel's ray in world axes (R r), the point X where it meets the plane, that point in the next
+        # camera's axes (R^T (X - t)), and how far it is seen to move there.
         direction = torch.einsum("ij,jhw->ihw", R, rays)
         distance = (depth - t[2]) / direction[2]
-        point = t + distance * direction - next_t
-        seen = torch.einsum("ji,jhw->ihw", next_R, point)
+        point = t + distance * direction
+        seen = torch.einsum("ji,jhw->ihw", next_R, point - next_t)
         moved = (seen[:2] / seen[2:] - rays[:2]) * focal
         lost = (distance <= 0) | (seen[2] <= 0) | ~moved.isfinite().all(0)
         flow[f] = torch.where(lost, 4.0 * (height + width), moved)
@@ -207,11 +213,13 @@ def path_flow(path, height, width, depth=1.0, fov=FOV):
 
 # ---------------------------------------------------------------------------------------------- the transport
 
-# The first frame's noise moves along the flow, cell by cell, and stays white in every frame. A cell v' that
-# several cells v flow into takes their sum at unit variance; a cell v that flows into n of them is split:
-#     z'(v') = sum_p s_p z_p / sqrt(sum_p s_p^2)      over the pairs p = (v -> v') that reach v'
-#     s_p = rho(v) / n                                 rho: density, how much of frame 0 a cell holds
+# Frame 0's noise is carried along the flow as pairs p = (cell v -> cell v'). Where the picture shrinks,
+# several pairs reach one v': their weighted sum is scaled to unit variance (`_merge`). Where it grows, one v
+# has n pairs: n equal copies would be correlated, so they get noise that sums to zero (`_split`). What no
+# pair reaches gets fresh noise. So every frame is white, whatever the weights s_p are:
+#     z'(v') = sum_p s_p z_p / sqrt(sum_p s_p^2)      over the pairs that reach v'
 #     z_p = z(v) / sqrt(n) + e_k - mean(e)             e_k ~ N(0, 1), the k-th of v's n pairs
+#     s_p = rho(v) / n                                 rho: density, how much of frame 0 a cell holds
 
 def white_noise(rows, samples, channels, generator, device="cpu"):
     """N(0, 1) of (rows, samples * channels). generator: one for all, or a list with one per sample: then no
@@ -229,33 +237,34 @@ def _nearest_cell(position, height, width):
     return index, inside
 
 
-def _who_goes_where(step, offset):
-    """A step of flow (2, H, W) as P pairs of cells -> source (P,), target (P,), remainder (2, P), fresh (n,).
+def _pairs(step, offset):
+    """A step of flow (2, H, W) -> its P pairs of cells: source (P,), target (P,), remainder (2, P); and fresh
+    (n,), the cells that no pair reaches.
 
-    offset (2, H*W): how far from its cell's centre each value really sits. remainder: the same after the
-    step, carried on so that slow flow is not rounded away. fresh: the cells nothing reaches.
+    offset (2, H*W): how far from its cell's centre each value really sits. remainder: the same for each pair
+    after the step. Without it, flow of less than half a cell a frame would never move anything.
     """
     H, W = step.shape[1:]
     step = step.flatten(1)
     grid = torch.cartesian_prod(torch.arange(H), torch.arange(W)).T.flip(0)  # (2, H*W): x, y
     grid = grid.to(step)
 
-    # Every cell goes forward along the flow.
-    position = grid + offset + step
-    target, inside = _nearest_cell(position, H, W)
+    # Forward: each value goes to the cell nearest to where the flow takes it; some leave the picture.
+    landed = grid + offset + step
+    target, inside = _nearest_cell(landed, H, W)
     source = inside.nonzero().squeeze(1)
     target = target[source]
-    remainder = position[:, source] - grid[:, target]
+    remainder = landed[:, source] - grid[:, target]
 
-    # A cell that received nothing (the picture is stretched there) looks back along the flow: for the cell
-    # that a value at its centre would have come from, then again less that cell's offset. What it finds
-    # starts at its centre (remainder 0).
+    # Backward: where the picture grows, some cells receive nothing. Such a hole copies from the cell that
+    # lies one step of its own flow back. A value there may sit off the centre, so a first guess tells the
+    # offset, and the second try takes it off. The copy starts at the hole's centre (remainder 0).
     received = torch.zeros(H * W, dtype=torch.bool, device=step.device)
     received[target] = True
     hole = (~received).nonzero().squeeze(1)
-    before = grid[:, hole] - step[:, hole]
-    back, _ = _nearest_cell(before, H, W)
-    back, inside = _nearest_cell(before - offset[:, back], H, W)
+    behind = grid[:, hole] - step[:, hole]
+    guess, _ = _nearest_cell(behind, H, W)
+    back, inside = _nearest_cell(behind - offset[:, guess], H, W)
 
     source = torch.cat([source, back[inside]])
     target = torch.cat([target, hole[inside]])
@@ -264,14 +273,14 @@ def _who_goes_where(step, offset):
 
 
 def _split(noise, source, copies, samples, channels, generator):
-    """Values (P, K) of the sources, K = samples * channels: z/sqrt(n) + e_k - mean(e) where there are n > 1
-    copies, which makes them independent N(0, 1) again."""
+    """-> the pairs' values (P, K), K = samples * channels. The n > 1 copies of a value z become z/sqrt(n) +
+    e_k - mean(e): variance 1/n + (1 - 1/n), covariance 1/n - 1/n, so they are independent N(0, 1)."""
     values = noise.index_select(0, source)
-    split = (copies[source] > 1).nonzero().squeeze(1)
+    split = (copies[source] > 1).nonzero().squeeze(1)  # the pairs whose source has several
     owner = source[split]
     n = copies[owner].unsqueeze(1)
     extra = white_noise(len(split), samples, channels, generator, noise.device)  # e
-    summed = torch.zeros_like(noise).index_add_(0, owner, extra)
+    summed = torch.zeros_like(noise).index_add_(0, owner, extra)  # n mean(e), at each source
     values[split] = values[split] / n.sqrt() + extra - summed[owner] / n
     return values
 
@@ -281,13 +290,15 @@ def _merge(values, target, share, cells):
     none does."""
     crowd = torch.bincount(target, minlength=cells)
     square = torch.zeros(cells, device=values.device).index_add_(0, target, share * share)
+    # one value alone has weight 1 exactly, not to rounding: zero flow must return the same noise
     weight = torch.where(crowd[target] > 1, share / square[target].sqrt(), 1.0)
     merged = torch.zeros(cells, values.shape[1], device=values.device)
     return merged.index_add_(0, target, values * weight.unsqueeze(1))
 
 
 def _transported_frames(flow, samples, channels, generator):
-    """Yields F noise frames (H*W, samples * channels), each the last carried along flow (F-1, 2, H, W)."""
+    """Yields F noise frames (H*W, samples * channels): the first is white, each other one is the frame before
+    it, carried along flow (F-1, 2, H, W)."""
     if isinstance(generator, (list, tuple)) and len(generator) != samples:
         raise ValueError(f"{samples} samples need as many generators, got {len(generator)}")
     device = flow.device
@@ -299,7 +310,7 @@ def _transported_frames(flow, samples, channels, generator):
 
     for step in flow.float():
         # Who goes where; the copies of one source share its density.
-        source, target, remainder, fresh = _who_goes_where(step, offset)
+        source, target, remainder, fresh = _pairs(step, offset)
         copies = torch.bincount(source, minlength=cells)
         share = density[source] / copies[source]  # (P,)
 
@@ -312,6 +323,7 @@ def _transported_frames(flow, samples, channels, generator):
         total = torch.zeros(cells, device=device).index_add_(0, target, share)
         offset = torch.zeros_like(offset).index_add_(1, target, remainder * share) / total.clamp_min(1e-20)
         density = torch.where(total > 0, total, 1.0)
+        # only ratios of densities count in a merge: with mean 1, a fresh cell's 1 stays an average one
         density = (density / density.mean()).clamp(1e-3, 1e3)
         yield noise
 
@@ -353,6 +365,7 @@ def latent_noise(path, frames, height, width, samples=1, generator=None, channel
     latents = torch.empty(samples, channels, len(flow) + 1, height, width)
     for f, noise in enumerate(_transported_frames(flow, samples, channels, generator)):
         patches = noise.view(height, multiple, width, multiple, samples, channels)
+        # the mean of multiple^2 values has std 1 / multiple
         latents[:, :, f] = (patches.mean((1, 3)) * multiple).permute(2, 3, 0, 1)
     if degradation:
         fresh = white_noise(latents[0, 0].numel(), samples, channels, generator)
@@ -368,7 +381,8 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
     after_step=)`.
 
     delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the
-    mean and std that x had; w falls linearly from 1 to .1 and sums to 1. All statistics are per sample.
+    mean and std that x had; w falls linearly to a tenth of its first value, and sums to 1. All statistics are
+    per sample.
     """
     if base.shape != transported.shape or base.dim() != 5:
         raise ValueError("base and transported noise must both be (B, C, T, h, w), "

@@ -4,15 +4,16 @@
     policy.velocity(prompt)(x, sigma)              # v of the model in training
     policy.reference_velocity(prompt)(x, sigma)    # of the model before training, for the KL
     loss.backward(); policy.collect_gradients()    # after each batch
-    norm = policy.sum_gradients()                  # over processes, clipped
+    norm = policy.sum_gradients()                  # over processes; then clips them. norm: before clipping
     taken = policy.step(lr, norm)                  # False: the gradient is not finite, and left out
     policy.update_average(step)
 
-Processes: gradients of replicated weights are summed in float64, in one all-reduce per optimiser step: what
-DDP does, without hooks that need a backward pass from a process without work in the update, and without the
-order of the sum showing in the weights. With --parallel fsdp, FSDP2 shards the frozen weights block by block
-and LoRA stays replicated; with --full the trained weights are sharded as well. --shard-size 8 shards among 8
-processes, a node's, and replicates over nodes. Left out: pipeline and sequence parallelism.
+Processes: gradients of replicated weights are summed in float64, in one all-reduce per optimiser step. This
+is what DDP does, but a process that has no batch in an update needs no backward pass, and the order of the
+sum, which depends on the number of processes, stays in float64's last bits. With --parallel fsdp, FSDP2
+shards the frozen weights block by block and LoRA stays replicated; with --full the trained weights are
+sharded as well. --shard-size 8 shards among 8 processes, a node's, and replicates over nodes. Left out:
+pipeline and sequence parallelism.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class Policy:
     .base           the adapter that training starts from, as `lora_weights` adds it to what is exported
     .fingerprint    of the model before training
     .reference_dit  with --full and --kl, a frozen copy from before training
-    .trained        {name: parameter}, in what is saved too; .sharded: do processes hold parts of them?
+    .trained        {name: parameter}; checkpoints use these names. .sharded: do processes hold parts of them?
     .average        {name: averaged weights}, which are evaluated and exported
     .sums           {name: float64 gradients of the batches so far}
     .in_lockstep    must every process make the same forward passes (FSDP)?
@@ -94,7 +95,7 @@ class Policy:
         self.sums = {}
         if not self.sharded:
             self.sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.trained.items()}
-        # a step asks for each prompt's embedding many times
+        # each prompt of a step is asked for many times; + 1: the empty prompt of guidance
         self.embedding = functools.lru_cache(c.groups + 1)(lambda prompt: self.wan.encode_text([prompt]))
 
     # ---------------------------------------------------------------------------------------------- the model
@@ -112,7 +113,9 @@ class Policy:
         if guidance != 1:
             negative = self.embedding("")
 
-        @functools.cache  # a rollout asks for one number of videos many times, and trimming a text takes time
+        # Repeating and trimming the text takes time, and a rollout asks at every step with the same number of
+        # videos, so what is made for a number is kept.
+        @functools.cache
         def for_videos(count):
             repeated = None if negative is None else negative.expand(count, -1, -1)
             return guided_velocity(wan, text.expand(count, -1, -1), repeated, guidance)
@@ -124,13 +127,14 @@ class Policy:
         LoRA is off for it, or with --full it is the frozen copy's."""
         wan = self.wan
         if self.c.full:
-            wan = copy.copy(wan)
+            wan = copy.copy(wan)  # shallow: the same texts and VAE, but the frozen DiT
             wan.dit = self.reference_dit
         velocity = self.velocity(prompt, wan)
 
         @torch.no_grad()
         def reference(x, sigma):
-            with contextlib.nullcontext() if self.c.full else lora_off(wan.dit):
+            without_lora = contextlib.nullcontext() if self.c.full else lora_off(wan.dit)
+            with without_lora:
                 return velocity(x, sigma)
 
         return reference
@@ -150,9 +154,9 @@ class Policy:
     # ------------------------------------------------------------------------------------------------ updates
 
     def collect_gradients(self):
-        """Moves a batch's gradients into float64 sums: then neither the order of the batches nor the
-        processes they ran on shows in the float32 gradient, which Adam would magnify. (Sharded gradients are
-        summed by FSDP, in float32.)"""
+        """Moves a batch's gradients into float64 sums: then the order of the batches and the processes they
+        ran on hardly ever show in the float32 gradient, whose last bits Adam would magnify. (Sharded
+        gradients are summed by FSDP, in float32.)"""
         if self.sharded:
             return
         for name, p in self.trained.items():
@@ -161,16 +165,17 @@ class Policy:
                 p.grad = None
 
     def sum_gradients(self):
-        """Sums gradients over processes and clips them. -> their norm, the same on every process or an
-        error."""
-        if not self.sharded:
+        """Sums gradients over processes, then clips them. -> their norm before clipping. RuntimeError if the
+        processes do not agree on it."""
+        if self.sharded:  # FSDP has summed them
+            for p in self.trained.values():
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        else:
             self.processes.add(list(self.sums.values()))
-        for name, p in self.trained.items():
-            if not self.sharded:
+            for name, p in self.trained.items():
                 p.grad = self.sums[name].to(p.dtype)
                 self.sums[name].zero_()
-            elif p.grad is None:
-                p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.c.grad_clip)
         norm = float(norm.full_tensor() if self.sharded else norm)
         if len({repr(n) for n in self.processes.gather(norm)}) > 1:  # repr: NaN is not equal to itself
@@ -187,7 +192,7 @@ class Policy:
         return finite
 
     def check_finite(self, everywhere=True):
-        """RuntimeError names a tensor that is not: such weights are neither saved, exported nor gone on with.
+        """RuntimeError names a tensor that is not finite: such weights are not saved, exported or trained on.
         everywhere: all processes call, and all of them raise."""
         bad = None
         for name, values in self.state().items():
@@ -259,9 +264,9 @@ def fingerprint(dit, lora):
 def shard(dit, processes, size=None):
     """FSDP2, one unit a block: frozen or fully trained weights are sharded, LoRA matrices stay whole on every
     process. size: of the processes that share one copy (default: all); each such set holds the model once."""
-    shape = processes.world,
+    shape = (processes.world,)
     if size and size < processes.world:
-        shape = processes.world // size, size
+        shape = (processes.world // size, size)
     names = "copies", "shards"
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names[-len(shape):])
     lora = {p for name, p in dit.named_parameters() if "lora_" in name}

@@ -173,7 +173,7 @@ def one_batch(trained, lap, rolled_out=1):
     chosen = [(index, prompt) for index in range(c.groups)]
     lap("weights, optimiser")
 
-    for batch, videos, _ in train.roll_out(trained, 0, False, chosen, windows, work):
+    for batch, videos, _ in train.roll_out_groups(trained, 0, False, chosen, windows, work):
         del videos  # before the next batch's
     lap("rollout, decoding")
 

@@ -65,14 +65,16 @@ class Clip:
     def render(self, cameras):
         """The reconstruction seen from camera-to-world (V, 4, 4), at the video's size -> (V, 3, H, W)."""
         rec, (H, W) = self.reconstruction, self.video.shape[2:]
-        K = native_intrinsics(rec, H, W)[:len(cameras)]
+        K = native_intrinsics(rec, H, W)[:len(cameras)]  # a meta-view has none of its own: an early frame's
         return splat.render(rec.gaussians, cameras, K, H, W)[0]
 
     def to(self, device):
-        """Moves the reconstruction, but for its `index` into the video."""
+        """Moves the reconstruction to a device, but for its `index`, which picks frames of the video."""
         rec = self.reconstruction
-        for part in [rec, rec.gaussians] if rec else []:
-            for name, value in vars(part).items() if part else ():
+        if rec is None:
+            return
+        for part in [rec] if rec.gaussians is None else [rec, rec.gaussians]:
+            for name, value in vars(part).items():
                 if isinstance(value, torch.Tensor) and name != "index":
                     setattr(part, name, value.to(device))
 
@@ -126,8 +128,8 @@ def meta_views(rec, side=.35, up=.2):
     """Camera-to-world (2, 4, 4): left and right of the path's middle camera, above it, looking at the scene.
 
     Offsets are fractions of the median depth d: position = p_mid +- side d x_mid - up d y_mid; the target is
-    the median of the Gaussians' means, coordinate by coordinate. Far enough to see behind a flat card, near
-    enough to be seen.
+    the median of the Gaussians' means, coordinate by coordinate. Far enough aside that a flat card is seen to
+    be flat, near enough that the scene still fills the view.
     """
     middle = rec.camera_to_world[len(rec.camera_to_world) // 2]
     d = rec.depth.median()
@@ -416,15 +418,17 @@ class Rewards:
         """B videos (F, 3, H, W), prompts, requested paths (F, 4, 4) -> {every term, three_d, total: (B,)}.
 
         float32; NaN = masked, or not asked for (weight 0, or 3D terms with dynamic=True). A term that is
-        asked for and failed masks the total. dynamic: R_gen alone, no 3D work. It is no error when every
-        sample fails: training counts and masks them.
+        asked for and failed masks the total. dynamic: the terms outside R_3D (R_gen) alone, no 3D work. It is
+        not an error when every sample fails: training counts and masks them.
         """
         self.failures.clear()
         self.reasons.clear()
         items = list(zip(videos, prompts, paths, strict=True))
-        # Clip by clip, so that one reconstruction is held at a time; with offload a model moves once a call.
+        # One clip after the other, so that only one reconstruction is held; with offload all in one call, so
+        # that each model moves to the device and back once.
+        parts = [items] if self.offload else [[item] for item in items]
         scores = []
-        for part in [items] if self.offload else [[item] for item in items]:
+        for part in parts:
             scores += [clip.scores for clip in self.score_clips([Clip(*item) for item in part], dynamic)]
         out = {name: torch.tensor([row[name] for row in scores]) for name in TERMS}
         out["three_d"], out["total"] = combine(out, self.weights, dynamic)

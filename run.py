@@ -84,7 +84,7 @@ class Processes:
 
 # ------------------------------------------------------------------------------------------- the run's folder
 
-# what may be another on resuming; with another batch, sums are rounded otherwise in their last bits
+# options that may differ when a run is resumed (another --batch changes only the last bits of sums)
 MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every", "timeout",
               "shard_size", "offload", "batch", "checkpointing"}
 
@@ -99,8 +99,8 @@ def flat(config):
 
 
 def open_run(c, processes):
-    """-> the folder runs/NAME, locked if it is there. Nothing is written yet: `begin_run` does. ValueError if
-    it holds something else than this run (`check_run`)."""
+    """-> the folder runs/NAME, locked if it is there. Nothing but the lock is written yet: `begin_run` does.
+    ValueError if it holds something else than this run (`check_run`)."""
     folder = Path(c.runs) / c.name
     check_run(c, folder)
     lock(folder, processes)
@@ -214,7 +214,7 @@ def append_line(file, row):
 
 
 def read_log(file):
-    """-> the rows of a log, without lines that are none (a half-written last one)."""
+    """-> the rows of a log. What is not a row, such as a half-written last line, is skipped."""
     rows = []
     for line in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -227,7 +227,9 @@ def read_log(file):
 def missing_steps(rows, done=0):
     """-> [(first, last)] of each stretch of steps that a log should have, and has not. done: steps that are
     known to be done, whether the log has them or not."""
-    steps = sorted({-1, *(row["step"] for row in rows), *([done] if done else [])})
+    # gaps lie between neighbours; -1 and `done` stand for the two ends
+    ends = {-1, done} if done else {-1}
+    steps = sorted(ends | {row["step"] for row in rows})
     return [(before + 1, after - 1) for before, after in itertools.pairwise(steps) if after > before + 1]
 
 
@@ -236,8 +238,8 @@ def in_words(stretches):
 
 
 def drop_lines(file, steps):
-    """Drops the lines of steps that are to be done again, and what is no line; of a step that is there twice
-    the last line is kept, and that is said. -> the rows that are left."""
+    """Drops the rows of step `steps` and later, which will be done again, and lines that are no rows. Of two
+    rows of one step the later is kept, with a warning. -> the rows that are left."""
     if not file.exists():
         return []
     rows = [row for row in read_log(file) if row["step"] < steps]
@@ -311,7 +313,7 @@ def write_checkpoint(policy, folder, part, step):
     dcp.save(policy.state(), checkpoint_id=part, no_dist=processes.world == 1)
     processes.wait()  # until all files are written
 
-    # sums and the new name come last, and older checkpoints go only then: a kill leaves the ones before
+    # checksums and the new name come last, and older checkpoints go only then: a kill leaves the ones before
     if processes.rank == 0:
         digests = {f.name: digest(f) for f in sorted(part.iterdir())}
         write_json(part / "manifest.json", dict(step=step, files=digests))
@@ -417,11 +419,28 @@ def load_checkpoint(policy, folder):
         return 0
     try:
         dcp.load(policy.state(), storage_reader=PlainReader(found), no_dist=policy.processes.world == 1)
-    except CheckpointException as e:  # no Exception, and many lines
+    except CheckpointException as e:  # a BaseException, whose text has many lines
         raise RuntimeError(f"{found} cannot be loaded ({reason_of(e)}); if that is for good, move it away to "
                            "go on from the one before") from None
     policy.check_finite()
     return steps_of(found)
+
+
+def resume(c, folder, policy):
+    """Begins a run, or goes on from its newest whole checkpoint: what is logged of later steps is dropped.
+    -> steps done, and how many updates in a row were left out just before."""
+    begin_run(c, folder, policy)
+    steps_done = load_checkpoint(policy, folder / "checkpoints")
+    skipped = 0
+    if policy.processes.rank == 0:
+        rows = drop_lines(folder / "metrics.jsonl", steps_done)
+        gaps = missing_steps(rows, steps_done)
+        if gaps:
+            print(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
+                  "the rest of the run is whole", file=sys.stderr)
+        for norm in [norm for row in rows for norm in row.get("grad", [])]:
+            skipped = skipped + 1 if norm is None else 0  # None: not finite, so the update was left out
+    return steps_done, policy.processes.gather(skipped)[0]  # rank 0's count, for it alone has the log
 
 
 # -------------------------------------------------------------------------------------- the clock and the log

@@ -88,7 +88,8 @@ def sampling_of(model, **given):
 def sigmas(steps, shift):
     """Noise levels (steps + 1,), float32, from 1 to 0: sigma = shift u / (1 + (shift - 1) u).
 
-    u runs evenly from 1 to .001, as in Diffusers, then 0. shift > 1 spends more steps at high noise.
+    u falls evenly from 1 towards .001, as in Diffusers; where .001 would come, the last level is 0 instead.
+    shift > 1 spends more steps at high noise.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -100,7 +101,9 @@ def sigmas(steps, shift):
 
 def noise_levels(wan, steps, shift=None):
     """`sigmas` for a model. shift None takes its scheduler_config's, else 5.0 (Wan's for text-to-video)."""
-    return sigmas(steps, shift if shift is not None else wan.shift or 5.0)
+    if shift is None:
+        shift = wan.shift or 5.0
+    return sigmas(steps, shift)
 
 
 # --------------------------------------------------------------------------------------------------- one step
@@ -119,19 +122,19 @@ def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     cps          std = sigma_next sin(eta pi/2); mean = (1-sigma_next) x0 + sigma_next cos(eta pi/2) eps
                  with x0 = x - sigma v, eps = x + (1-sigma) v (Flow-CPS, arXiv 2509.05952)
 
-    sigma, sigma_next: floats or 0-dim tensors. eta = 0 is the ODE in every kind, bit for bit. What holds of
-    every kind is relied on: mean is linear in v (`grpo.rectification`), std does not depend on v
-    (`grpo.kl`), and is above 0 but for the step to sigma_next = 0 (`grpo.draw_window`).
+    sigma, sigma_next: floats or 0-dim tensors. eta = 0 is the ODE in every kind, bit for bit. Other code
+    relies on three things that hold in every kind: mean is a multiple of x plus a multiple of v
+    (`grpo.rectification`); std does not depend on v (`grpo.kl`); and std > 0, except that cps has std 0 in
+    the step to sigma_next = 0 (`grpo.draw_window`).
     """
     if kind not in SDE_KINDS:
         raise ValueError(f"kind must be one of {', '.join(SDE_KINDS)}, got '{kind}'")
     x, v = x.float(), v.float()
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
-    step = sigma - sigma_next
-    # an ODE step
-    if eta == 0:
-        return x - v * step, torch.zeros((), device=x.device)
+    D = sigma - sigma_next
+    if eta == 0:  # the ODE: an Euler step
+        return x - v * D, torch.zeros((), device=x.device)
 
     x0, eps = x - sigma * v, x + (1 - sigma) * v  # what the model takes for latents and noise
     if kind == "cps":
@@ -143,8 +146,8 @@ def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     else:
         below_one = sigma_next if sigma == 1 else sigma  # the first step would divide by zero
         s = eta * (sigma / (1 - below_one)).sqrt()
-    mean = x - (v + s * s / (2 * sigma) * eps) * step
-    return mean, s * step.sqrt()
+    mean = x - (v + s * s / (2 * sigma) * eps) * D
+    return mean, s * D.sqrt()
 
 
 def log_prob(x_next, mean, std):
@@ -208,8 +211,8 @@ def unipc(velocity, x, levels, after_step=unchanged):
         return float(sigma[i + 1] / sigma[i]) * x - float(1 - sigma[i + 1]) * k * change
 
     # predict, then correct with what the model says at the point that was reached
-    m_prev = m0 = x_before = None
-    second_order = False
+    m0 = m_prev = x_before = None  # of the step before: the x0 it used, the x0 before that, where it started
+    second_order = False  # was the step before of order 2? its correction is of the same kind
     for i in range(steps):
         m = x - levels[i] * velocity(x, levels[i])  # the data prediction x0
         if i > 0:  # correct the step that led here
@@ -314,7 +317,7 @@ def sample_latents(wan, prompts, sampling, seed=0, noise_ids=None, paths=None, s
     def noise_of(purpose, transport):
         parts = []
         for path, number in zip(paths, noise_ids, strict=True):
-            generators = [generator(seed, 0, 0, number, purpose)]
+            generators = [generator(seed, 0, 0, number, purpose)]  # 0, 0: no training step, no phase
             parts.append(initial_noise(wan, path, sampling.height, sampling.width, generators, transport,
                                        sampling.degradation))
         return torch.cat(parts)
@@ -589,7 +592,7 @@ def make_videos(a):
     own = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
     sampling = sampling_of(a.model, **own)
     paths = [read_path(a.path, sampling.frames)] * a.num if a.path is not None else None
-    columns = [sampled(a, lora, sampling, paths) for lora in a.lora]
+    columns = [videos_of_column(a, lora, sampling, paths) for lora in a.lora]
 
     if len(columns) > 1:
         print("left to right, and in the picture from top to bottom:", ", ".join(a.lora))
@@ -601,7 +604,7 @@ def make_videos(a):
     print(sheet)
 
 
-def sampled(a, lora, sampling, paths):
+def videos_of_column(a, lora, sampling, paths):
     """-> the command line's videos [(F, 3, H, W)] with one adapter."""
     wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
     check_memory(wan, sampling, a.num)

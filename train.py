@@ -9,11 +9,11 @@ One step of `train`, top to bottom:
     reconstruction) -> gather -> advantages inside each group -> gradients of the clipped surrogate plus KL ->
     optimiser step
 
-Every main_steps steps a dynamic phase trains dynamic_steps steps on moving scenes without R_3D, so with R_gen
-alone (periodic decoupling). Processes share a step by batches of a group's members, and every random draw is
-keyed by (seed, step, phase, prompt, member, purpose): the same run on 1, 2 or 8 processes makes the same
-videos. The method's parts are in noise_warp.py, sample.py, rewards.py and grpo.py; policy.py holds model and
-optimiser, run.py processes, checkpoints and the log.
+Every main_steps steps a dynamic phase trains dynamic_steps steps on moving scenes by the terms outside R_3D,
+which is R_gen alone (periodic decoupling). Processes share a step by batches of a group's members, and every
+random draw is keyed by (seed, step, phase, prompt, member, purpose): the same run on 1, 2 or 8 processes
+makes the same videos. The method's parts are in noise_warp.py, sample.py, rewards.py and grpo.py; policy.py
+holds model and optimiser, run.py processes, checkpoints and the log.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
-from run import (Clock, Processes, append_line, begin_run, drop_lines, in_words, load_checkpoint, mean_of,
-                 metrics_row, missing_steps, open_run, read_log, save_checkpoint, wandb_log)
+from run import (Clock, Processes, append_line, drop_lines, mean_of, metrics_row, open_run, read_log, resume,
+                 save_checkpoint, wandb_log)
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
                     evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
                     sampling_of, transition, unchanged, write_video)
@@ -316,7 +316,7 @@ def check(c, world):
 def train(c, processes):
     """Runs to c.total_steps, from the newest checkpoint if there is one. -> False if it was asked to stop
     (SIGTERM)."""
-    # Whatever can be wrong is found before anything is written.
+    # Whatever can be wrong is found before anything but the lock is written.
     prompts = read_prompts(c.prompts)
     prompts["train"] = prompts["train"][:c.train_prompts]
     if c.dynamic_steps and not prompts["dynamic"]:
@@ -326,16 +326,8 @@ def train(c, processes):
     folder = open_run(c, processes)
     policy = Policy(c, processes)
 
-    # A run goes on from its newest whole checkpoint.
-    begin_run(c, folder, policy)
-    steps_done = load_checkpoint(policy, folder / "checkpoints")
-    rows = []
-    if processes.rank == 0:
-        rows = drop_lines(folder / "metrics.jsonl", steps_done)
-        gaps = missing_steps(rows, steps_done)
-        if gaps:
-            tqdm.write(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
-                       "the rest of the run is whole", file=sys.stderr)
+    # A run goes on from its newest whole checkpoint. skipped: updates in a row that were left out.
+    steps_done, skipped = resume(c, folder, policy)
     # `evaluate` watches training on the last test prompts; eval.py scores the first of them.
     validation = prompts["test"][-c.eval_prompts:] if c.eval_every else []
     policy.encode_prompts([*prompts_of_run(c, prompts, steps_done), *validation])
@@ -345,13 +337,11 @@ def train(c, processes):
     if steps_done == 0 and c.eval_every:
         evaluate(policy, rewards, validation, folder, 0)
 
-    # Processes share a step by batches of a group's members; group g is group_ids == g in all that spans it.
+    # Processes share a step by batches of a group's members. All of its videos stand in a row, group by
+    # group; group_ids says which group each is of.
     work = deal(c, processes.world)
     mine = work[processes.rank]  # [(group, members)]
     group_ids = torch.arange(c.groups).repeat_interleave(c.members)  # (groups x G,)
-    # optimiser steps in a row that were left out, up to where the run goes on
-    past_norms = reversed([norm for row in rows for norm in row.get("grad", [])])
-    skipped = processes.gather(len(list(itertools.takewhile(lambda norm: norm is None, past_norms))))[0]
     bar = tqdm(total=c.total_steps, initial=steps_done, desc=c.name, unit="step",
                disable=processes.rank > 0)
     for step in range(steps_done, c.total_steps):
@@ -365,28 +355,30 @@ def train(c, processes):
         # Score: Depth Anything 3 lifts each video to Gaussians and cameras, and the terms look at it. Then
         # the video is dropped: the update needs the window's latents alone.
         windows = [step_window(c, step, dynamic, key) for key in keys_of(chosen)]
-        batches, failed = [], {}  # term -> why it was masked
-        for batch, videos, path in roll_out(policy, step, dynamic, chosen, windows, mine):
+        batches = []
+        failed = {}  # term -> why it was masked
+        for batch, videos, path in roll_out_groups(policy, step, dynamic, chosen, windows, mine):
             clock.lap("rollout")
             bar.set_postfix_str(f"rewards {len(batches) + 1}/{len(mine)}")
-            requests = [batch.prompt] * len(videos), [path] * len(videos)
-            batch.terms = rewards.terms(videos, *requests, dynamic)  # {term: (B,)}
+            B = len(videos)
+            batch.terms = rewards.terms(videos, [batch.prompt] * B, [path] * B, dynamic)  # {term: (B,)}
             batch.motion = [motion_magnitude(video) for video in videos]
             batches.append(batch)
             failed |= rewards.reasons
             clock.lap("reward")
             bar.set_postfix_str(f"rollout {len(batches) + 1}/{len(mine)}")
+        # a forward pass of sharded weights needs all processes: who has fewer of them makes up for it
         passes = [rollout_passes(c, windows, share) for share in work]
         policy.keep_pace(max(passes) - passes[processes.rank])
         clock.lap("rollout")
 
-        # Gather: spreads may be pooled over groups, so every process needs all terms: a few numbers a video.
+        # Gather: stds may be pooled over groups, so every process needs all terms: a few numbers a video.
         terms, motion = gather_scores(processes, batches)  # {term: (groups x G,)}, (groups x G,)
         stop_if_masked(c, processes, failed, terms["total"], step)
 
         # Advantages: how much better than its group each video is. A masked video's is 0: only the KL still
         # holds it.
-        A, shares = compare(c, terms, group_ids, dynamic)  # (groups x G,); who decides
+        A, shares = step_advantages(c, terms, group_ids, dynamic)  # (groups x G,); {term: its share in A}
         for batch in batches:
             batch.advantages = A[group_ids == batch.group][list(batch.members)]  # (B,)
         clock.lap("wait")
@@ -401,14 +393,14 @@ def train(c, processes):
                 for sde_step in batch.sde_steps:
                     loss, note = policy_loss(policy, batch, sde_step)
 
-                    # The objective is a mean over groups, the window's steps and members: this is a batch's
-                    # share of it.
-                    of_update = c.updates / c.groups
-                    of_window = 1 / len(batch.sde_steps)
-                    of_group = len(batch.members) / c.members
-                    # FSDP averages over processes what is meant to be summed (--full --parallel fsdp)
-                    averaged = processes.world if policy.sharded else 1
-                    (loss * (of_update * of_window * of_group * averaged)).backward()
+                    # The objective is a mean over groups, the window's steps and members. `loss` is a mean
+                    # over this batch's members at one step, so it enters with this weight:
+                    per_group = c.updates / c.groups  # 1 / the groups of this update
+                    per_step = 1 / len(batch.sde_steps)
+                    part_of_group = len(batch.members) / c.members
+                    # gradients are summed over processes, but FSDP averages sharded ones (--full): undo that
+                    undo_average = processes.world if policy.sharded else 1
+                    (loss * (per_group * per_step * part_of_group * undo_average)).backward()
                     notes.append(note)
                 policy.collect_gradients()
             # before a step's first update nothing has changed since its rollout
@@ -451,18 +443,21 @@ def train(c, processes):
 # ---------------------------------------------------------------------------- the steps of the loop, in order
 
 def step_prompts(c, prompts, step):
-    """-> is this a dynamic step, and its [(index, prompt)] * groups: each phase walks through its own list,
-    shuffled anew every time around. Nothing but the step decides it: a run that goes on, and every process,
-    asks again."""
+    """-> is this a dynamic step, and its prompts [(index, prompt)], one a group.
+
+    Each phase goes through its own list, in a new random order each time around. The step and the seed alone
+    decide, so every process finds the same, and so does a run that is resumed.
+    """
     cycle, within = divmod(step, c.main_steps + c.dynamic_steps)
     dynamic = within >= c.main_steps
     rows = prompts["dynamic" if dynamic else "train"]
+    # steps of the same phase before this one
     if dynamic:
-        done = cycle * c.dynamic_steps + within - c.main_steps
+        before = cycle * c.dynamic_steps + within - c.main_steps
     else:
-        done = cycle * c.main_steps + within
+        before = cycle * c.main_steps + within
     chosen = []
-    for k in range(done * c.groups, (done + 1) * c.groups):
+    for k in range(before * c.groups, (before + 1) * c.groups):  # the phase's k-th prompt
         epoch, place = divmod(k, len(rows))
         order = torch.randperm(len(rows), generator=generator((c.seed, dynamic), epoch, "order"))
         index = int(order[place])
@@ -493,52 +488,54 @@ def generator_of(c, step, dynamic, key, purpose, *member):
 
 
 def step_window(c, step, dynamic, key):
-    """-> the stochastic steps of a group's rollouts (a range)."""
-    whose = None if c.common_window else key
-    return draw_window(generator_of(c, step, dynamic, whose, "window"), c.steps, c.window, c.noisy_steps)
+    """-> the stochastic steps of a group's rollouts (a range). key: the group's, one of `keys_of`."""
+    if c.common_window:
+        key = None  # every group of the step makes the same draw
+    return draw_window(generator_of(c, step, dynamic, key, "window"), c.steps, c.window, c.noisy_steps)
 
 
 @torch.no_grad()
-def roll_out(policy, step, dynamic, chosen, windows, work):
-    """Rolls out a process's work [(group, members)], one batch after the other. Yields each as a Batch, its
-    videos B x (F, 3, H, W), and the camera path that was asked for (F, 4, 4)."""
+def roll_out_groups(policy, step, dynamic, chosen, windows, work):
+    """Rolls out one process's work [(group, members)], batch by batch, by `grpo.rollout`. Yields of each its
+    Batch, its B videos (F, 3, H, W), and the camera path that was asked for (F, 4, 4)."""
     c, wan = policy.c, policy.wan
     levels = noise_levels(wan, c.steps, sampling_for(c).shift)
     keys = keys_of(chosen)
-    for g, share in itertools.groupby(work, key=lambda place: place[0]):
+    # batches of one group are neighbours in `work`: what its members share is made once
+    for g, batches in itertools.groupby(work, key=lambda batch: batch[0]):
         _, prompt = chosen[g]
-        whose = step, dynamic, keys[g]
+        group_key = step, dynamic, keys[g]  # keys all random draws of the group
         velocity, window = policy.velocity(prompt), windows[g]
         path = camera_path(parse_motion(prompt), c.frames, c.strength)  # (F, 4, 4)
 
-        # members may share the steps before the window: one noise, and one path until it branches
+        # With c.shared all members have one noise. Before the window there is only the ODE, so up to there
+        # they are all alike: the ODE is solved once, and each member goes on from a copy.
+        first = window[0] if c.shared else 0
         if c.shared:
-            first = window[0]
-            noise, after_step = first_noise(policy, path, whose, [0])
-            branching = euler(velocity, noise, levels[:first + 1], after_step)  # (1, C, T, h, w)
-        for _, members in share:
+            noise, after_step = first_noise(policy, path, group_key, [0])
+            at_window = euler(velocity, noise, levels[:first + 1], after_step)  # (1, C, T, h, w)
+        for _, members in batches:
             if c.shared:
-                x = branching.repeat_interleave(len(members), 0)
+                x = at_window.repeat_interleave(len(members), 0)
             else:
-                first = 0
-                x, after_step = first_noise(policy, path, whose, members)
-            generators = [generator_of(c, *whose, "sde", member) for member in members]
+                x, after_step = first_noise(policy, path, group_key, members)
+            generators = [generator_of(c, *group_key, "sde", member) for member in members]
             latents, sde_steps = rollout(velocity, x, levels, window, c.eta, c.sde, generators, first,
                                          after_step)
             yield Batch(g, members, prompt, levels, sde_steps), decode_videos(wan, latents), path
 
 
-def first_noise(policy, path, whose, members):
+def first_noise(policy, path, group_key, members):
     """-> the noise (B, C, T, h, w) that members of a group begin with, carried along the camera path; and
     what changes the latents after each step: nothing, but with --released the noise is white, and the carried
     one is pushed in step by step.
 
-    whose: (step, dynamic, key) of the group.
+    group_key: (step, dynamic, key) of the group.
     """
     c, wan = policy.c, policy.wan
 
     def noise(purpose, transport):
-        generators = [generator_of(c, *whose, purpose, member) for member in members]
+        generators = [generator_of(c, *group_key, purpose, member) for member in members]
         drawn = initial_noise(wan, path, c.height, c.width, generators, transport, c.degradation)
         return drawn.to(wan.device)
 
@@ -550,13 +547,15 @@ def first_noise(policy, path, whose, members):
 
 
 def gather_scores(processes, batches):
-    """-> terms {name: (groups x G,)} and motion (groups x G,) of all the step's videos, in order of group and
-    member, on every process."""
+    """-> {term: (groups x G,)} and a list of groups x G motion magnitudes: all the step's videos, in order of
+    group and member, the same on every process."""
     mine = {(batch.group, batch.members[0]): (batch.terms, batch.motion) for batch in batches}
     everyone = {place: scores for part in processes.gather(mine) for place, scores in part.items()}
-    ordered = [everyone[place] for place in sorted(everyone)]
-    terms = {name: torch.cat([terms[name] for terms, _ in ordered]) for name in ordered[0][0]}
-    return terms, [value for _, motion in ordered for value in motion]
+    ordered = [everyone[place] for place in sorted(everyone)]  # [(terms, motion)], one a batch
+    names = ordered[0][0]
+    terms = {name: torch.cat([of_batch[name] for of_batch, _ in ordered]) for name in names}
+    motion = [value for _, of_batch in ordered for value in of_batch]
+    return terms, motion
 
 
 def stop_if_masked(c, processes, failed, total, step):
@@ -569,12 +568,12 @@ def stop_if_masked(c, processes, failed, total, step):
                            f"{c.max_masked} allows ({reasons})")
 
 
-def compare(c, terms, group_ids, dynamic=False):
+def step_advantages(c, terms, group_ids, dynamic=False):
     """-> advantages (N,) of terms {name: (N,)} with their total, and each term's share in deciding them.
 
     The paper standardises the plain sum of the terms, which is what the log calls total; with --standardise
-    each term is first divided by its own std, so that none drowns the others. A masked video leaves the
-    statistics of every term.
+    each term is first divided by its own std, so that none drowns the others. A masked video is left out of
+    every term's statistics.
     """
     compared = without_masked(terms)
     if c.standardise:
@@ -664,9 +663,8 @@ def evaluate(policy, rewards, prompts, folder, step):
         evaluations = drop_lines(folder / "eval.jsonl", step)
         append_line(folder / "eval.jsonl", row)
         tqdm.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-        # this evaluation's alarms, as the earlier ones' have been said
-        before, now = (alarms(rows) for rows in (evaluations, [*evaluations, row]))
-        for sentence in now[len(before):]:
+        # the alarms that this evaluation adds; the others have been said
+        for sentence in alarms([*evaluations, row])[len(alarms(evaluations)):]:
             tqdm.write(sentence)
         if "epipolar" not in row:
             tqdm.write("no epipolar error: it needs OpenCV, pip install opencv-python-headless")

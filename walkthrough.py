@@ -41,8 +41,9 @@ from run import Processes
 from sample import (as_bytes, check_writable, decode_videos, euler, evenly_spaced, initial_noise, log_prob,
                     noise_levels, sigmas, transition)
 from texts import clean_prompt, encode_text, load_text
-from train import (Config, check, compare, generator_of, learning_rate, parse_arguments, policy_loss,
-                   rewards_for, roll_out, sampling_for, step_prompts, step_window, without_masked)
+from train import (Config, check, generator_of, learning_rate, parse_arguments, policy_loss,
+                   rewards_for, roll_out_groups, sampling_for, step_advantages, step_prompts, step_window,
+                   without_masked)
 from weights import TINY, as_command, open_tensors
 
 
@@ -100,7 +101,7 @@ def walk(c, prompt, trained=None):
 
     # Roll out the group, and score it.
     window = step_window(c, 0, False, 0)
-    (batch, videos, _), = roll_out(policy, 0, False, [(0, prompt)], [window], [(0, range(c.members))])
+    (batch, videos, _), = roll_out_groups(policy, 0, False, [(0, prompt)], [window], [(0, range(c.members))])
     clips = rewards.score_clips([Clip(video, prompt, path) for video in videos])
     batch.terms = {name: torch.tensor([clip.scores[name] for clip in clips]) for name in TERMS}
     batch.terms["three_d"], batch.terms["total"] = combine(batch.terms, c.weights)
@@ -110,7 +111,7 @@ def walk(c, prompt, trained=None):
                          "choose another --model, or judges that can look at its videos")
 
     # Advantages inside the group.
-    batch.advantages, shares = compare(c, batch.terms, torch.zeros(c.members))
+    batch.advantages, shares = step_advantages(c, batch.terms, torch.zeros(c.members))
 
     # Gradients of the window's steps, and one step of the optimiser.
     notes = []
@@ -135,7 +136,7 @@ def walk(c, prompt, trained=None):
 
 
 def first_noise(c, policy, path, transport=True):
-    """The noise that `roll_out` begins the group's first member with, (1, C, T, h, w)."""
+    """The noise that `roll_out_groups` begins the group's first member with, (1, C, T, h, w)."""
     generators = [generator_of(c, 0, False, 0, "noise", 0)]
     return initial_noise(policy.wan, path, c.height, c.width, generators, transport, c.degradation)
 

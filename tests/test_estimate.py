@@ -18,7 +18,7 @@ from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig
 from policy import Policy
 from run import Processes
-from train import deal, parse_arguments, roll_out, step_window
+from train import deal, parse_arguments, roll_out_groups, step_window
 from weights import write_json
 
 
@@ -76,7 +76,7 @@ def test_passes_are_those_a_rollout_makes(options, checkpoint, twins, tmp_path):
     counted = []
     for share in deal(c, 3):
         sizes.clear()
-        list(roll_out(policy, 0, False, chosen, windows, share))
+        list(roll_out_groups(policy, 0, False, chosen, windows, share))
         counted.append((len(sizes), sum(sizes)))
         assert counted[-1] == rollout_counts(c, windows, share)
     if c.noisy_steps == 1:  # the window is always the same

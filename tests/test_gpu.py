@@ -259,7 +259,7 @@ def one_step(policy):
     c = policy.c
     chosen = [(index, "push_in a red box") for index in range(c.groups)]
     windows = [train.step_window(c, 0, False, index) for index, _ in chosen]
-    (batch, _, _), = train.roll_out(policy, 0, False, chosen, windows, [(0, range(c.members))])
+    (batch, _, _), = train.roll_out_groups(policy, 0, False, chosen, windows, [(0, range(c.members))])
     batch.advantages = torch.tensor([1.0, -1.0])
     notes = []
     for sde_step in batch.sde_steps:

@@ -190,7 +190,7 @@ def roll_outs(c, chosen):
     policy = Policy(c, Processes("cpu"))
     windows = [train.step_window(c, 0, False, key) for key in train.keys_of(chosen)]
     work = [(g, range(c.members)) for g in range(len(chosen))]
-    return [batch for batch, _, _ in train.roll_out(policy, 0, False, chosen, windows, work)]
+    return [batch for batch, _, _ in train.roll_out_groups(policy, 0, False, chosen, windows, work)]
 
 
 @pytest.mark.parametrize("switch", ["--shared", "--no-shared"])
@@ -350,7 +350,7 @@ def test_a_masked_video_does_not_move_the_advantages_of_the_others():
                      traj=torch.tensor([.1, .5, .4, .9]), general=torch.tensor([1.0, 1.2, 1.1, 9.0]))
         terms = {name: values[:count] for name, values in terms.items()}
         _, terms["total"] = combine(terms, weights)
-        return train.compare(Config(), terms, group[:count])[0]
+        return train.step_advantages(Config(), terms, group[:count])[0]
 
     without, masked = compared(3, [.5, .6, .7]), compared(4, [.5, .6, .7, math.nan])
     assert torch.equal(masked[:3], without) and masked[3] == 0 and without.abs().min() > 0
@@ -527,11 +527,11 @@ def test_ctrl_c_and_too_little_memory_end_with_one_line(happens, status, line, a
 
 @pytest.mark.parametrize("switch", ["--no-rectify", "--rectify", "--ratio-norm"])
 def test_the_loss_is_the_clipped_surrogate_plus_the_kl(switch, arguments, tmp_path):
-    """Of two members after the weights have moved, the second beyond the clip; by the equations, with the public parts."""
+    """Of two members after the weights have moved, the second beyond the clip; by the equations, of public parts."""
     given = ["--runs", str(tmp_path), "--kl", "100", "--clip", ".002", "--steps", "4", "--noisy-steps", "3", switch]
     c = parse_arguments([*arguments, *given])
     policy, prompt = Policy(c, Processes("cpu")), "push_in a hill"
-    (batch, _, _), = train.roll_out(policy, 0, False, [(7, prompt)], [range(1, 2)], [(0, range(2))])
+    (batch, _, _), = train.roll_out_groups(policy, 0, False, [(7, prompt)], [range(1, 2)], [(0, range(2))])
     batch.advantages, (step,) = torch.tensor([1.5, -.5]), batch.sde_steps
     with torch.no_grad():
         for name, p in policy.trained.items():
@@ -567,7 +567,7 @@ def test_advantages_are_of_the_sum_that_is_asked_for(standardised, pooled):
         return (x / (variance.mean() if pooled else variance).sqrt()).flatten()
 
     total = sum(c.weights[name] * (scaled(terms[name]) if standardised else terms[name]) for name in TERMS)
-    assert torch.allclose(train.compare(c, terms, group_ids)[0], scaled(total), atol=1e-3)
+    assert torch.allclose(train.step_advantages(c, terms, group_ids)[0], scaled(total), atol=1e-3)
 
 
 def test_a_released_rollout_pushes_the_carried_noise_into_white(arguments, tmp_path):
@@ -582,7 +582,7 @@ def test_a_released_rollout_pushes_the_carried_noise_into_white(arguments, tmp_p
 
 def test_a_rollout_asks_for_the_path_at_its_strength(arguments, tmp_path):
     c = parse_arguments([*arguments, "--runs", str(tmp_path), "--strength", ".5"])
-    (_, _, path), = train.roll_out(Policy(c, Processes("cpu")), 0, False, [(7, "push_in a hill")], [range(1)],
+    (_, _, path), = train.roll_out_groups(Policy(c, Processes("cpu")), 0, False, [(7, "push_in a hill")], [range(1)],
                                    [(0, range(2))])
     assert torch.equal(path, camera_path(["push_in"], 5, .5))
 
