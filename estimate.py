@@ -66,7 +66,8 @@ def forward_bytes(config, tokens, bytes_a_number):
 def allocated_peak(call):
     """Peak bytes that PyTorch's CPU allocator hands out during a call."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs a GPU that is not there as an error
-    with torch.profiler.profile(profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]  # alone, or it would take memory of the GPU, too
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")

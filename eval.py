@@ -388,7 +388,7 @@ def sampled_videos(a, folder):
     sampling = sampling_of(a.model, frames=a.frames)
     wan = load_wan(a.model, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
     if a.lora:
-        merge_lora(wan.dit, a.lora)
+        merge_lora(wan.dit, a.lora, for_sampling=True)
 
     @functools.lru_cache(maxsize=1)
     def sampled_batch(start):

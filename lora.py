@@ -71,6 +71,14 @@ def add_lora(dit, rank=32, alpha=64, generator=None):
     return {name: p for name, p in dit.named_parameters() if p.requires_grad}
 
 
+def keep_apart(dit, name, A, B):
+    """Puts a frozen pair (r, in), (out, r) beside the weight of the linear layer of this name."""
+    layer = LoRALinear(dit.get_submodule(name), len(A), len(A))
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
+    dit.set_submodule(name, layer.requires_grad_(False))
+
+
 @contextlib.contextmanager
 def lora_off(dit):
     """with lora_off(dit): the model as it was before add_lora."""
@@ -317,11 +325,13 @@ def read_lora(dit, path):
 
 
 @torch.no_grad()
-def merge_lora(dit, path, strength=1.0):
+def merge_lora(dit, path, strength=1.0, for_sampling=False):
     """Adds an adapter file of any form above into the weights, W += strength (alpha / r) B A.
 
     path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed;
     where a sum overflows the weights' dtype it ends half way, and the model must be loaded anew.
+    for_sampling: linear layers in bfloat16 keep W and B A apart, as in training. Their sum would be rounded
+    to 8 bits, which takes a good part of a small B A away.
     -> the pairs that were added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
     lightx2v's files also hold whole differences of weights, biases, norms and modulations. They are added
     too, but are no pairs: dit.merged_differences then names the file, and `add_lora` refuses to train, as
@@ -334,12 +344,16 @@ def merge_lora(dit, path, strength=1.0):
         if "A" in keys:
             A = tensors[keys["A"]].float()  # (r, in, ...)
             B = strength * float(alphas[name]) / len(A) * tensors[keys["B"]].float()  # (out, r, ...)
-            merged = weight + (B.flatten(1) @ A.flatten(1)).view(weight.shape).to(weight)
-            if not merged.isfinite().all():
+            layer = name.removesuffix(".weight")
+            merged = weight.float() + (B.flatten(1) @ A.flatten(1)).view(weight.shape).to(weight.device)
+            if not merged.to(weight.dtype).isfinite().all():
                 raise ValueError(f"{path}: '{keys['B']}' times '{keys['A']}' overflows {weight.dtype}; "
                                  "give another LoRA")
-            weight.copy_(merged)
-            pairs[name.removesuffix(".weight")] = A, B
+            if for_sampling and weight.dtype != torch.float32 and type(dit.get_submodule(layer)) is nn.Linear:
+                keep_apart(dit, layer, A, B)
+            else:
+                weight.copy_(merged)
+            pairs[layer] = A, B
         if "difference" in keys:
             merged = weight + (strength * tensors[keys["difference"]].float()).to(weight)
             if not merged.isfinite().all():

@@ -37,6 +37,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 import depth_anything
 import policy
 import sample
+import splat
 import train
 from depth_anything import SIZES, DepthAnything3, processed_size
 from estimate import dit_config
@@ -337,6 +338,7 @@ def played_gpu():
         with (patch.object(torch.cuda, "_lazy_init", lambda: None),
               patch.object(depth_anything, "free_memory", lambda device: math.inf),
               patch.dict(sys.modules, gsplat=SimpleNamespace(rasterization=rasterization)),
+              patch.object(splat, "compile_gsplat", lambda: None),
               PlayedGPU(), PlayedConstants(), sdpa_kernel(SDPBackend.MATH)):
             yield
     finally:

@@ -346,10 +346,14 @@ class Rewards:
         return [term for name, term in TERMS.items() if self.weights[name] and not (dynamic and term.three_d)]
 
     def load(self, dynamic=False):
-        """Loads what is needed now instead of on first use, so that a wrong path is an error before any long
-        work."""
-        for name in sorted({model for term in self.asked(dynamic) for model in term.models}):
+        """Loads what is needed now instead of on first use, so that a wrong path, or a gsplat that does not
+        compile, is an error before any long work."""
+        asked = self.asked(dynamic)
+        for name in sorted({model for term in asked for model in term.models}):
             getattr(self, name)
+        renders = {"meta", "recon"} & {term.name for term in asked}
+        if renders and self.device.type == "cuda":
+            splat.compile_gsplat()
         return self
 
     @contextlib.contextmanager

@@ -82,6 +82,14 @@ class Processes:
             dist.destroy_process_group()
 
 
+def end_alone(status):
+    """Ends this process at once, its process group still open: NCCL's is closed by all processes together, and
+    the others may be waiting for this one elsewhere. They see its connections close, and end as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 # ------------------------------------------------------------------------------------------- the run's folder
 
 # options that may differ when a run is resumed (another --batch changes only the last bits of sums)
@@ -371,8 +379,9 @@ def newest_whole(folder):
         raise RuntimeError(f"no checkpoint in {folder} is whole; to begin again choose another --name")
 
 
-PLAIN_MODULES = {"torch", "torch.serialization", "pathlib", "torch.distributed.checkpoint.metadata",
-                 "torch.distributed.checkpoint.filesystem"}
+PLAIN_MODULES = {"torch", "torch.serialization", "torch.distributed.checkpoint.metadata",
+                 "torch.distributed.checkpoint.filesystem",
+                 "pathlib", "pathlib._local"}  # PosixPath's, and where Python 3.13 has it
 PLAIN_NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
                "ChunkStorageMetadata", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING",
                "_get_layout", "Size", "PosixPath"}

@@ -613,7 +613,7 @@ def videos_of_column(a, lora, sampling, paths):
         if later != "none":
             read_lora(wan.dit, later)
     if lora != "none":
-        merge_lora(wan.dit, lora)
+        merge_lora(wan.dit, lora, for_sampling=True)
     if a.compile:
         wan.dit = torch.compile(wan.dit)
     latents, _ = sample_latents(wan, [a.prompt] * a.num, sampling, a.seed, paths=paths, strength=a.strength,

@@ -15,9 +15,14 @@ of its box (loops that Numba compiles). Differentiable, once, in every Gaussian 
 anti-aliased and 2D splats, camera distortion.
 """
 
+import fcntl
+import functools
 import math
+import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -28,6 +33,7 @@ NEAR, FAR = .01, 1e10  # depths that are drawn
 WIDEN = .3  # added to both variances, in square pixels: no splat falls between pixel centres
 ALPHA_MAX, ALPHA_MIN = .999, 1 / 255
 CLOSED = 1e-4  # the transmittance that no pixel falls below
+GSPLAT_VIEWS = 4  # that gsplat renders at once
 
 
 @dataclass
@@ -138,13 +144,39 @@ def render(gaussians, camera_to_world, intrinsics, height, width):
 
 
 def _gsplat(gaussians, camera_to_world, intrinsics, height, width):
+    compile_gsplat()
     from gsplat import rasterization  # only here: on machines without a GPU its import may start a compiler
-    picture, alpha, _ = rasterization(
-        gaussians.means, gaussians.rotations, gaussians.scales, gaussians.opacities,
-        gaussians.harmonics.mT.contiguous(), torch.linalg.inv(camera_to_world.float()), intrinsics.float(),
-        width, height, NEAR, FAR, eps2d=WIDEN, sh_degree=math.isqrt(gaussians.harmonics.shape[-1]) - 1,
-        render_mode="RGB+ED", tile_size=16)
+    harmonics = gaussians.harmonics.mT.contiguous()
+    degree = math.isqrt(gaussians.harmonics.shape[-1]) - 1
+    # a few views at a time: of each Gaussian that a view sees, gsplat keeps a copy of all harmonics
+    parts = []
+    for cameras, K in zip(camera_to_world.float().split(GSPLAT_VIEWS), intrinsics.float().split(GSPLAT_VIEWS)):
+        parts.append(rasterization(
+            gaussians.means, gaussians.rotations, gaussians.scales, gaussians.opacities, harmonics,
+            torch.linalg.inv(cameras), K, width, height, NEAR, FAR, eps2d=WIDEN, sh_degree=degree,
+            render_mode="RGB+ED", tile_size=16))
+    picture = torch.cat([picture for picture, _, _ in parts])  # (V, H, W, 4)
+    alpha = torch.cat([alpha for _, alpha, _ in parts])  # (V, H, W, 1)
     return picture[..., :3].permute(0, 3, 1, 2), picture[..., 3], alpha.squeeze(-1)
+
+
+@functools.cache
+def compile_gsplat():
+    """Has gsplat compile its CUDA kernels, which it does when they are first imported (minutes, once a
+    machine). ValueError if it cannot.
+
+    One process after the other: gsplat deletes a build that another process has begun.
+    """
+    needs = "it needs nvcc, of the CUDA version that PyTorch is built with, and ninja on the PATH"
+    with open(Path(tempfile.gettempdir()) / f"gsplat_{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        try:
+            from gsplat.cuda._backend import _C
+        except (ImportError, OSError, RuntimeError) as e:
+            reason = str(e).strip().splitlines() or [type(e).__name__]
+            raise ValueError(f"gsplat could not compile its kernels ({reason[0]}); {needs}") from None
+    if _C is None:
+        raise ValueError(f"gsplat has no kernels for this GPU; {needs}")
 
 
 def _view(gaussians, pose, K, height, width):

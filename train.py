@@ -23,6 +23,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 import types
 import typing
 from dataclasses import dataclass, field
@@ -40,8 +41,8 @@ from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
-from run import (Clock, Processes, append_line, drop_lines, mean_of, metrics_row, open_run, read_log, resume,
-                 save_checkpoint, wandb_log)
+from run import (Clock, Processes, append_line, drop_lines, end_alone, mean_of, metrics_row, open_run, read_log,
+                 resume, save_checkpoint, wandb_log)
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
                     evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
                     sampling_of, transition, unchanged, write_video)
@@ -728,8 +729,8 @@ def main(argv=None):
     try:
         c = parse_arguments(argv)
         check(c, world)
-        needs = estimate_line(c, world)
-        if needs and rank == 0:
+        needs = estimate_line(c, world) if rank == 0 else None
+        if needs:
             print(needs)
         processes = Processes(c.device, c.timeout)
         finished = train(c, processes)
@@ -737,7 +738,14 @@ def main(argv=None):
         status, line = ending(e, rank, world)
         if line:
             tqdm.write(line, file=sys.stderr)  # print would be glued to the progress bar
+        if world > 1:
+            end_alone(status)
         return status
+    except Exception:
+        if world > 1:
+            traceback.print_exc()
+            end_alone(1)
+        raise
     finally:
         if processes is not None:
             processes.close()

@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,3 +236,71 @@ def test_gradients_of_views_in_threads_are_the_views():
                                  values) for i in range(3)]
     for whole, *parts in zip(together, *alone):
         assert (whole - sum(parts)).abs().max() <= 1e-5 * whole.abs().max()
+
+
+# -------------------------------------------------------------------------------------------- gsplat, without a GPU
+
+BACKEND = """
+import os, sys
+log = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)
+os.write(log, b"<")
+total = sum(i * i for i in range(3_000_000))
+os.write(log, b">")
+_C = {kernels}
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A package with gsplat's names that writes < when its kernels begin to be compiled, > when they are."""
+    folder = tmp_path / "gsplat" / "cuda"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    (tmp_path / "log").touch()
+
+    def compilers(count, kernels):
+        """-> (exit status, stderr) of processes that compile at the same time."""
+        (folder / "_backend.py").write_text(BACKEND.replace("{kernels}", kernels))
+        code = "import splat; splat.compile_gsplat(); splat.compile_gsplat()"
+        paths = [str(tmp_path), *filter(None, sys.path)]
+        started = [subprocess.Popen([sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {code}",
+                                     str(tmp_path / "log")], stderr=subprocess.PIPE, text=True)
+                   for _ in range(count)]
+        return [(process.communicate()[1], process.returncode) for process in started]
+
+    return compilers
+
+
+def test_one_process_after_the_other_compiles_gsplat(stand_in, tmp_path):
+    assert [status for _, status in stand_in(3, "object()")] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "<><><>"
+
+
+@pytest.mark.parametrize("kernels, said", [("None", "gsplat has no kernels for this GPU; it needs nvcc"),
+                                           ("1 / 0 if False else open('/nowhere')", "could not compile its kernels")])
+def test_a_gsplat_that_does_not_compile_is_one_sentence(stand_in, kernels, said):
+    (error, status), = stand_in(1, kernels)
+    assert status == 1
+    assert "ValueError" in error.splitlines()[-1] and said in error.splitlines()[-1]
+
+
+def test_gsplat_draws_a_few_views_at_a_time_in_order(monkeypatch):
+    seen = []
+
+    def rasterization(means, *arguments, **options):
+        to_camera, width, height = arguments[4], *arguments[6:8]
+        seen.append(len(to_camera))
+        picture = to_camera[:, 2, 3].view(-1, 1, 1, 1).expand(-1, height, width, 4)
+        return picture, picture[..., :1] * 2, {}
+
+    monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=rasterization))
+    monkeypatch.setattr(splat, "compile_gsplat", lambda: None)
+    poses, K = cameras(9, 6, 8)
+    poses[:, 2, 3] = -torch.arange(9.0)
+    poses[:, :3, :3] = torch.eye(3)
+    rgb, depth, alpha = splat._gsplat(scene(5), poses, K, 6, 8)
+    assert seen == [4, 4, 1]
+    assert rgb.shape == (9, 3, 6, 8)
+    assert torch.equal(depth[:, 0, 0], torch.arange(9.0))
+    assert torch.equal(alpha[:, 5, 7], 2 * torch.arange(9.0))
