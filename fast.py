@@ -1,12 +1,12 @@
-"""What makes the models fast, apart from what they are. Each function stands beside its slow, obvious oracle.
+"""Faster forms of four operations of Wan2.1, each with the slow, obvious form that it must equal:
 
     rms_norm(x, gamma)                    = rms_norm_plain(x, gamma)
     upsampled_conv(x, conv)               = upsampled_conv_plain(x, conv)
     conv3d(x, weight, bias, padding)      = conv3d_plain(x, weight, bias, padding)
     short, n = trim_text(text)            dit(x, t, short, n) = dit(x, t, text)
 
-Forward and backward agree to rounding (tests/test_fast.py): with the plain ones model.py makes the same
-videos, more slowly. Left out: kernels of our own, quantisation, caching across sampling steps.
+Forward and backward agree to rounding (tests/test_fast.py): with the plain forms model.py makes the same
+videos up to rounding, more slowly. Left out: kernels of our own, quantisation, caching across sampling steps.
 """
 
 import torch
@@ -69,16 +69,16 @@ def upsampled_conv_plain(x, conv):
 def upsampled_conv(x, conv):
     """upsampled_conv_plain without making the large picture, for 4/9 of the multiplications.
 
-    Three neighbouring pixels of the enlarged picture are only two different ones, u u v or u v v: the taps
-    that meet the same pixel are added first. So each of the four output phases (even and odd rows, even and
-    odd columns) is a 2x2 convolution of the small picture.
+    Three neighbouring pixels of the enlarged picture have only two values, u u v or u v v: the taps that meet
+    the same value are added first. So each of the four output phases (even and odd rows, even and odd
+    columns) is a 2x2 convolution of the small picture.
     """
     B, _, H, W = x.shape
-    # Padding the small picture by one is enough: phase i of a row starts at its pixel i.
+    # Padding the small picture by one is enough: phase 0 reads it from pixel 0 on, phase 1 from pixel 1 on.
     x = F.pad(x, (1, 1, 1, 1))
     phases = []
-    for i, rows in enumerate(_merged_taps(conv.weight, 2)):
-        for j, weight in enumerate(_merged_taps(rows, 3)):
+    for i, row_merged in enumerate(_merged_taps(conv.weight, 2)):
+        for j, weight in enumerate(_merged_taps(row_merged, 3)):  # (out, in, 2, 2)
             phase = F.conv2d(x, weight, conv.bias)[:, :, i:i + H, j:j + W]
             phases.append(phase.permute(0, 2, 3, 1))  # (B, H, W, C)
     # Interleave: pixel (2y + i, 2x + j) is phase (i, j) at (y, x).
@@ -88,7 +88,7 @@ def upsampled_conv(x, conv):
 
 
 def _merged_taps(weight, dim):
-    """The three taps along dim as an even and as an odd output pixel meets them, two each."""
+    """An output pixel's three taps along dim as two: (those of even output pixels, those of odd ones)."""
     a, b, c = weight.unbind(dim)
     even = torch.stack([a, b + c], dim)
     odd = torch.stack([a + b, c], dim)

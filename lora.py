@@ -72,8 +72,8 @@ def add_lora(dit, rank=32, alpha=64, generator=None):
 
 
 def keep_apart(dit, name, A, B):
-    """Puts a frozen pair (r, in), (out, r) beside the weight of the linear layer of this name."""
-    layer = LoRALinear(dit.get_submodule(name), len(A), len(A))
+    """Keeps a frozen pair A (r, in), B (out, r) beside the weight of the linear layer of this name."""
+    layer = LoRALinear(dit.get_submodule(name), len(A), alpha=len(A))  # alpha / rank = 1: B holds the scale
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
     dit.set_submodule(name, layer.requires_grad_(False))
@@ -107,14 +107,14 @@ def lora_weights(dit, values=None, layout="diffusers", base=None):
     layout: diffusers (transformer. prefix, PEFT's lora_A / lora_B; WanPipeline.load_lora_weights reads it) or
     original (diffusion_model. prefix and the original release's names; ComfyUI reads it).
     values: {parameter name: tensor} instead of the model's own, e.g. an average.
-    base: of `merge_lora`, an adapter merged before; the file then holds the sum, of rank r + r_base:
-    B A + B' A' = [B B'] [A; A'].
+    base: what `merge_lora` returned for an adapter merged before; the file then holds the sum, of rank
+    r + r_base: B A + B' A' = [B B'] [A; A'].
     """
     values = values or {}
     pairs = dict(base or {})
     for name, layer in dit.named_modules():
         if isinstance(layer, LoRALinear):
-            # What was trained, then as more rows of A and columns of B what was merged before.
+            # The trained rows of A and columns of B, then those of the adapter merged before.
             A = values.get(f"{name}.lora_A", layer.lora_A).detach().cpu()  # (r, in)
             B = values.get(f"{name}.lora_B", layer.lora_B).detach().cpu() * layer.full_scale  # (out, r)
             base_A, base_B = pairs.get(name, (A[:0], B[:, :0]))  # nothing merged before: rank 0
@@ -240,7 +240,8 @@ HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass
 class PEFTScale:
-    """What PEFT's configuration says of the scale alpha / r; the patterns (of layers' names) come first."""
+    """What PEFT's configuration says of the scale alpha / r; a pattern that fits a layer's name wins over r
+    and lora_alpha."""
     r: Size | None = None
     lora_alpha: float | None = None
     rank_pattern: dict[str, Size] = field(default_factory=dict)
@@ -249,7 +250,8 @@ class PEFTScale:
 
 
 def peft_scale(path, keys):
-    """PEFT's configuration of an adapter, of the file beside it or Diffusers' header; empty without one."""
+    """-> PEFTScale from the adapter_config.json beside a file, or from a header that Diffusers wrote; empty
+    without one. ValueError for options that change what A and B mean."""
     config = {}
     if path.stem == "adapter_model" or any(key.startswith("base_model.model.") for key in keys):
         config = dict(lora_alpha=8) | read_json(path.parent / "adapter_config.json")  # PEFT's default
@@ -327,15 +329,15 @@ def read_lora(dit, path):
 @torch.no_grad()
 def merge_lora(dit, path, strength=1.0, for_sampling=False):
     """Adds an adapter file of any form above into the weights, W += strength (alpha / r) B A.
-
-    path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed;
-    where a sum overflows the weights' dtype it ends half way, and the model must be loaded anew.
-    for_sampling: linear layers in bfloat16 keep W and B A apart, as in training. Their sum would be rounded
-    to 8 bits, which takes a good part of a small B A away.
     -> the pairs that were added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
+
+    path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed. A
+    sum that overflows the weights' dtype is found half way, and the model must then be loaded anew.
+    for_sampling: below float32, plain linear layers keep W and B A apart, as in training: in bfloat16 their
+    sum would be rounded to 8 bits, which takes a good part of a small B A away.
     lightx2v's files also hold whole differences of weights, biases, norms and modulations. They are added
-    too, but are no pairs: dit.merged_differences then names the file, and `add_lora` refuses to train, as
-    exports would lack them.
+    too, but an exported LoRA could not hold them: dit.merged_differences is set to the file's path, and
+    `add_lora` then refuses to train.
     """
     path, tensors, matched, alphas = read_lora(dit, path)
     pairs = {}

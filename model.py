@@ -6,8 +6,8 @@
     v = wan.dit(x, 1000 * sigma, text)        # the velocity eps - x0 at x = (1-sigma) x0 + sigma eps
 
 Module names are the Diffusers checkpoints' (its scale_shift_table is what the original calls modulation);
-`original_dit_key` and `original_vae_key` give the original release's, so both layouts load. What makes these
-models fast, apart from what they are, stands in fast.py.
+`original_dit_key` and `original_vae_key` give the original release's, so both layouts load. fast.py holds
+faster forms of four operations; they change results by rounding only.
 
 The text encoder stands in texts.py. Left out: image-to-video branches (img_emb, add_k_proj), Wan2.2's
 residual VAE, tiling (decoding streams over time instead).
@@ -36,10 +36,10 @@ from weights import (Positive, Size, config_from, fill, fill_arguments, model_fo
 # T = 1 + (F-1)/4: frame 0 makes a latent frame alone, then every 4 frames make one. So a still image is a
 # clip of one frame, and the VAE learns from images and videos alike.
 #
-# Time is causal: a convolution sees the present and two past frames, zeros before the first, never the
-# future. So a clip can be processed whole (training) or piece after piece in bounded memory, with the same
-# result: `memory` is a dict {layer: the last frames it was given}, which the layer puts before its next
-# piece (an Upsample notes only that the clip's first frame is behind it). None = the clip is whole.
+# Time is causal: a convolution sees the present and at most two past frames, zeros before the first, never
+# the future. So a clip can be processed whole (memory None: to train a VAE, in tiny/) or piece by piece, in
+# less space with the same result: `memory` is a dict {layer: the frames it puts before its next piece}.
+# (An Upsample stores True: the clip's first frame, which it treats differently, is behind it.)
 #
 # Activations are (B, C, T, H, W), kept channels-last, where the channel norm reduces along contiguous memory.
 # ============================================================================================================
@@ -83,11 +83,11 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """Scales each pixel's channels to root mean square gamma."""
+    """Scales each pixel's channels to root mean square 1, then each channel by its gamma."""
 
-    def __init__(self, dim, spatial):
+    def __init__(self, dim, axes):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial))
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))  # of rank 1 + axes, as in the checkpoints
 
     def forward(self, x):
         return rms_norm(x, self.gamma.to(x.dtype).flatten())
@@ -190,8 +190,8 @@ class Upsample(nn.Module):
 
     def as_pairs(self, x):
         """Channels to time: (B, 2C, T, H, W) -> (B, C, 2T, H, W)."""
-        B, C, T, H, W = x.shape
-        x = x.view(B, 2, C // 2, T, H, W)
+        # The first half of the channels is the earlier frame of each pair.
+        x = x.unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
         return x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
 
@@ -289,8 +289,8 @@ class VAE(nn.Module):
     def encode(self, video):
         """(B, F, 3, H, W) in [0, 1] -> normalised latents (B, C, T, h, w), float32.
 
-        F = 4k+1, H and W multiples of 8, else ValueError. The latents are the posterior's mean,
-        (mu - mean)/std per channel, as everywhere in Wan.
+        F = 4k+1, H and W multiples of 8, else ValueError. Nothing is drawn: the latents are the posterior's
+        mean mu, (mu - latents_mean) / latents_std per channel, as everywhere in Wan.
         """
         B, frames, _, H, W = video.shape
         if frames % 4 != 1 or H % 8 or W % 8:
@@ -339,8 +339,8 @@ class VAE(nn.Module):
         return torch.tensor(pair, device=device).view(2, 1, -1, 1, 1, 1)
 
     def pieces(self, T, pixels):
-        """(start, stop) of each piece in latent frames: up to 4, 1 where one frame has 256x256 pixels."""
-        size = min(max(2 ** 16 // pixels, 1), 4)
+        """-> [(start, stop)] of the pieces, in latent frames: up to 4 each, fewer where frames are large."""
+        size = min(max(2 ** 16 // pixels, 1), 4)  # pixels: one frame's, of the whole batch; bounds memory
         return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
@@ -410,13 +410,13 @@ def time_frequencies(t, dim):
 
 
 def linear_float32(layer, x):
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):  # tiny/train.py runs the DiT in bfloat16 autocast
         return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
 def modulate(x, shift, scale):
     """x (1 + scale) + shift: x (B, L, D), shift and scale (B, 1, D), float32."""
-    # One fused addcmul, here and in add_gated: a product and then a sum would give other last bits.
+    # addcmul, here and in add_gated: one pass over memory. A product, then a sum could round differently.
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -494,15 +494,15 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim ** .5)
 
     def forward(self, x, text, modulation, rotation, bias):
-        """x (B, L, D) float32 -> the same. text (B, L', D), modulation (B, 6, D), rotation of x, bias of
-        text."""
+        """x (B, L, D) float32 -> the same. text (B, L', D), modulation (B, 6, D), rotation: `rope` of x's
+        tokens, bias: `padding_bias` of text."""
         table = self.scale_shift_table.float() + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, 1)  # (B, 1, D)
-        dtype = self.ffn.net[2].weight.dtype
+        dtype = self.ffn.net[2].weight.dtype  # the layers compute in their weights' dtype
         # attention to the whole video
         h = modulate(self.norm1(x), shift1, scale1).to(dtype)
         x = add_gated(x, self.attn1(h, rotation=rotation), gate1)
-        # attention to the text, which the time step does not modulate
+        # attention to the text: neither modulated by the time step nor gated
         h = self.norm2(x).to(dtype)
         x = x + self.attn2(h, text, bias=bias)
         # each token by itself
@@ -556,7 +556,7 @@ class DiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim ** .5)
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.checkpointing = False
-        self.merged_differences = None  # lora.merge_lora names a file here that no LoRA could hold
+        self.merged_differences = None  # path of an adapter file with whole differences (lora.merge_lora)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -564,8 +564,8 @@ class DiT(nn.Module):
         nn.init.zeros_(self.proj_out.weight)  # before training the velocity is zero everywhere
 
     def forward(self, x, t, text, text_padding=0):
-        """text_padding: the last text token stands for so many equal zero tokens, as `fast.trim_text` counts
-        them; 0: for itself."""
+        """text_padding: the number of zero tokens that text's last token stands for (from `fast.trim_text`);
+        0: text was not trimmed."""
         # Tokens, the conditions, and where each token stands.
         x, grid = self.patchify(x)  # (B, L, D) float32
         time, modulation, text = self.condition_embedder(t, text)  # (B, D), (B, 6, D), (B, L', D)
@@ -606,8 +606,8 @@ class DiT(nn.Module):
 
 # ============================================================================================================
 # Checkpoints.  Two published layouts of the same weights:
-#   Diffusers  transformer/ vae/ text_encoder/ tokenizer/ scheduler/, each with config.json and safetensors
-#              (one file, or shards listed in an index)
+#   Diffusers  transformer/ vae/ text_encoder/, each with config.json and safetensors (one file, or shards);
+#              tokenizer/; scheduler/ (only its shift is used, and it may be absent)
 #   original   config.json + diffusion_pytorch_model*.safetensors (DiT), Wan2.1_VAE.pth,
 #              models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/ (tokenizer)
 # A loader describes the model (on the meta device, without memory), matches every tensor by the files'
@@ -615,7 +615,7 @@ class DiT(nn.Module):
 # ============================================================================================================
 
 ORIGINAL_VAE = "Wan2.1_VAE.pth"
-# Pattern in our name (= Diffusers' or transformers'): what the original release has there. Applied in order.
+# {pattern in our name (= Diffusers'): what the original release has in its place}, applied in order.
 ORIGINAL_DIT_NAMES = {
     r"^condition_embedder\.(time|text)_embedder\.linear_1": r"\1_embedding.0",
     r"^condition_embedder\.(time|text)_embedder\.linear_2": r"\1_embedding.2",
@@ -647,6 +647,8 @@ ORIGINAL_VAE_NAMES = {
     r"(\.\d+)\.norm2\.": r"\1.residual.3.",
     r"(samples\.\d+|middle\.\d+)\.conv2\.": r"\1.residual.6.",
 }
+
+
 def original_vae_key(key):
     """A VAE parameter's name in the original release, where the decoder's levels are one flat list."""
     def index(match):
@@ -685,7 +687,7 @@ def _describe_dit(folder):
     folder = _inside(folder, "transformer")
     file = folder / "config.json"
     values = read_json(file)
-    rename = str
+    rename = str  # the identity: Diffusers' names are ours
     if "dim" in values and "num_heads" in values:  # the original's config
         rename = original_dit_key
         own = config_from(OriginalDiT, values, file)
@@ -766,8 +768,8 @@ class Scheduler:
 
 
 def load_wan(path, device="cpu", dtype=torch.float32, text=True):
-    """Wan2.1 from a folder in either published layout, or a hub id; text=False: without the text encoder,
-    whose files are checked all the same.
+    """Wan2.1 from a folder in either published layout, or a hub id. text=False: without the text encoder,
+    whose files must still be there and open (its tensors are then not matched to its config).
 
     dtype is the DiT's and text encoder's; the VAE is float32 always, its official precision. Raises
     ValueError with one sentence when a file is missing, cut short, mislabelled or not what the config
@@ -780,7 +782,7 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
         raise ValueError(f"'{path}' holds neither transformer/ (Diffusers layout) "
                          f"nor {ORIGINAL_VAE} (original layout); give {WAN}")
 
-    # Check every part by its files' headers.
+    # Check by headers alone. (The text encoder's tensors are matched in load_text, also before any is read.)
     parts = [fill_arguments(*_describe_dit(folder), device, dtype),
              fill_arguments(*_describe_vae(folder), device, torch.float32)]
     text_config, *_ = describe_text(folder)

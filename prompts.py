@@ -1,5 +1,5 @@
-"""Prompt files: the Pure Text Dataset of World-R1 and how it is read. No pictures, no videos: RL needs
-prompts alone.
+"""Prompt files and how they are read, modelled on World-R1's Pure Text Dataset. No pictures, no videos: RL
+needs prompts alone.
 
     prompts.jsonl        3,000 train, 500 dynamic and 300 test prompts, written for this project after the
                          paper's description: a camera sentence (the 11 words of noise_warp.py), then a scene
@@ -47,8 +47,8 @@ class Line:
 
 
 def read_rows(file, split="train"):
-    """-> [{"prompt", "split", "id"}] of a prompt file in order. split: of a line that has none; its id is
-    None.
+    """-> [{"prompt", "split", "id"}] of a prompt file in order. split: what a line without one gets.
+    id: None where a line has neither id nor video.
 
     ValueError names the file, and the line that cannot be used.
     """
@@ -82,17 +82,18 @@ def read_rows(file, split="train"):
     ids = Counter(str(row["id"]).removesuffix(".mp4") for row in rows if row["id"] is not None)
     doubled = [name for name, count in ids.items() if count > 1]
     if doubled:
-        raise ValueError(f"{file} gives the id '{doubled[0]}' to {ids[doubled[0]]} prompts; an id is of one")
+        raise ValueError(f"{file} gives the id '{doubled[0]}' to {ids[doubled[0]]} prompts; "
+                         "give each its own")
     return rows
 
 
 def read_prompts(file, needed="train"):
     """-> {"train": [...], "dynamic": [...], "test": [...]} of prompt strings.
 
-    A folder holds SPLIT.jsonl or SPLIT.txt. Without test prompts the last tenth of the training prompts, at
-    least one, is test, and what equals one of them is not trained on (a single prompt is both). ValueError if
-    there is no prompt of the split that is needed, or if a test prompt, or what a folder's file says is
-    another split's, would be trained on.
+    A folder holds SPLIT.jsonl or SPLIT.txt. Without test prompts, the last tenth of the training prompts, at
+    least one, becomes test, and prompts equal to one of them are dropped from train and dynamic; if that
+    leaves train empty, as with a single prompt, train keeps all. ValueError if the needed split is empty, if
+    a test prompt is also in another split, or if a line of a folder's file names a split not the file's.
     """
     prompts = {split: [] for split in SPLITS}
     if Path(file).is_dir():

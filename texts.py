@@ -1,5 +1,5 @@
-"""Prompts become embeddings: Wan2.1's UMT5 text encoder, loaded from either layout, and what it said kept on
-disk.
+"""Prompts become embeddings: Wan2.1's UMT5 text encoder, loaded from either layout, and a cache of its
+outputs on disk.
 
     encoder, tokenizer = load_text("tiny/wan")
     text = encode_text(encoder, tokenizer, prompts)      # (B, 512, D)
@@ -9,9 +9,9 @@ disk.
     wan.text_cache = cache           # then wan.encode_text(prompts) reads them
 
 Training needs the encoder (11 GB for Wan2.1) for minutes, not for days. A file of the cache holds one
-prompt's tokens without padding, and their checksum. Its name is a digest of prompt, dtype and the encoder's
-files (name, size, time of change): another encoder never answers for this one. The encoder is transformers'
-UMT5EncoderModel: it is frozen here and well kept there. Left out: clearing the cache.
+prompt's embedding without padding, and its checksum. The file's name is a digest of prompt, dtype and the
+encoder's and tokenizer's files (name, size, time of change), so a different encoder's embedding is never
+read. The encoder is transformers' UMT5EncoderModel; it is never trained here. Left out: clearing the cache.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers
                 relative_attention_num_buckets=32, relative_attention_max_distance=128,
                 feed_forward_proj="gated-gelu", dropout_rate=0.0, layer_norm_epsilon=1e-6)
 
-# Pattern in our name (= transformers'): what the original release has there. Applied in order.
+# {pattern in our name (= transformers'): what the original release has in its place}, applied in order.
 ORIGINAL_TEXT_NAMES = {
     r"^shared\.weight": "token_embedding.weight",
     r"^encoder\.final_layer_norm": "norm",
@@ -125,12 +125,12 @@ def clean_prompt(text):
 
 
 def spelled_out(tokenizer, text):
-    """-> the text with a space in what is a special token: "</s>" in a prompt is not the prompt's end.
+    """-> the text with a space inside each special token, so that "</s>" in a prompt does not end it.
 
-    The tokenizers' own split_special_tokens would not do: UMT5's vocabulary holds these words as well.
+    The tokenizer's split_special_tokens would not help: UMT5's vocabulary also holds these as plain words.
     """
     marks = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values())
-    return re.sub(f"(?i)(?=(?:{marks})).", r"\g<0> ", text)
+    return re.sub(f"(?i)(?=(?:{marks})).", r"\g<0> ", text)  # after a mark's first character: "< /s>"
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def encode_text(text_encoder, tokenizer, prompts):
 # ----------------------------------------------------------------------------------------------- kept on disk
 
 class TextCache:
-    """prompt -> embedding (1, 512, D), padding zeroed, as the encoder gives it: to the bit."""
+    """prompt -> embedding (1, 512, D), padding zeroed: bit for bit what the encoder gives for it alone."""
 
     def __init__(self, model, folder, device="cpu", dtype=torch.float32):
         self.model, self.folder, self.device, self.dtype = model, folder, device, dtype
@@ -178,7 +178,7 @@ class TextCache:
                 save_file(dict(text=text), part, metadata=dict(sha256=self.checksum(prompt, text)))
 
     def read(self, prompt):
-        """-> (tokens, D), or None where the file holds none, or another than was written."""
+        """-> the embedding (tokens, D), or None where its file is missing, damaged or not this prompt's."""
         with contextlib.suppress(OSError, SafetensorError, KeyError):
             with safe_open(self.file(prompt), framework="pt") as file:
                 text, known = file.get_tensor("text"), (file.metadata() or {}).get("sha256")
@@ -186,7 +186,7 @@ class TextCache:
                 return text
 
     def checksum(self, prompt, text):
-        """-> SHA-256 (hex) of an embedding (tokens, D) and of whose it is."""
+        """-> SHA-256 (hex) of an embedding (tokens, D), its dtype and shape, and the name of its file."""
         whose = f"{self.file(prompt).stem} {text.dtype} {tuple(text.shape)} "
         return hashlib.sha256(whose.encode() + text.cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
 

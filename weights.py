@@ -44,7 +44,7 @@ def written_whole(path):
     OSError is one sentence that names the file.
     """
     path = Path(path)
-    # In the same folder: a rename across disks would be a copy. Its own name: two runs share a text cache.
+    # In the same folder: a rename cannot cross disks. A name of its own: two runs may fill one text cache.
     part = path.with_name(f".{path.stem}.part-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         if path.is_dir():  # a link to one would be replaced
@@ -84,7 +84,7 @@ def write_text(path, text):
 # ------------------------------------------------------------------------------------------------- commands
 
 def is_out_of_memory(error):
-    """Does an error say so? torch has no class for the CPU's."""
+    """Does an error say that memory ran out? torch has no class for the CPU's."""
     by_name = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return by_name or "can't allocate memory" in str(error)
 
@@ -182,7 +182,8 @@ class Index:
 
 
 def weight_files(folder, stem):
-    """The safetensors files of `stem` in a folder: one file, or the shards its index lists."""
+    """The safetensors files of `stem` in a folder: the shards its index lists, else one whole file, else the
+    shards by their numbers."""
     whole = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
     five = "[0-9]" * 5
@@ -192,7 +193,7 @@ def weight_files(folder, stem):
         weight_map = read_json(index, Index).weight_map
         names = sorted(set(weight_map.values()))
     elif shards and not whole.exists():
-        # Without an index the shards' names say how many there are; the first one missing is enough.
+        # The names say how many shards there are. If any is missing, one of the first len(shards) + 1 is.
         totals = sorted({file.stem[-5:] for file in shards})
         if len(totals) > 1:
             raise ValueError(f"{folder} holds shards of {' and of '.join(totals)}; "
@@ -246,7 +247,7 @@ def open_tensors(files, device="cpu"):
 
 def _read(file, name, read):
     value = read()
-    # A single number may be whole: kohya's alpha is.
+    # A scalar may be an integer: kohya's alpha is.
     if value.dim() and value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{file}: tensor {name} is {str(value.dtype).removeprefix('torch.')}; "
                          "give weights of float32, float16 or bfloat16")
@@ -277,7 +278,7 @@ def _open_pth(file):
 
 
 def _is_plain(name, value):
-    """Whether these are a name and a tensor whose numbers lie in the file, each of them."""
+    """Whether this is a name and a plain CPU tensor that claims no more numbers than its storage holds."""
     return (isinstance(name, str) and isinstance(value, torch.Tensor) and value.device.type == "cpu"
             and value.layout == torch.strided and not value.is_nested
             and value.numel() * value.itemsize <= value.untyped_storage().nbytes())
@@ -347,7 +348,8 @@ def match_tensors(model, files, rename, device="cpu", unused=frozenset()):
 
 
 def fill_arguments(model, files, rename, device, dtype):
-    """-> what `fill` takes, once every tensor is known to be there."""
+    """-> the arguments of `fill`. Checks every tensor's name and shape, reads none: `load_wan` checks both
+    models in this way before it fills the first."""
     return model, match_tensors(model, files, rename, device), device, dtype
 
 
@@ -358,8 +360,8 @@ def fill(model, reads, device, dtype):
     """
     for key, read in reads.items():
         owner, _, name = key.rpartition(".")
-        # A copy even where nothing changes: a file's tensors lie anywhere in memory, and some kernels round
-        # by where.
+        # A copy even where nothing changes: a file's tensors may start at any address, and the last bits of
+        # some kernels depend on it.
         value = read().to(device=device, dtype=dtype, copy=True)
         # A meta parameter has no memory to copy into, so the parameter itself is replaced.
         setattr(model.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
