@@ -5,13 +5,14 @@
     python ablate.py run full --total-steps 48 --out runs/results    further arguments go to train.py
     python ablate.py table                 results/ -> tables and figure of README.md, docs/learning_proof.md
 
-A result is never replaced, and a stopped call goes on when it is made again.
+A result is never replaced, and a stopped call resumes when the same command is given again.
 
-All cells and seeds are scored on the same prompts and noise, and runs of one seed begin alike. So a cell is
-compared with the same seeds of another, video by video: cell - other, one change a video. An interval is a
-bootstrap over prompts of the changes' mean over seeds. It knows nothing of how far two trainings of one
-recipe fall apart, which `seed_noise` measures; a change is called off zero (bold) only where its interval
-holds no 0 and it is larger than that.
+All cells and seeds are scored on the same prompts, and on the same noise except with --no-transport. Runs of
+one seed start from the same weights. So each seed of a cell is compared with the same seed of the cell it is
+measured against, video by video: cell - other. These changes are averaged over the seeds, and an interval is
+a bootstrap of that over prompts. It does not know how much two trainings of one recipe differ by their seed
+alone: `seed_noise` estimates that, and `seeds_apart` makes a threshold of it. A change is called "off zero"
+(bold) only where its interval does not contain 0 and the change exceeds the threshold.
 """
 
 import argparse
@@ -57,6 +58,7 @@ class Cell:
 PAPER_METRICS = ("psnr", "ssim", "reward_recon", "reward_traj", "reward_meta", "reward_general")
 CELLS = {
     "base": Cell("main", trained=False),  # what training starts from
+    # the whole recipe, with LoRA (train.py's --full, all weights trained, is something else)
     "full": Cell("main", "", (27.63, .858, .342, .296, .307, .37), 3),
     # tiny/wan without faults: how far training could come
     "clean": Cell("untrained", "--lora none", against="base", trained=False),
@@ -97,8 +99,8 @@ CHOICES = {  # with the full cell's number of videos, whose sampling and rewards
     "updates_2": "--updates 2",
     # guidance takes two passes: half the denoising steps, and one of them trained; compare it with window_1
     "guidance_2": "--guidance 2 --steps 5 --noisy-steps 2 --window 1",
-    # as many passes of the DiT as the full cell, so more or fewer videos; as large a share of the steps is
-    # noisy, and about as large a share dynamic
+    # about as many passes of the DiT as the full cell, so more or fewer videos; about the same share of the
+    # denoising steps is noisy (2 of 6, 6 of 20; full: 3 of 10), and of the training's steps dynamic
     "steps_6": "--steps 6 --noisy-steps 2 --total-steps 120",
     "steps_20": "--steps 20 --noisy-steps 6 --total-steps 64 --main-steps 27 --dynamic-steps 5",
 }
@@ -124,10 +126,10 @@ class Scored:
 class Result:
     """results/CELL/seed_N.json."""
     config: dict  # the options that are not the tiny preset's
-    commit: str  # the one that was checked out when the call began
+    commit: str  # checked out when this cell began; ends in +changes if tracked files differed from it
     machine: str
     minutes: dict[str, float | None]  # of the training's steps, of each scoring (None: an earlier call's)
-    seconds: dict[str, float]  # a step, by phase
+    seconds: dict[str, float]  # mean of all steps, main and dynamic: {"rollout", "reward", "wait", "update"}
     failed: dict[str, str]  # of each scoring, in words
     scored: dict[str, Scored]  # test, dynamic; both by KINDS; probe; longer videos of base and full
     curve: dict[str, list]  # the training's evaluations; the total and its terms, step by step
@@ -198,11 +200,14 @@ def measured(a, name, options):
     # as many scorings at a time as processes, the longest first
     commands = scorings(name, c, folder, a.num)
     if not (folder / "test" / "summary.json").exists():
-        (folder / "probe.txt").unlink(missing_ok=True)  # it does not say of what it is
+        # unlike summary.json, probe.txt does not say which model it is of: without test's it is not trusted
+        (folder / "probe.txt").unlink(missing_ok=True)
     with ThreadPoolExecutor(a.processes) as pool:
-        minutes |= dict(zip(commands, pool.map(lambda way: score(a, folder, way, commands[way]), commands)))
+        taken = pool.map(lambda way: score(a, folder, way, commands[way]), commands)
+        minutes |= dict(zip(commands, taken))
 
-    # by prompts, and by what moves of itself: "a red box that spins"
+    # each set, and all videos again by how many objects move: a caption says " that " once for each of them,
+    # as in "a red box that spins"
     probe = {"probe": probe_scored(folder / "probe.txt")} if commands.pop("probe", None) else {}
     rows = {way: read_lines(folder / way / "metrics.jsonl", dict) for way in commands}
     failed = {way: failures(read_summary(folder / way / "summary.json")) for way in commands}
@@ -214,7 +219,8 @@ def measured(a, name, options):
 
 
 def trained(a, c, folder, options):
-    """Trains a run to its end. -> minutes and seconds a step by phase, without evaluations; its curve."""
+    """Trains a run to its end. -> its minutes; {part of a step: mean seconds}; its curve. The times leave out
+    evaluations."""
     together = []
     if a.processes > 1:
         together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", a.processes]
@@ -223,7 +229,7 @@ def trained(a, c, folder, options):
     if len(rows) < c.total_steps:
         raise ValueError(f"{folder} is not trained to its end; see above, and give the same command again")
     clocks = [row["machine"]["seconds"] for row in rows]
-    seconds = {phase: rounded(np.mean([clock[phase] for clock in clocks])) for phase in clocks[0]}
+    seconds = {part: rounded(np.mean([clock[part] for clock in clocks])) for part in clocks[0]}
     minutes = rounded(len(rows) * sum(seconds.values()) / 60)
     curve = {name: [rounded(row[name]) for row in rows] for name in ("total", *TERMS)}
     if c.eval_every:
@@ -232,7 +238,8 @@ def trained(a, c, folder, options):
 
 
 def scorings(name, c, folder, num):
-    """-> {what is scored: command}. The training's judge models score it, on eval.py's views and frames."""
+    """-> {way: command}. A way of scoring is a set of videos ("test", "dynamic", "longer") or the "probe".
+    Judges: the training's models, but with eval.py's own number of views, and of frames that R_gen sees."""
     model = ["--model", c.model, "--prompts", c.prompts, *CELLS[name].scoring.split()]
     adapter = folder if CELLS[name].trained else c.lora
     if adapter:
@@ -255,7 +262,7 @@ NOT_SCORED = ("height", "width", "strength", "traj_alpha", "traj_beta", "general
 
 
 def check_can_be_scored(c):
-    """ValueError for an option that the training would have and its scoring would not."""
+    """ValueError for an option of NOT_SCORED that is not the preset's: scoring could not be told of it."""
     preset = training_arguments(["--model", c.model])
     for name in NOT_SCORED:
         if getattr(c, name) != getattr(preset, name):
@@ -364,8 +371,8 @@ SCENES = {f"{title}, {kind}": (kind, metric) for title, metric in (("PSNR", "psn
 
 
 def read_results(out):
-    """-> {cell: {seed: Result}} of a folder's results, in the order of CELLS. ValueError for one that is no
-    seed of its cell, or that was scored on other videos."""
+    """-> {cell: {seed: Result}} of a folder's results, in the order of CELLS. ValueError for one trained with
+    other options than the cell's first seed, or with more or fewer videos in a set than results before."""
     found, counts, trainings = {}, {}, {}
     for name in CELLS:
         for file in sorted((out / name).glob("seed_*.json")):
@@ -452,17 +459,20 @@ def changes(found, name, column, against=None):
 
 
 def seed_noise(found, column, chosen=slice(None)):
-    """How far a training falls from another of its recipe for its seed alone: the standard deviation of a
-    run's mean over videos, and its degrees of freedom. (NaN, 0) if no cell has two seeds.
+    """How much a run's mean over videos varies with the seed alone: a standard deviation, and its degrees of
+    freedom. (NaN, 0) if no cell has two seeds.
 
-    Pooled: of full's own seeds, and of each other training's changes from full, seed by seed, which vary by
-    twice a run's variance.
+    Pooled from full's own seeds, and from every other training's changes from full, seed by seed. A change
+    is taken to have twice a run's variance, as if its two runs were independent, and the cells' changes as
+    independent of each other. Both are approximations: all changes share full's seeds, and the two runs of a
+    seed begin alike.
     """
     samples = [(1, [over_seeds({seed: result}, column) for seed, result in found.get("full", {}).items()])]
     samples += [(2, changes(found, name, column, "full")) for name in found
                 if CELLS[name].trained and name != "full"]
     total, freedom = 0.0, 0
     for variances, runs in samples:
+        # interval(...)[0] is the mean of what is not NaN
         means = [interval(run[chosen])[0] for run in runs] if len(runs) > 1 else []
         means = [mean for mean in means if math.isfinite(mean)]
         if len(means) > 1:
@@ -493,13 +503,16 @@ def change_shown(found, name, column, against=None, chosen=slice(None)):
         return ""
     if each.shape[1] == 1:
         return f"{mean:+.2g}"
-    seeds = [interval(seed)[0] for seed in each]
-    text = f"{mean:+.3g}"
+
+    def shown(number):
+        return f"{round(number, 12):+.3g}"  # a sum that is 0 but for rounding is 0
+
+    text = shown(mean)
     if is_off_zero(each, seeds_apart(found, name, column, against, chosen)):
         text = f"**{text}**"
-    text += f"<br>[{low:+.3g}, {high:+.3g}]"
-    if len(seeds) > 1:
-        text += "<br>" + ", ".join(f"{seed:+.3g}" for seed in seeds)
+    text += f"<br>[{shown(low)}, {shown(high)}]"
+    if len(each) > 1:
+        text += "<br>" + ", ".join(shown(interval(seed)[0]) for seed in each)
     return text
 
 
@@ -524,6 +537,7 @@ def label(found, name):
 def cells_of(found, table):
     """-> the names of a table's cells that can be compared: of both there is a seed."""
     names = [name for name, cell in CELLS.items() if cell.table == table and name in found]
+    # where the two cells share no seed, `changes` is a single NaN, (1, 1)
     return [name for name in names if changes(found, name, COLUMNS["R_gen"]).shape[1] > 1]
 
 

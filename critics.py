@@ -89,8 +89,8 @@ def load_processor(folder, model_type):
 # --------------------------------------------------------------------------------- the vision-language critic
 
 class Critic:
-    """Qwen3-VL as a judge: the probabilities of the digits 0-9 as its next token. `digit_score` takes their
-    mean."""
+    """Qwen3-VL as a judge: how probable each digit 0-9 is as its next token, among the ten digits alone: all
+    other tokens are left out of the softmax. `digit_score` makes one score of the ten."""
 
     def __init__(self, path, device="cpu", dtype=torch.float32):
         import transformers
@@ -125,7 +125,7 @@ class Critic:
 
     @torch.no_grad()
     def __call__(self, images):
-        """(N, 3, H, W) in [0, 1] -> digit probabilities (N, 10), float32."""
+        """(N, 3, H, W) in [0, 1] -> digit probabilities (N, 10) that sum to 1, float32."""
         batch = self.inputs(as_pictures(images)).to(self.model.device)
         logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # (N, vocabulary)
         return logits[:, self.digits].float().softmax(-1).cpu()
@@ -239,7 +239,7 @@ class Preference:
         tokenizer.padding_side = "right"
         tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
         pixels, vision = own.image_pixels, config.vision_config
-        side = vision.patch_size * vision.spatial_merge_size  # pixels of a token
+        side = vision.patch_size * vision.spatial_merge_size  # a token covers side x side pixels
         if pixels > config.text_config.max_position_embeddings * side ** 2:
             raise ValueError(f"{folder / 'hpsv3.json'}, entry image_pixels: {pixels} are more tokens than "
                              "the model reads; lower it")

@@ -155,8 +155,9 @@ class Block(nn.Module):
 # ------------------------------------------------------------------- attention within a view / over all views
 
 def reference_view(tokens):
-    """Index of the view whose class token (V, D) is the most average one: similarity to the others, norm and
-    variance, each scaled to [0, 1] over the views, summed distance to .5 smallest ("saddle_balanced")."""
+    """Index of the view whose class token (V, D) is the most average one ("saddle_balanced"). Of each token:
+    mean cosine to the others, norm, and variance of its entries once it has unit norm; each scaled to [0, 1]
+    over the views. The view with the smallest sum of distances to .5 is taken."""
     unit = tokens / tokens.norm(dim=-1, keepdim=True)
     similarity = (unit @ unit.T - torch.eye(len(unit), device=unit.device)).sum(-1) / (len(unit) - 1)
 
@@ -231,11 +232,11 @@ class VisionTransformer(nn.Module):
                 rotation = within if i >= c.alt_start else None
                 x = local = block(x.flatten(0, 1), rotation).view_as(x)  # every view by itself (BV, 1+N, D)
             if i in c.out_layers:
-                # What a view knows by itself, and what it learnt from the others; in the order they came in.
+                # Side by side: the state after the last block within the views, and now; in input order.
                 back = order.argsort(1)
-                alone, together = local[scene, back], x[scene, back]
-                patches = torch.cat([alone[:, :, 1:], self.norm(together[:, :, 1:])], -1)
-                taken.append((patches, torch.cat([alone[:, :, 0], together[:, :, 0]], -1)))
+                earlier, now = local[scene, back], x[scene, back]
+                patches = torch.cat([earlier[:, :, 1:], self.norm(now[:, :, 1:])], -1)
+                taken.append((patches, torch.cat([earlier[:, :, 0], now[:, :, 0]], -1)))
         return taken
 
 
@@ -248,7 +249,7 @@ def uv_embedding(x, aspect):
     frequency = 100.0 ** -(torch.arange(C // 4, device=x.device).float() / (C // 4))
 
     def along(side, reach):
-        """(C/2, side) at the middles of `side` cells between -reach and reach."""
+        """(C/2, side) at the middles of `side` cells between -reach / diagonal and reach / diagonal."""
         positions = torch.linspace(-1, 1, side, device=x.device) * (reach / diagonal * (side - 1) / side)
         angle = torch.outer(frequency, positions)
         return torch.cat([angle.sin(), angle.cos()])
@@ -361,7 +362,7 @@ class CameraDecoder(nn.Module):
     def forward(self, token, H, W):
         """First tokens (V, 2D) -> camera-to-world (V, 4, 4), intrinsics (V, 3, 3) in H x W pixels."""
         x = self.backbone(token)
-        # The heads are linear: quaternion_to_matrix takes a quaternion of any norm.
+        # fc_qvec's quaternion is not normalised: quaternion_to_matrix takes one of any norm.
         pose = torch.eye(4, device=x.device).repeat(len(x), 1, 1)
         pose[:, :3, :3] = quaternion_to_matrix(self.fc_qvec(x))
         pose[:, :3, 3] = self.fc_t(x)
@@ -386,7 +387,8 @@ def gaussians_of(raw, depth, camera_to_world, K):
     offset, scale, quaternion, harmonics, depth_offset, opacity = raw.split((2, 3, 4, 27, 1, 1), -1)
     R, t = camera_to_world[:, :3, :3], camera_to_world[:, :3, 3]
 
-    # The mean sits at *ray length* depth + offset along the pixel's unit ray; pixels and K in [0, 1].
+    # As published, depth + offset is taken as the *length* of the pixel's ray, though the depth head gives z:
+    # away from the centre a mean is nearer than X above, unless the offset corrects it. Pixels, K in [0, 1].
     size = torch.tensor([W, H, 1.0]).to(raw)
     v, u = torch.meshgrid((torch.arange(H) + .5) / H, (torch.arange(W) + .5) / W, indexing="ij")
     uv = torch.stack([u, v], -1).to(raw) + offset / size[:2]  # (V, H, W, 2)
@@ -396,7 +398,7 @@ def gaussians_of(raw, depth, camera_to_world, K):
     length = depth[..., None] + depth_offset  # (V, H, W, 1)
     means = t[:, None, None] + ray * length
 
-    # Scales are in units of a tenth of a pixel's two sides at that depth.
+    # The unit of scales is a tenth of the sum of a pixel's two sides at that distance.
     pixel = .1 * (K_inv[:, :2, :2] / size[:2]).sum((1, 2))
     scales = (1e-5 + (30 - 1e-5) * scale.sigmoid()) * length * pixel[:, None, None, None]
 
@@ -463,7 +465,7 @@ class DepthAnything3(nn.Module):
             raise ValueError(f"frames must be (F, 3, H, W) with F >= 1, got {tuple(frames.shape)}")
         if views is not None and views < 1:
             raise ValueError(f"--views must be at least 1, got {views}")
-        # Refused before anything is computed: the kernel would kill the process without a word.
+        # Refused before anything is computed: out of memory on a CPU, Linux kills the process without a word.
         count = min(views or len(frames), len(frames))
         device = self.cam_dec.fc_t.weight.device
         need = memory_estimate(self.config, count, *processed_size(*frames.shape[2:], self.config))
@@ -474,7 +476,7 @@ class DepthAnything3(nn.Module):
         if not frames.isfinite().all():
             raise ValueError("frames have NaN or infinite pixels")
 
-        # Evenly spread frames, as the transformer's training saw them.
+        # Evenly spread frames, so that the whole of the camera's path is seen.
         index = evenly_spaced(len(frames), count)
         images = preprocess(frames[index], self.config)
         normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -520,7 +522,7 @@ def container_memory(folder=Path("/sys/fs/cgroup")):
 # ----------------------------------------------------------------------------------------------------- frames
 
 def box_average(cells, out):
-    """(out, cells): how much of each of `out` equal output cells each of `cells` equal input cells covers."""
+    """(out, cells): entry (i, j) is the share of output cell i that input cell j covers."""
     edges = torch.arange(out + 1, dtype=torch.float64) * cells / out
     start = torch.arange(cells, dtype=torch.float64)
     overlap = torch.minimum(edges[1:, None], start + 1) - torch.maximum(edges[:-1, None], start)
@@ -614,7 +616,7 @@ def colour_depth(depth):
     from matplotlib import colormaps  # slow to import
     inverse = 1 / depth.cpu().clamp_min(1e-6)
     some = inverse.flatten()[::7]  # quantile takes no more than 2^24 values
-    # the ends without the outermost 2 % are the colours' ends
+    # the colour map spans the values without the lowest and the highest 2 %
     low, high = some.quantile(.02), some.quantile(.98)
     place = (inverse - low) / (high - low).clamp_min(1e-9)  # outside [0, 1] the map holds its end colours
     colours = torch.from_numpy(colormaps["inferno"](place.numpy())).float()  # (F, H, W, 4): with opacity
@@ -634,6 +636,7 @@ def write_pictures(out, rec, fps):
         write_ply(out / "gaussians.ply", rec.gaussians)
         rgb, _, _ = render(rec.gaussians, rec.camera_to_world, rec.intrinsics, *rec.depth.shape[1:])
         write_video(out / "input_and_rerender.mp4", torch.cat([rec.images.cpu(), rgb.cpu()], 3), fps)
+        # one value over all views, at the processed size: not the mean over frames that eval.py reports
         quality = psnr(rgb.clamp(0, 1), rec.images, per_frame=False)
         print(f"re-render of {len(rec.index)} views: {quality:.2f} dB PSNR")
 

@@ -9,10 +9,11 @@ A results folder holds metrics.jsonl (a row a video), summary.json (means with i
 model, videos/. It is whole or not there: a call works in .NAME.part beside it, which it renames at its end,
 and what is there already is never replaced. What failed is null, counted, and exit status 1.
 
-One reconstruction a video serves every metric. It takes `views` frames, evenly spread; *held-out* frames lie
-midway between them and are rendered from cameras halfway between their neighbours': a stricter test that no
-paper reports. Distances are in units of the video's median depth.
-Definitions and sources stand in each function. Left out: FVD and metrics that need reference videos.
+Each video is reconstructed once, from `views` frames, evenly spread; all 3D metrics use that. *Held-out*
+frames are those in the middle between two of them. Each is rendered from a camera interpolated between its
+neighbours', a stricter test that the paper's tables do not have. Recovered positions are divided by the
+video's median depth.
+Definitions and sources are in each function's docstring. Left out: FVD and what needs reference videos.
 """
 
 import argparse
@@ -72,14 +73,14 @@ def ssim(a, b):
 # ---------------------------------------------------------------------------------------------------- cameras
 
 def camera_errors(path, recovered):
-    """RotErr, TransErr and CamMC, absolute and relative (CamI2V's evaluation, after MotionCtrl, CameraCtrl).
+    """RotErr, TransErr and CamMC; the last two also without scale (CamI2V, after MotionCtrl and CameraCtrl).
 
     path, recovered: camera-to-world (F, 4, 4), both taken relative to their frame 0.
         rot_err      sum over frames of the angle between the rotations, in radians
         trans_err    sum of the distances of positions
         cam_mc       sum of the Frobenius norms of [R|t] - [R'|t']
-        ..._rel      the same of paths that are divided by their own largest distance from frame 0: no scale
-    Sums grow with the number of frames: report it.
+        trans_err_rel, cam_mc_rel    the same after dividing each path by its largest distance from frame 0
+    Sums grow with the number of frames, so report that number beside them.
     """
     requested, found = relative_to_first(path), relative_to_first(recovered)
     errors = {"rot_err": float(rotation_angle(requested[:, :3, :3], found[:, :3, :3]).sum())}
@@ -140,8 +141,8 @@ def mvcs(depth, camera_to_world, intrinsics):
 
 
 def between(poses, place):
-    """Cameras between consecutive ones, (F, 4, 4) -> (F-1, 4, 4), at places (F-1,) from 0 to 1: the position
-    on the line, and the rotation nearest to the weighted mean of the two."""
+    """One camera between each two neighbours, (F, 4, 4) -> (F-1, 4, 4). place (F-1,): 0 is at the first, 1 at
+    the second. The position is interpolated, and so is the rotation matrix, then made a rotation again."""
     place = place.to(poses)[:, None, None]
     mean = poses[:-1] + (poses[1:] - poses[:-1]) * place
     U, _, Vt = torch.linalg.svd(mean[:, :3, :3])
@@ -172,11 +173,17 @@ def rerender(rec, video, shown=None):
 
 
 def held_out(index):
-    """Reconstructed frames (V,) -> the n views behind which a frame was skipped; for *every* view but the
-    last where the middle frame stands between it, 0, and the next, 1 (V-1,); the n skipped frames' numbers."""
+    """Numbers of the reconstructed frames (V,) -> where and which the held-out frames are.
+
+    gaps (n,): the views after which frames were skipped. place (V-1,), as `between` takes it: after *every*
+    view but the last, how far the middle frame is towards the next view, 0 to 1: under .5 where there is none
+    exactly in the middle, 0 where none is skipped. middle (n,): the middle frames' numbers, one a gap.
+    """
     steps = index.diff()
     gaps = (steps > 1).nonzero().flatten()
-    return gaps, (steps // 2) / steps, index[gaps] + steps[gaps] // 2
+    place = (steps // 2) / steps
+    middle = index[gaps] + steps[gaps] // 2
+    return gaps, place, middle
 
 
 # ------------------------------------------------------------------ rigidity, by a judge of no reward's kind
@@ -185,12 +192,15 @@ def epipolar_error(video, gap=4, size=256, reach=8.0):
     """How far points move off the epipolar lines of one rigid world; video (F, 3, H, W) in [0, 1] -> float.
 
     In pixels of a video `size` high, 0 to `reach`. Needs no prompt, no path and no model, and shares nothing
-    with the rewards: corners of every second frame t are tracked to t + gap and back (OpenCV's pyramidal
-    Lucas-Kanade), RANSAC fits a fundamental matrix F to the tracks, and each point costs its Sampson distance
-    |q' F p| / |(F p, F' q)|, at most `reach`. A track that is lost inside the picture, or does not come back
-    to within a pixel, costs `reach`: what vanishes or dissolves cannot be tracked. A camera that stands still
-    makes it small, so compare videos of the same camera motion. Mean over the pairs; a pair with fewer than
-    12 corners is left out. NaN where fewer than two pairs are left. ImportError without OpenCV.
+    with the rewards. Corners p of every second frame t are tracked to q in frame t + gap and back (OpenCV's
+    pyramidal Lucas-Kanade), RANSAC fits a fundamental matrix M to the tracks, and each costs its Sampson
+    distance, at most `reach`:
+        |q^T M p| / sqrt((M p)_x^2 + (M p)_y^2 + (M^T q)_x^2 + (M^T q)_y^2)
+    A track that is lost, or that does not come back to within a pixel, costs `reach`, as what vanishes or
+    dissolves cannot be tracked; unless it ends near the border, where it may have left the picture: then it
+    does not count. A pair of frames with fewer than 12 corners is left out; one with fewer than 12 good
+    tracks, or to which no M fits, costs `reach`. Mean over the pairs, NaN with fewer than two. A still camera
+    makes the error small, so compare videos of the same camera motion. ImportError without OpenCV.
     """
     import cv2  # only here: nothing else needs it
     scale = size / video.shape[2]
@@ -241,8 +251,9 @@ def unrewarded(video):
 
 
 def alarms(evaluations, margin=.1):
-    """A sentence for each evaluation whose total is above the first one's although the epipolar error rose,
-    or motion fell, by more than this share: the reward is gamed then, and nothing of its kind is learnt.
+    """Sentences on evaluations whose total is above the first one's although the epipolar error rose, or
+    motion fell, by more than the share `margin` of its first value; one sentence for each of the two. The
+    reward may then be gamed: it rises while the videos get no more rigid, or merely stiller.
 
     evaluations: rows of a run's eval.jsonl; one that lacks a value raises no alarm.
     """
@@ -288,7 +299,7 @@ def decided_alone(rows):
 
 @torch.no_grad()
 def measure(clip, rewards):
-    """Every metric of a scored Clip with a `rerender`, beside its rewards -> {name: float}, NaN where it needs
+    """Every metric of a scored Clip with a `rerender`, beside its rewards -> {name: float}; NaN where it needs
     a failed term."""
     video, rec = clip.video, clip.reconstruction
     row = {}
@@ -653,10 +664,11 @@ def changes(before, after):
     found = {}
     for name in CHANGES:
         values = [[rows[key].get(name) for key in shared] for rows in (rows_before, rows_after)]
-        rises = np.diff(np.array(values, dtype=float), axis=0)[0]  # None is NaN
-        rises = rises[np.isfinite(rises)]
-        if len(rises):
-            found[name] = *interval(rises), float((rises > 0).mean()), len(rises)
+        old, new = np.array(values, dtype=float)  # (videos,) each; None becomes NaN
+        change = new - old
+        change = change[np.isfinite(change)]
+        if len(change):
+            found[name] = *interval(change), float((change > 0).mean()), len(change)
     return found
 
 
@@ -690,7 +702,8 @@ def read_summary(file):
 
 
 def unlike(about, base):
-    """In what two Summaries differ that makes their videos' figures no pairs, in words; "" if in nothing."""
+    """Why the videos of two Summaries cannot be compared one by one, in words: which settings of the judges,
+    or seed, differ. "" if none does."""
     mine, theirs = (one.settings | dict(seed=one.seed) for one in (about, base))
     return ", ".join(f"{name} {mine.get(name)} instead of {theirs.get(name)}"
                      for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name))

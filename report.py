@@ -117,6 +117,7 @@ CHART_STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=["#3f87c9", "#d0663f", "#4b9a5f", "#9a6fc4"]),
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # it would name web addresses
+LIMIT = 1e30  # of what a chart can show
 
 
 def inline_svg(size, description, draw, *arguments):
@@ -227,7 +228,6 @@ if (button) {
 
 
 Step = Annotated[int, msgspec.Meta(ge=0, le=10 ** 9)]
-LIMIT = 1e30  # of what a chart can show
 LABELS = {"total": "total reward, main steps"} | {name: term.label for name, term in TERMS.items()}
 CURVES = (*LABELS, *(f"{name}_std" for name in LABELS), *(f"share_{name}" for name in TERMS),
           "motion", "ratio", "ratio_max", "clipped", "kl")
@@ -238,9 +238,10 @@ LogRow = TypedDict("LogRow", dict(step=Required[Step], phase=str, grad=list[floa
 
 def training_charts(rows):
     """Charts of metrics.jsonl: the reward and its terms with their spread in a group, and the updates."""
-    # the rewards; where the band has no width, a group's videos are alike and nothing is learnt from them
-    main_rows = [row if row.get("phase") != "dynamic" else row | dict(total=None) for row in rows]
-    charts = [chart(label, main_rows, {name: name}, f"{name}_std") for name, label in LABELS.items()]
+    # the rewards; where the band has no width, a group's videos are alike and nothing is learnt from them. A
+    # dynamic step's total has no R_3D in it and would look like a fall: it is not drawn
+    drawn = [row | dict(total=None) if row.get("phase") == "dynamic" else row for row in rows]
+    charts = [chart(label, drawn, {name: name}, f"{name}_std") for name, label in LABELS.items()]
     # what is watched beside them
     rows = [row | dict(grad=(row.get("grad") or [None])[0]) for row in rows]  # a step's first update
     shares = {term.label: f"share_{name}" for name, term in TERMS.items()
@@ -394,7 +395,8 @@ def report(run, device="cpu"):
             raise ValueError(f"{run / 'eval.jsonl'} has a line without its step; take the line out")
         body += ["<h2>Validation prompts</h2>", evaluation_table(evaluations)]
         body += [f'<p class="warning">{html.escape(sentence)}</p>' for sentence in alarms(evaluations)]
-    # results folders inside the run, before the examples, whose scoring takes minutes
+    # Results folders inside the run. Shown last, but read now: what is wrong with one should be found before
+    # the examples are scored, which takes minutes.
     results = {file.parent.name: file.parent for file in sorted(run.glob("*/summary.json"))}
     unprintable = [name for name in results if not name.isprintable()]
     if unprintable:
@@ -402,7 +404,8 @@ def report(run, device="cpu"):
                          "rename it")
     # changes are from the first: one that was not made with this run's adapter, if there is one
     adapters = {name: read_summary(folder / "summary.json").lora for name, folder in results.items()}
-    results = {name: results[name] for name in sorted(results, key=lambda name: is_inside(adapters[name], run))}
+    names = sorted(results, key=lambda name: is_inside(adapters[name], run))
+    results = {name: results[name] for name in names}
     tables = ["<h2>Results</h2>", html_tables(table(results))] if results else []
     body += ["<h2>Training</h2>", training_charts(rows)]
     body += ["<h2>Before and after</h2>", examples(run, config, device)]
@@ -686,19 +689,20 @@ def win_rate(people, question):
 
 
 def fleiss_kappa(items):
-    """Agreement of raters beyond chance (Fleiss 1971), at most 1. items: a Counter of answers for each item.
+    """Agreement of raters beyond chance, at most 1. items: a Counter of answers for each item.
 
-    One with a single rater is left out. None if no other is left; 1 where everyone always says the same.
+    Fleiss 1971, whose items all have equally many raters; here an item weighs as much as it has answers. An
+    item with a single rater is left out. None if no item is left; 1 where everyone always says the same.
     """
     items = [item for item in items if item.total() > 1]
     if not items:
         return None
-    # share of pairs of raters of one item that agree
+    # the share of an item's other raters that an answer agrees with, averaged over all answers
     everything = sum(items, Counter())
     answers = everything.total()
     agreeing = sum(sum(n * (n - 1) for n in item.values()) / (item.total() - 1) for item in items)
     observed = agreeing / answers
-    # the same if everyone answered at random, in these shares
+    # what it would be if everyone answered at random, with each answer as frequent as it is here
     chance = sum((n / answers) ** 2 for n in everything.values())
     if chance > 1 - 1e-12:
         return 1.0

@@ -150,7 +150,8 @@ def _gsplat(gaussians, camera_to_world, intrinsics, height, width):
     degree = math.isqrt(gaussians.harmonics.shape[-1]) - 1
     # a few views at a time: of each Gaussian that a view sees, gsplat keeps a copy of all harmonics
     parts = []
-    for cameras, K in zip(camera_to_world.float().split(GSPLAT_VIEWS), intrinsics.float().split(GSPLAT_VIEWS)):
+    poses, intrinsics = (x.float().split(GSPLAT_VIEWS) for x in (camera_to_world, intrinsics))
+    for cameras, K in zip(poses, intrinsics):
         parts.append(rasterization(
             gaussians.means, gaussians.rotations, gaussians.scales, gaussians.opacities, harmonics,
             torch.linalg.inv(cameras), K, width, height, NEAR, FAR, eps2d=WIDEN, sh_degree=degree,
@@ -209,25 +210,27 @@ def project(means, scales, rotations, pose, K, height, width):
     """World Gaussians -> a camera's pixel means (N, 2), depths (N,), widened covariances (N, 3) xx, xy, yy
     and their determinants (N,).
 
-    EWA: cov2d = J W S W^T J^T + .3 I, with J the projection's Jacobian at the mean, its slope limited to 1.3
-    times the field of view as in 3DGS.
+    EWA: cov2d = J W Sigma W^T J^T + .3 I, with Sigma the covariance in world axes, W the rotation from world
+    to camera axes, and J the projection's Jacobian at the mean, its slopes clamped as in gsplat.
     """
-    R = pose[:3, :3].T  # W: world -> camera
-    x, y, z = ((means - pose[:3, 3]) @ R.T).unbind(1)
+    W = pose[:3, :3].T
+    x, y, z = ((means - pose[:3, 3]) @ W.T).unbind(1)
     (fx, _, cx), (_, fy, cy), _ = K
     safe_z = torch.where(z.abs() < 1e-6, torch.full_like(z, 1e-6), z)
 
-    # Slopes x/z, y/z where J is taken: from far outside, a linear map would smear a Gaussian over everything.
+    # Slopes x/z, y/z where J is taken, at most .3 tan(fov/2) beyond the picture's edges: J from far outside
+    # would smear a Gaussian over everything.
     limit_x = .15 * width / fx  # .3 tan(fov/2)
     limit_y = .15 * height / fy
     slope_x = (x / safe_z).maximum(-(cx / fx + limit_x)).minimum((width - cx) / fx + limit_x)
     slope_y = (y / safe_z).maximum(-(cy / fy + limit_y)).minimum((height - cy) / fy + limit_y)
 
     # The rows of J W, each (N, 3), with J = [[fx/z, 0, -fx slope_x/z], [0, fy/z, -fy slope_y/z]].
-    row_x = (fx / safe_z)[:, None] * (R[0] - slope_x[:, None] * R[2])
-    row_y = (fy / safe_z)[:, None] * (R[1] - slope_y[:, None] * R[2])
+    row_x = (fx / safe_z)[:, None] * (W[0] - slope_x[:, None] * W[2])
+    row_y = (fy / safe_z)[:, None] * (W[1] - slope_y[:, None] * W[2])
 
-    # S = axes axes^T, its columns the scaled principal axes, so cov2d = (J W axes)(J W axes)^T.
+    # Sigma = axes axes^T, where the columns of `axes` are a Gaussian's principal axes times their scales. So
+    # cov2d = (J W axes)(J W axes)^T + .3 I; a and b are the rows of J W axes.
     axes = quaternion_to_matrix(rotations.roll(-1, 1)) * scales[:, None, :]
     a = torch.einsum("nk,nkj->nj", row_x, axes)
     b = torch.einsum("nk,nkj->nj", row_y, axes)
@@ -250,7 +253,7 @@ def colour(harmonics, means, position):
 def boxes(centre, z, covariance, opacities, height, width):
     """Which Gaussians can show, front to back, and the boxes of pixel centres within their reach.
 
-    -> order (n,) indices; low, high (n, 2) the boxes' first pixels x, y and those behind their last.
+    -> order (n,) indices; low, high (n, 2): each box covers pixels low <= (x, y) < high.
     """
     # alpha = o exp(-r^2/2) >= 1/255 up to r = sqrt(2 log(255 o)) deviations.
     reach = (2 * (opacities / ALPHA_MIN).clamp_min(1e-9).log()).clamp_min(0).sqrt()
@@ -273,9 +276,10 @@ class Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, splats, features, low, high, height, width):
         inputs = [x.double().contiguous() for x in (splats, features)] + [low, high]
-        total, *drawn = map(torch.from_numpy, _composite(*(x.numpy() for x in inputs), height, width))
-        ctx.save_for_backward(*inputs, *drawn)
-        return total.to(splats.dtype), drawn[0].to(splats.dtype, copy=True)
+        arrays = _composite(*(x.numpy() for x in inputs), height, width)
+        total, T, closed_by = map(torch.from_numpy, arrays)
+        ctx.save_for_backward(*inputs, T, closed_by)
+        return total.to(splats.dtype), T.to(splats.dtype, copy=True)  # T itself is kept for backward
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -286,8 +290,9 @@ class Composite(torch.autograd.Function):
 
 
 def compiled(function):
-    """Loops over pixels are what PyTorch has no words for, and what Numba compiles: without the GIL, so that
-    the views' threads run at once; the machine code is kept, wherever there is a folder for it."""
+    """Has Numba compile a loop over pixels, which PyTorch cannot express. It runs without the GIL, so that
+    the threads of `render` work at the same time. The machine code is cached on disk, unless Numba finds no
+    folder that it can write to (RuntimeError)."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -305,7 +310,7 @@ def _fade(splat, x, y):
 @compiled
 def _composite(splats, features, low, high, height, width):
     """Nearest first, each splat over its box -> total (H, W, 4), transmittance T (H, W), float64, and
-    closed_by (H, W): the first splat that a pixel takes no more, n if it takes all."""
+    closed_by (H, W): the first splat that a pixel no longer takes, n if it takes all."""
     n = len(splats)
     total = np.zeros((height, width, features.shape[1]))
     T = np.ones((height, width))

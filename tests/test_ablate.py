@@ -376,6 +376,7 @@ def change_in_words(each, apart):
     mean, low, high = interval(np.mean(each, 0))
     seeds = [np.nanmean(seed) for seed in each]
     bold = "**" if low * high > 0 and abs(mean) > apart else ""
+    mean, low, high = (round(number, 12) for number in (mean, low, high))
     lines = [f"{bold}{mean:+.3g}{bold}", f"[{low:+.3g}, {high:+.3g}]"]
     if len(seeds) > 1:
         lines.append(", ".join(f"{seed:+.3g}" for seed in seeds))
