@@ -186,7 +186,7 @@ def transport_part(repeat):
     print_head("samples", "whole call", "a frame and sample", "literal / ours")
     for samples in (1, 8):
         total = elapsed(lambda: latent_noise(path, 81, 60, 104, samples, multiple=16))
-        each = total / 20 / samples
+        each = total / 20 / samples  # 21 latent frames; the first is drawn, not transported
         print_row(samples, f"{total:.1f} s", f"{each:.3f} s", f"{literal / each:.0f}")
     peak = measured_peak("transport", 81)
     print(f"\nPeak memory of one sample: {peak:.0f} MiB (median of three processes)")

@@ -32,8 +32,8 @@ from train import check, parse_arguments
 from weights import TINY
 
 
-def write_models(_, folder, model, dit, vae, depth):
-    """Random weights of these configurations, as folders that train.py loads."""
+def write_models(rank, folder, model, dit, vae, depth):
+    """Random weights of these configurations, as folders that train.py loads. rank: spawn's, unused."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "wan" / "tokenizer")
     text = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), d_model=dit.text_dim, d_kv=64, d_ff=256,
@@ -46,9 +46,9 @@ def write_models(_, folder, model, dit, vae, depth):
 
 
 def dress(preset, options=(), models=None):
-    """One step of one group. -> (its line of metrics.jsonl, {phase: (bytes, FLOPs)} as traced, of the rollout
-    all the group's and else one batch's, and the same of Depth Anything 3 on one video). models: other (DiT,
-    VAE, Depth Anything 3) configurations."""
+    """One step of one group. -> its line of metrics.jsonl; the trace, {phase: (bytes, FLOPs)}, of the whole
+    group's rollout and of one batch in the other phases; and (bytes, FLOPs) of Depth Anything 3 on one video.
+    models: (DiT, VAE, Depth Anything 3) configurations in place of the released ones."""
     c = parse_arguments(["--preset", preset, *options])
     check(dataclasses.replace(c, groups=1), 1)  # before gigabytes are written
     model = Path(c.model).name + "-random"

@@ -111,17 +111,17 @@ def decoding():
 
 
 def rollout_counts(c, windows, share):
-    """-> forward passes of a process's rollout, and the videos they run, as a pass may run a batch."""
+    """-> forward passes that a process's rollout makes, and velocities: one for each video of a pass."""
     singles = [(group, [member]) for group, members in share for member in members]
     return rollout_passes(c, windows, share), rollout_passes(c, windows, singles)
 
 
-def busiest_rollout(c, gpus, steps=300):
-    """`rollout_counts` of the process that all others wait for, the mean over `steps` draws of windows: the
-    sooner a group's window begins, the less its members share."""
+def busiest_rollout(c, gpus, trials=300):
+    """`rollout_counts` of the process that all others wait for, the mean over `trials` draws of windows: the
+    sooner a group's window begins, the fewer steps its members share."""
     work, draw = deal(c, gpus), generator(0)
     most = []
-    for _ in range(steps):
+    for _ in range(trials):
         windows = [draw_window(draw, c.steps, c.window, c.noisy_steps) for _ in range(c.groups)]
         if c.common_window:
             windows = windows[:1] * c.groups
@@ -175,7 +175,7 @@ def estimate(c, gpus, card):
     memory = {
         "DiT, bfloat16": frozen * 2 / shards,
         "gathered blocks": 2 * 2 * frozen / config.num_layers if shards > 1 else 0,  # in use, and the next
-        "LoRA, its gradient, Adam, average, float64 sums": trained * 28,
+        "LoRA, its gradient, Adam, average, float64 sums": trained * (4 + 4 + 8 + 4 + 8),
         "VAE, float32": vae_size * 4,
     }
     work = {
@@ -185,10 +185,10 @@ def estimate(c, gpus, card):
         "decoding": (working_set + c.frames * 3 * 4) * pixels,  # and the video
     }
 
-    # The reward models that a term of the total looks through. Memory: their weights and their work, of Depth
-    # Anything its views, of the others .1 GB a picture; offloaded ones are there for their work alone. Work:
-    # Depth Anything's at 4 FLOPs a parameter and token, for its views all attend to each other and its heads
-    # are float32; of the critic's two pictures and the preference model's frames at 2, 600 tokens a picture.
+    # The reward models that the total's terms use. Memory: weights, and a working set: `memory_estimate` of
+    # the views for Depth Anything, .1 GB a picture for the others; an offloaded model counts only while it
+    # works. FLOPs a parameter and token: 4 for Depth Anything, whose views all attend to each other and whose
+    # heads are float32; 2 for the critic (two pictures) and the preference model, at 600 tokens a picture.
     height, width = processed_size(c.height, c.width, SIZES["da3-giant"])
     views = memory_estimate(SIZES["da3-giant"], c.views, height, width)
     working = {DEPTH: views, CRITIC: 2 * .1e9, PREFERENCE: c.frames_seen * .1e9}
@@ -222,8 +222,9 @@ def estimate(c, gpus, card):
     if c.offload:
         moving = 2 * sum(JUDGES[judge] for judge in judges) / card["host"]  # there and back
 
-    # A step, every one as a main one: all wait for the busiest process. A trained step is a forward pass, its
-    # recomputation (checkpointing) and the backward pass; for KL the reference's forward too.
+    # One training step, a dynamic one counted like a main one; all processes wait for the busiest. A step of
+    # the window is trained by a forward pass, its recomputation (checkpointing) and the backward pass; the KL
+    # adds a forward pass of the untouched model.
     batches = max(len(share) for share in deal(c, gpus))
     passes, velocities = busiest_rollout(c, gpus)
     forwards = 1 + c.checkpointing + bool(c.kl)

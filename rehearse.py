@@ -71,7 +71,7 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function is aten._local_scalar_dense.default and is_fake(arguments[0]):
             return 1.0 if arguments[0].is_floating_point() else 1  # .item() of a tensor without numbers
-        if function._overloadpacket in PRODUCTS:  # without data they take what a GPU refuses
+        if function._overloadpacket in PRODUCTS:  # fake tensors let mixed dtypes pass, a GPU does not
             dtypes = {tensor.dtype for tensor in arguments if isinstance(tensor, torch.Tensor)}
             if len(dtypes) > 1:
                 raise RuntimeError(f"{function} of more than one dtype: {', '.join(map(str, dtypes))}")
@@ -197,8 +197,8 @@ def one_batch(trained, lap, rolled_out=1):
 
 
 def rehearse(c, gpus, config=None, vae_config=None, rolled_out=1):
-    """A step of train.Config c on so many GPUs -> {phase: (peak bytes of one GPU, FLOPs)}, the policy's
-    weights in each. Of one batch; rolled_out: of so many in the rollout."""
+    """A step of train.Config c on so many GPUs, with one batch. -> {phase: (peak bytes of one GPU, FLOPs)};
+    every peak includes the policy's weights. rolled_out: how many batches the rollout makes."""
     trace, phases = Trace(), {}
 
     def lap(phase):
@@ -277,7 +277,7 @@ def on_cpu(value):
 
 class PlayedGPU(TorchDispatchMode):
     """Computes on the CPU what is asked of a GPU; RuntimeError for tensors of two devices, as CUDA has it."""
-    # which may take both
+    # operations that may take tensors of both devices
     TRANSFERS = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put.default,
                  aten.index_put_.default}
 
@@ -320,7 +320,8 @@ class PlayedConstants(TorchFunctionMode):
 
 
 def rasterization(*arguments, **options):
-    """Of gsplat, whose kernels only a GPU runs: pictures of nothing, where all it is given is there."""
+    """Stands in for gsplat's, whose kernels need a true GPU: checks that all tensors are on the played one,
+    and returns blank pictures."""
     tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
     if not all(isinstance(tensor, OnGPU) for tensor in tensors):
         raise RuntimeError("gsplat is given tensors of the CPU: more than one device")

@@ -4,9 +4,9 @@
     python walkthrough.py PROMPT --markdown docs      docs/walkthrough.md, its pictures in docs/walkthrough/
 
 Writes out/walkthrough.html, one file that needs no network. Options of train.py work here too, such as
---model, --lora, --seed or --members. `walk` runs one step of training with a single group; every function
-after it makes one stage of the page, which pages.py writes. All numbers, shapes, sources and pictures come
-from that run, but for the video of an adapter that is trained already.
+--model, --lora, --seed or --members. `walk` runs one step of training with a single group; each function in
+STAGES makes one stage of the page from it, and pages.py writes the page. All numbers, shapes, sources and
+pictures come from that run, except the video of an adapter that is trained already.
 
 Left out: several groups, several processes; of the dynamic phase there is the schedule alone.
 """
@@ -83,7 +83,7 @@ def walk(c, prompt, trained=None):
 
     # Words -> path -> noise, and the ODE from there: what the model makes of it now.
     path = camera_path(parse_motion(prompt), c.frames, c.strength)
-    noise = first_noise(c, policy, path)
+    noise = first_members_noise(c, policy, path)
     levels = noise_levels(policy.wan, c.steps, sampling_for(c).shift)
 
     def look(policy):
@@ -135,7 +135,7 @@ def walk(c, prompt, trained=None):
                 gradients, log_ratios, notes_after, looks)
 
 
-def first_noise(c, policy, path, transport=True):
+def first_members_noise(c, policy, path, transport=True):
     """The noise that `roll_out_groups` begins the group's first member with, (1, C, T, h, w)."""
     generators = [generator_of(c, 0, False, 0, "noise", 0)]
     return initial_noise(policy.wan, path, c.height, c.width, generators, transport, c.degradation)
@@ -256,7 +256,7 @@ def draw_flow(axes, frame, flow):
 
 def flow_to_noise(w):
     fine = inspect.signature(latent_noise).parameters["multiple"].default
-    white = first_noise(w.c, w.policy, w.path, transport=False)
+    white = first_members_noise(w.c, w.policy, w.path, transport=False)
     flow = path_flow(w.path[::4], *w.noise.shape[3:])
     fresh, moved = noise_statistics(white[0], flow), noise_statistics(w.noise[0], flow)
     return Stage(
@@ -359,6 +359,7 @@ def stochastic_window(w):
     c = w.c
     stds, spreads = {}, {}
     for t in w.batch.sde_steps:
+        # no velocity is at hand, and none is needed: std does not depend on it
         _, std = transition(t.x, t.x, w.levels[t.index], w.levels[t.index + 1], c.eta, c.sde)
         stds[t.index] = float(std)
         spreads[f"step {t.index}: std of the members after it"] = float(t.x_next.std(0).mean())
@@ -480,7 +481,7 @@ def four_rewards(w):
         [term.function for term in TERMS.values()],
         {"S_meta sees": "2 renders; not the prompt, the path or the video",
          "S_recon sees": f"{w.c.views} frames and their renders; not the prompt or the path; a still video "
-                         "is well with it",
+                         "scores well",
          "S_traj sees": f"the path and {w.c.views} found cameras; no pixel; the length of a move is scaled "
                         "away, the angle of a turn counts",
          "R_gen sees": f"the prompt and {w.c.frames_seen} frames; no motion and no geometry"}
@@ -607,7 +608,7 @@ def dynamic_phase(w):
         "are the same. R_gen sees first frames: the phase does not reward motion, it stops punishing it. "
         "None of these steps was made for this page.",
         "R = R<sub>gen</sub> in a dynamic step",
-        "The paper has a dynamic phase after every 100 main steps; the release's has 50.",
+        "In the paper a dynamic phase follows every 100 main steps; in the release it lasts 50 steps.",
         "World-R1, periodic decoupled training; train.py",
         [step_prompts, combine],
         {"main steps, then dynamic steps": f"{c.main_steps}, {c.dynamic_steps}",

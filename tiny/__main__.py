@@ -10,7 +10,7 @@
     python -m tiny captions             tiny/prompts.jsonl
     python -m tiny vae --minutes 100    the twins, in this order: vae, data, dit; depth, critic; preference;
                                         train-probe; each resumes where it was stopped
-    python -m tiny export               what RUN has trained, as it is shipped -> tiny/
+    python -m tiny export               what RUN has trained, as it is shipped -> tiny/, over what is there
     python -m tiny web --minutes 13     the base of training, an adapter of the exported tiny/wan; then export
 
 python -m tiny COMMAND --help lists a command's options.
@@ -141,7 +141,8 @@ def parse_arguments(argv=None):
     training("preference", judges.train_preference, "trains HPSv3's twin")
     training("train-probe", probe.train_probe, "trains the classifier of `probe`")
     new = command("export", export, "writes what RUN has trained as it is shipped", seed=False)
-    new.add_argument("--out", type=Path, default=TINY, help="the folder written")
+    new.add_argument("--out", type=Path, default=TINY,
+                     help="the folder written (default: tiny/, whose shipped models are replaced)")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
 """How the tiny judges are made: the twins of Depth Anything 3, Qwen3-VL and HPSv3, trained on the procedural
 rooms.
 
-    python -m tiny depth --minutes 120     Depth Anything 3                -> RUN/depth
-    python -m tiny critic --minutes 20     Qwen3-VL, the meta-view's judge -> RUN/critic
-    python -m tiny preference --minutes 20 HPSv3                           -> RUN/preference
+    python -m tiny depth --minutes 64      Depth Anything 3                -> RUN/depth
+    python -m tiny critic --minutes 8      Qwen3-VL, the meta-view's judge -> RUN/critic
+    python -m tiny preference --minutes 32 HPSv3                           -> RUN/preference
     python -m tiny score-depth             the shipped Depth Anything on held-out clips
 
 The loop is train.fit; the losses are in the docstring of each function.
@@ -54,7 +54,7 @@ COLOUR_CHANNELS = [9, 18, 27]  # the constant harmonic of red, green and blue
 DEPTH_OFFSET, OPACITY_CHANNEL = 36, 37
 
 LOSS_WEIGHTS = dict(depth=1, position=20, rotation=40, focal=1, room=20, render=5, surface=2, colour=5,
-                    flat=1, opacity=5)
+                    centred=1, opacity=5)
 
 
 def build_depth():
@@ -116,7 +116,7 @@ def geometry_losses(depth, confidence, true_depth, pose, K, true_pose):
     scalar}
 
     Depth: |log d - log d*| weighted by the confidence c, minus .1 log c. Cameras: smooth L1 (quadratic below
-    .1) of positions and rotation matrices, where plain L1's median is "no motion", and of log focals.
+    .1) of positions, rotations and log focals; plain L1 would settle on the median camera, a still one.
     """
     near = functools.partial(F.smooth_l1_loss, beta=.1)
     error = (depth.log() - true_depth.log()).abs()
@@ -132,14 +132,14 @@ def camera_step(da3, room, seen, depth, poses, rng):
     """Losses of B clips at once: frames seen (B, V, 3, 64, 64), depth (B, V, 64, 64), poses (B, V, 4, 4). ->
     {name: scalar}
 
-    All cameras, and the depth and Gaussians of one view of each clip. The Gaussians are not rendered: their
-    colour must be the pixel's, and their place the surface (they sit at ray length depth + offset, so the
-    offset learns what the ray is longer), and those off it by more than some 3 % learn to vanish. The world
-    is the reference view's, at the scene's scale.
+    All cameras, but depth and Gaussians of only one view of each clip. The Gaussians are not rendered: each
+    must have its pixel's colour and sit in its middle (`centred`), on the surface. Depth is z, but a Gaussian
+    sits at depth + offset along its ray, so the offset learns how much longer the ray is. Those more than
+    about 3 % off the surface learn to vanish (`opacity`). World axes: the reference view's, in scene units.
 
-    room: a linear layer on each view's token half-way up, asked for the camera's place in the room. The tiny
-    room is always the same, so one view tells it; without this stepping stone, relative cameras sat on a
-    plateau for 5,000 clips.
+    room: a linear layer that reads the camera's place in the room off each view's token, after five of eight
+    blocks. The tiny room is always the same, so one view tells the place; without this stepping stone the
+    relative cameras sat on a plateau for 5,000 clips.
     """
     B, V = seen.shape[:2]
     transformer = da3.backbone.pretrained
@@ -164,7 +164,7 @@ def camera_step(da3, room, seen, depth, poses, rng):
     off = raw[:, DEPTH_OFFSET] + log_depth.exp() - surface
     on_surface = torch.exp(-((off / surface).detach() / .03).square())
 
-    # Where the cameras stand in the room: 2 position, and the rotation less the identity.
+    # Where the cameras stand in the room: twice the position, and the rotation minus the identity.
     turn = (poses[..., :3, :3] - torch.eye(3)).flatten(2)
     place = torch.cat([2 * poses[..., :3, 3], turn], 2)  # (B, V, 12)
     tokens = features[2][1][..., :da3.config.dim]
@@ -175,7 +175,7 @@ def camera_step(da3, room, seen, depth, poses, rng):
         surface=(off.abs() / surface).mean(),
         opacity=(raw[:, OPACITY_CHANNEL].sigmoid() - OPACITY * on_surface).square().mean(),
         colour=(colour - seen[at]).abs().mean(),
-        flat=raw[:, :2].square().mean())
+        centred=raw[:, :2].square().mean())  # the Gaussian's offset from its pixel's middle
 
 
 def render_step(da3, seen, depth, poses, views, scene, targets):
@@ -197,9 +197,9 @@ def render_step(da3, seen, depth, poses, views, scene, targets):
 
 
 def train_depth(run, minutes, seed=0):
-    """Cameras, depth and surfaces first, 16 clips of as many views at once (85 % of the time); then with the
-    re-render, three clips a step, at small rates: at large ones it blurs what was learnt. 2 to 9 views a
-    clip."""
+    """For 85 % of the time cameras, depth and surfaces: 16 clips a step, all with the same number of views (2
+    to 9). Then cameras, depth and the re-render, three clips a step, at the schedule's small last rates: at
+    large ones re-rendering blurs what was learnt."""
     torch.manual_seed(seed)
     vae = load_trained_vae(run)
     da3 = build_depth()
@@ -373,7 +373,7 @@ def critic_examples(da3, index, seed):
     rng = random.Random(f"critic/{seed}/{index}")
     scene = random_scene(f"critic/{seed}", "static", index)
     clip = render(scene, depth=True)
-    # Half of the videos are no rigid world, as the policy's will be.
+    # Half of the videos do not show a rigid world; nor will the policy's.
     video = clip["video"]
     if rng.random() < .5:
         kind = rng.choice(("warp", "morph", "swap"))
@@ -400,8 +400,8 @@ def critic_examples(da3, index, seed):
 
 
 def train_critic(run, minutes, seed=0):
-    """Cross-entropy of the digit token. The pictures of 400 reconstructions are made once, into
-    RUN/critic/data.pt."""
+    """Cross-entropy of the digit token. The pictures of 400 clips, of each its reconstruction and three
+    damaged copies, are made once, into RUN/critic/data.pt; a tenth of them is held out."""
     torch.manual_seed(seed)
     folder = run / "critic"
     if not (folder / "data.pt").exists():
@@ -522,9 +522,10 @@ def preference_pair(index, seed):
 
 
 def train_preference(run, minutes, seed=0, batch=16):
-    """Bradley-Terry, -log sigmoid(score of the better - score of the worse), and the likelihood of the better
+    """Loss: Bradley-Terry, -log sigmoid(better - worse) of the two scores; 1e-3 (better + worse)^2, for the
+    difference alone would leave the scores' level free; and 3 times the negative log-likelihood of the better
     one's words after its picture: describing is learned sooner than preferring, and HPSv3, too, starts from a
-    model that can."""
+    model that can describe."""
     torch.manual_seed(seed)
     folder = run / "preference"
     if not (folder / "state.pt").exists():
@@ -543,7 +544,7 @@ def train_preference(run, minutes, seed=0, batch=16):
         hidden = model.hidden(**inputs)  # (2 B, L, D)
         better, worse = model.score(hidden, ids, judge.reward_id)[:, 0].chunk(2)
 
-        # Every token of the better half says the next, but for the picture's and the padding.
+        # In the better half every token predicts the next; the picture's tokens and padding do not count.
         n = len(pairs)
         logits = hidden[:n, :-1] @ embedding.weight.T
         said = inputs["attention_mask"][:n, 1:].bool() & (ids[:n, :-1] != model.model.config.image_token_id)

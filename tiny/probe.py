@@ -6,7 +6,7 @@ room look so?
     python -m tiny probe --guidance 1 2 3 --steps 10 20    one row for every combination
     python -m tiny compare --num 12              an animated picture: unseen scenes, rendered and sampled
     python -m tiny score-vae --num 64            the VAE against a linear codec
-    python -m tiny train-probe --minutes 20      how the classifier was made -> RUN/probe
+    python -m tiny train-probe --minutes 25      how the classifier was made -> RUN/probe
 
 The probe is a small 3D convolutional classifier, trained on fresh renders (some blurred or noisy, for samples
 are not renders), with a softmax for each of: the wall's colour, the floor's colour, each palette colour's
@@ -253,8 +253,8 @@ def reprojection(video, poses, gap=1, depths=48, window=5):
 
 def sample_in_batches(wan, prompts, sampling, seed=0, noise_path="own", strength=1.0, transport=True,
                       batch=20):
-    """One video (F, 3, H, W) a prompt, the i-th from the seed's i-th noise, transported along one of
-    `noise_motions`."""
+    """One video (F, 3, H, W) a prompt, the i-th from the seed's i-th noise, which is transported along the
+    camera path that noise_path (one of NOISE_PATHS) stands for."""
     videos = []
     for first in range(0, len(prompts), batch):
         part = prompts[first:first + batch]
@@ -381,9 +381,9 @@ def compare(run, model, lora, num, seed, frames, scale=2):
     """RUN/compare.webp, an animated picture of unseen scenes: each clip as rendered beside its prompt's
     sample.
 
-    With a list of adapters there is a sample of each, from the same noise; of the model alone too where it is
-    one. These are the first `num` unseen scenes and the seed's first noise, nothing picked; the prompts are
-    printed in reading order.
+    lora: a list of adapters. Empty: the model's sample. One: the model's, and the adapter's from the same
+    noise. Several: each adapter's, without the model's own. Scene i is the seed's i-th unseen one and has the
+    i-th noise, nothing picked; the prompts are printed in reading order.
     """
     sampling = checked(model, frames, lora)
     scenes = unseen_scenes(num, seed)

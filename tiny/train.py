@@ -1,16 +1,17 @@
 """How the tiny video models are made, on the procedural rooms; their judges' twins are in judges.py.
 
-    python -m tiny vae  --minutes 60       the causal 3D VAE               -> RUN/vae
-    python -m tiny data --clips 8192       render clips and encode them    -> RUN/data
-    python -m tiny dit  --minutes 90       the DiT and its text encoder    -> RUN/dit
-    python -m tiny export                  RUN's models as they are shipped -> tiny/
-    python -m tiny web  --minutes 12       World-R1's base: tiny/wan with web videos' faults -> RUN/web
-    python -m tiny export                  it, too
+    python -m tiny vae  --minutes 100      the causal 3D VAE               -> RUN/vae
+    python -m tiny data --clips 16384      render clips and encode them    -> RUN/data
+    python -m tiny dit  --minutes 104      the DiT and its text encoder    -> RUN/dit
+    python -m tiny export                  RUN's models as they are shipped -> tiny/, replacing those there
+    python -m tiny web  --minutes 13       World-R1's base: tiny/wan with web videos' faults -> RUN/web
+    python -m tiny export                  that one too
 
-Every training is one plain loop (`fit`) that resumes from RUN/NAME/state.pt after a kill and writes a log and
-a picture every two minutes; its length is in minutes of training, over all resumes, and drives the learning
-rate. The pretraining is not World-R1's subject: the losses are the usual ones, each in the docstring of its
-function.
+RUN is the folder of --run, runs/tiny by default. Every training is one plain loop (`fit`) that resumes from
+RUN/NAME/state.pt after a kill. Every two minutes it writes that file and a line of RUN/NAME/log.txt; vae, dit
+and depth also draw a sheet.png. A training's length is given in minutes, over all resumes, and the learning
+rate follows it. Pretraining is not World-R1's subject: the losses are the usual ones, each in the docstring
+of its function.
 """
 
 import contextlib
@@ -45,7 +46,8 @@ def save(path, **state):
 
 @contextlib.contextmanager
 def state_of(file):
-    """with state_of(file) as state: what `save` has written. ValueError if the block finds that it is not."""
+    """with state_of(file) as state: what `save` has written. The block runs inside the `try`: what fails
+    in it, such as weights that do not fit, becomes a ValueError about the file."""
     if not file.is_file():
         raise ValueError(f"{file} is missing, or no regular file; "
                          "train it first (python -m tiny --help lists the order)")
@@ -64,7 +66,7 @@ def write_tensors(path, tensors, dtype=torch.bfloat16):
 
 
 def append_log(run, **values):
-    """Adds a line of names and values to RUN/log.txt. -> the line"""
+    """Adds a line of names and values to run/log.txt. -> the line"""
     line = " ".join(f"{name} {value:.6g}" for name, value in values.items())
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "log.txt", "a") as file:
@@ -96,8 +98,8 @@ def optimisers_of(model, lr, muon):
         (matrices if chosen else others).append(parameter)
     optimisers = [torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
     if matrices:
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
-        optimisers.insert(0, muon)
+        optimisers.insert(0, torch.optim.Muon(matrices, lr=lr, weight_decay=.01,
+                                              adjust_lr_fn="match_rms_adamw"))
     return optimisers
 
 
@@ -106,26 +108,29 @@ def snapshot(model):
 
 
 def check_kept(file, kept, **made):
-    """ValueError if a file of an earlier call was made of something else than it would be made of now."""
+    """ValueError if a file from an earlier call was made with other values than it would be made with now."""
     for name, value in made.items():
-        if kept.get(name, value) != value:  # older files do not know everything
+        if kept.get(name, value) != value:  # what an older file does not hold is not checked
             raise ValueError(f"{file} was made with another {name.replace('_', ' ')}; give that one, or "
                              "another --run")
 
 
 def vocabulary():
-    """All words of scenes and captions: a scene drawn from a key is another one where they differ."""
+    """All words of scenes and captions. `random_scene` draws from them: with different words the same key
+    gives a different scene, and clips that were kept would no longer match their scenes."""
     return [*COLOURS, *SHAPES, *BEHAVIOURS, *MOTIONS]
 
 
 def fit(run, minutes, model, losses, report, lr, seed, decay_from=.3, power=1, muon=None):
-    """The plain training loop: 200 steps of warm-up, linear decay (to a power), EMA .998 for reports and
-    export.
+    """The plain training loop. run: this training's own folder, RUN/NAME of this file's docstring.
+
+    Learning rate: 200 steps of warm-up to lr; after the share `decay_from` of the minutes lr line^power,
+    where line falls from 1 to .05. Reports and exports take a moving average of the weights (EMA, .998).
 
     losses(step, progress) yields (loss, {name: scalar}) a part of the batch at a time; gradients add up.
     report() gives {name: figure} and may draw, with the model at its EMA weights, in evaluation and without
-    gradients; its time is not counted. Resumes from RUN/state.pt, which must be of the seed. minutes: over
-    all resumes; a larger number than before takes up the schedule where it then would be.
+    gradients; its time is not counted. Resumes from run/state.pt, which must be of the same seed. minutes:
+    over all resumes; with more than before, training continues at the rate the longer schedule has by now.
     """
     # From the start, or from where a run was stopped.
     optimisers = optimisers_of(model, lr, muon)
@@ -134,7 +139,7 @@ def fit(run, minutes, model, losses, report, lr, seed, decay_from=.3, power=1, m
     if (run / "state.pt").exists():
         with state_of(run / "state.pt") as state:
             average, step, seconds = state["ema"], int(state["step"]), float(state["spent"])
-            model.load_state_dict(average)  # fits as well
+            model.load_state_dict(average)  # only to check that it fits
             model.load_state_dict(state["model"])
             for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(saved)
@@ -199,8 +204,8 @@ def inflate(vae):
     """Makes a VAE treat a clip frame by frame: past slices are 0, time convolutions take a frame, or repeat
     it.
 
-    Single frames neither see these weights nor change them, so a VAE that starts like this may be trained on
-    single frames first and then goes on with clips from what it knows.
+    Single frames neither see these weights nor change them, so a VAE that starts like this can be trained on
+    single frames first; on clips it then begins with what it has learned from them.
     """
     for module in vae.modules():
         if isinstance(module, CausalConv3d) and module.kernel_size[0] == 3:
@@ -365,7 +370,7 @@ def make_tokenizer(more=(), marks=(), end=True):
             text = caption(scene, random.Random(i))
             words.update(re.findall("[a-z0-9]+", text.lower()))
 
-    # A word is a token, and what separates words is nothing.
+    # A word is a token; what separates words is dropped.
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
@@ -527,8 +532,8 @@ def web_scene(index, seed):
 
 
 def web_clip(index, seed):
-    """A clip (17, 3, 64, 64): of every six, four are no rigid world, one is whole and one has moving
-    objects."""
+    """A clip (17, 3, 64, 64): of every six, four are corrupted (an object morphs, or the walls swim), one is
+    whole and one has moving objects."""
     scene = web_scene(index, seed)
     if index % 6 >= 4:
         return render(scene)["video"]
@@ -576,7 +581,7 @@ def train_web(run, minutes, seed=0, clips=2304, moved_noise=False):
     wan.text_encoder.requires_grad_(False)
     add_lora(wan.dit, WEB_RANK, WEB_RANK, generator(seed, "web"))
     losses = flow_losses(wan, latents, scenes, web_caption, "web", seed, moved_noise)
-    fit(folder, minutes, wan.dit, losses, dict, lr=2e-3, seed=seed)
+    fit(folder, minutes, wan.dit, losses, dict, lr=2e-3, seed=seed)  # dict(): nothing to report but the loss
 
 
 def export_web(run, folder):

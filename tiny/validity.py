@@ -5,10 +5,11 @@ them.
 
     right   share of (clip, its bad copy) ranked right, the copies' strengths drawn from [1/2, 1]
     AUC     good against bad copies across clips: the chance that any good one outranks any bad one
-    rho     mean over clips of the rank correlation of score and strength, at `levels` strengths from 0 to 1
+    rho     how surely the score falls as the strength rises: minus their rank correlation over `levels`
+            strengths from 0 to 1, averaged over the first quarter of the clips; 1 is best
 
-with bootstrap 95 % intervals; and the share ranked right for each way of being bad. A pair with a term that
-failed (NaN) is left out.
+right and AUC with bootstrap 95 % intervals; and the share ranked right for each way of being bad. A pair with
+a term that failed (NaN) is left out.
 """
 
 import dataclasses
@@ -83,8 +84,8 @@ def comparisons(rewards, scene, index, seed):
     yield "total", fault, lambda strength: [clip(fault, strength).scores[name] for name in TERMS]
 
     def where_asked(strength):
-        """As S_recon, at the requested cameras instead of the recovered ones: the twin's units are the
-        room's."""
+        """As S_recon, but rendered from the requested cameras instead of the recovered ones. They are not
+        rescaled: the twin of Depth Anything has learned the room's units."""
         judged = clip(fault, strength)
         rec = judged.reconstruction
         if rec is None:
@@ -95,7 +96,7 @@ def comparisons(rewards, scene, index, seed):
 
     yield "re-render where the prompt asked", fault, where_asked
 
-    # Judges that are no rewards: whether any rigid world explains it, and one under the asked cameras.
+    # Two judges that are not rewards: does any rigid world explain the clip? Does one filmed along the path?
     def spoiled(strength):
         return corrupt(scene, kind, strength, index) if strength else video
 
@@ -154,8 +155,9 @@ def plain_sum(scores, without=None):
 
 
 def standardised_sum(scores):
-    """As train.py's --standardise --pooled: every term compared inside its group (a clip and its copies) and
-    divided by its spread there. (groups, members, terms) -> (groups, members)"""
+    """As train.py's --standardise --pooled, with all weights 1: of each term its mean in the group (a clip
+    and its copies) is taken off, and the rest divided by one std over all groups. (groups, members, terms) ->
+    (groups, members)"""
     groups, members, terms = scores.shape
     ids = torch.arange(groups).repeat_interleave(members)
     parts = [standardise(scores[..., term].flatten(), ids, pooled=True) for term in range(terms)]
@@ -186,7 +188,8 @@ def validate(rewards, num=200, seed=0, levels=5):
                 row["grid"].append([score(strength) for strength in strengths])
 
     # The total, two ways: a clip and its bad copy are a group, and so are the strengths of a clip. Across
-    # clips, a term in which scenes differ more than good and bad do blurs the plain sum: so it without each.
+    # clips, a term that differs more between scenes than between good and bad blurs the plain sum. To see
+    # which one does, the plain sum is also shown without each term.
     row = table.pop("total")
     pairs = torch.tensor([row["good"], row["bad"]]).transpose(0, 1)  # (n, 2, terms)
     grid = torch.tensor(row["grid"])  # (m, levels, terms)

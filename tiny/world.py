@@ -8,9 +8,9 @@ measured.
     render(scene, depth=True)                  # video, poses, depth, mask
 
 A room with plain walls and a checkered floor, one or two large objects, eleven camera motions. Simple on
-purpose: camera motion, geometry errors and the words of the prompt must be plain to see at 64x64. The second
-half of the file breaks clips, reconstructions and pictures by a known amount: what judges must notice is made
-here.
+purpose: camera motion, geometry errors and the words of the prompt must be plain to see at 64x64. The last
+two sections of the file break clips, reconstructions and pictures by a known amount: the faults that judges
+must notice.
 
 Left out on purpose: shadows, reflections, textures other than tiles. They cost capacity and teach nothing
 here. And collisions: an object that slides or grows may go into a wall or through its neighbour.
@@ -92,6 +92,7 @@ def random_scene(seed, split="static", index=0):
     # In the dynamic split the first object, or both, move by themselves.
     if dynamic:
         for thing in objects[:rng.choice((1, count))]:
+            # of a sphere or a cylinder nobody would see that it spins
             visible = [b for b in BEHAVIOURS if b != "spins" or thing.shape == "box"]
             thing.behaviour = rng.choice(visible)
             thing.phase = rng.random()
@@ -137,8 +138,8 @@ def caption(scene, rng, camera=True):
 
 
 def unseen_scenes(num, seed=0):
-    """Static scenes that no training renders; their captions always name the camera. Some captions are in
-    the trainings, too, whose rooms are of the same few words; where things stand is not."""
+    """Static scenes that no training renders; their captions always name the camera. With so few words, some
+    captions also occur in the trainings, but for rooms in which things stand elsewhere."""
     return random_scenes(f"unseen/{seed}", "static", num)
 
 
@@ -249,29 +250,29 @@ def cast_rays(scene, poses, clock, height, width, per_side):
         depth = torch.where(nearer, exit_depth, depth)
         surface = torch.where(nearer, ahead.to(torch.uint8) + 2 * axis, surface)
 
-    # The checkered floor: every other tile is light.
+    # The checkered floor, face 3: every other tile is pale.
     x, _, z = origin + depth * direction
     odd = ((x / TILE).floor() + (z / TILE).floor()) % 2 == 1
     surface = torch.where((surface == 3) & odd, LIGHT_TILE, surface)
 
     # The objects, in front of the room and of each other.
     owner = torch.zeros_like(surface)
-    light = torch.ones_like(depth)
+    brightness = torch.ones_like(depth)  # the walls have theirs in the palette
     for number, thing in enumerate(scene.objects, 1):
         distance, facing = hit_object(thing, origin, direction, clock[:, None])
         nearer = distance < depth
         depth = torch.where(nearer, distance, depth)
-        light = torch.where(nearer, .5 + .5 * facing.clamp_min(0), light)
+        brightness = torch.where(nearer, .5 + .5 * facing.clamp_min(0), brightness)
         surface = surface.masked_fill(nearer, LIGHT_TILE + number)
         owner = owner.masked_fill(nearer, number)
         palette.append(torch.tensor(COLOURS[thing.colour]))
-    colour = torch.stack(palette)[surface.int()] * light[..., None]
+    colour = torch.stack(palette)[surface.int()] * brightness[..., None]
     return colour, depth, owner
 
 
 def hit_object(thing, origin, direction, clock):
-    """Where rays first hit an object at times clock (F, 1). -> z-depth (F, N), inf where missed; normal .
-    light (F, N)."""
+    """Where rays first hit an object at times clock (F, 1). -> z-depth (F, N), inf where missed; and how much
+    the surface faces the light there, normal . LIGHT (F, N)."""
     # Where its behaviour has taken it.
     x, size, lift = thing.x, thing.size, 0.0
     yaw = torch.tensor(thing.yaw, dtype=torch.float64)
@@ -305,7 +306,7 @@ def dot(a, b):
 
 
 def hit_round(origin, direction, light, radius):
-    """A sphere, |origin + t direction| = radius; by x and z alone, an endless upright cylinder."""
+    """A sphere, |origin + t direction| = radius; given only x and z, an endless upright cylinder."""
     # The nearer root of a t^2 + 2 b t + c = 0, where it is real and in front of the camera.
     a = dot(direction, direction)
     b = dot(direction, origin)
@@ -317,7 +318,7 @@ def hit_round(origin, direction, light, radius):
 
 def hit_cylinder(origin, direction, radius):
     """An upright cylinder, as high as it is wide."""
-    # The side, as high as it goes.
+    # The side: the endless cylinder, kept only between bottom and top.
     (x, y, z), (dx, dy, dz) = origin, direction
     depth, facing = hit_round(origin[::2], direction[::2], LIGHT[::2], radius)
     depth = torch.where((y + depth * dy).abs() < radius, depth, math.inf)
@@ -354,14 +355,14 @@ CORRUPTIONS = ("warp", "morph", "swap", "freeze")
 
 
 def corrupt(scene, kind, strength=1.0, seed=0):
-    """A clip (17, 3, 64, 64) of the scene, every frame of it sharp, that no rigid world and requested path
-    could show.
+    """A faulty clip (17, 3, 64, 64) of the scene: no rigid world, filmed along the requested path, could look
+    like it. strength in [0, 1].
 
     warp    the walls swim: a smooth field that changes over time moves pixels by up to 6 strength an axis
-    morph   the first object swells, shrinks and slides; from a strength of a half on it is another shape in
-            the clip's second half
+    morph   the first object swells, shrinks and slides; above a strength of .5 it also has a different shape
+            in the clip's second half
     swap    from some frame on, another room filmed by the same camera is mixed in, by strength
-    freeze  the camera does strength less of its motion than the caption asks for: 1 stands still
+    freeze  the camera makes only 1 - strength of the motion that the caption asks for: at 1 it stands still
     """
     rng = random.Random(f"{seed}/{kind}/{scene.caption}")
     if kind == "warp":
@@ -424,7 +425,7 @@ def damage(reconstruction, kind, strength, generator):
     """A copy of a reconstruction with broken Gaussians. strength in [0, 1].
 
     floaters   points leave their surface along the ray to the middle camera
-    billboard  everything slides to one depth
+    billboard  everything slides to one distance from the middle camera (the median depth)
     stretch    splats grow along one axis
     holes      splats vanish
     """
