@@ -299,8 +299,8 @@ def decided_alone(rows):
 
 @torch.no_grad()
 def measure(clip, rewards):
-    """Every metric of a scored Clip with a `rerender`, beside its rewards -> {name: float}; NaN where it needs
-    a failed term."""
+    """Every metric of a scored Clip with a `rerender`, beside its rewards. -> {name: float}, NaN where a
+    failed term is needed."""
     video, rec = clip.video, clip.reconstruction
     row = {}
 
@@ -396,10 +396,10 @@ def sampled_videos(a, folder):
     prompts = read_prompts(file, a.split)[a.split][:a.num]
 
     # which model, at what size
-    sampling = sampling_of(a.model, frames=a.frames)
+    sampling = sampling_of(a.model, frames=a.frames, height=a.height, width=a.width)
     wan = load_wan(a.model, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
     if a.lora:
-        merge_lora(wan.dit, a.lora, for_sampling=True)
+        merge_lora(wan.dit, a.lora, apart=True)
 
     @functools.lru_cache(maxsize=1)
     def sampled_batch(start):
@@ -433,7 +433,9 @@ def measured_row(name, prompt, load, rewards):
         if clip.rerender is None:  # no reconstruction, or none that can be rendered
             row["error"] = clip.errors["recon"]
         else:
-            row |= measure(clip, rewards)
+            with rewards.on_device({"lpips"}):
+                clip.to(rewards.device)
+                row |= measure(clip, rewards)
     except (*MASKED, OSError) as e:
         if is_fault(e):
             raise
@@ -446,7 +448,7 @@ def measured_row(name, prompt, load, rewards):
 
 
 # Options of sampling, idle where videos are given.
-OF_SAMPLING = ("model", "lora", "split", "num", "seed", "frames", "transport")
+OF_SAMPLING = ("model", "lora", "split", "num", "seed", "frames", "height", "width", "transport")
 
 
 def check(a, default):
@@ -458,7 +460,7 @@ def check(a, default):
         raise ValueError(f"--{option} changes how videos are sampled, and --videos gives them; leave one out")
     if a.num < 1:
         raise ValueError(f"--num must be at least 1, got {a.num}")
-    check_size(a.frames, None, None)
+    check_size(a.frames, a.height, a.width)
     if a.frames == 1:
         raise ValueError("--frames must be at least 5: one frame shows no camera path")
     if a.videos and not a.prompts:
@@ -778,6 +780,8 @@ def main(argv=None):
     add("--num", type=int, default=100, help="prompts of the split")
     add("--seed", type=int, default=0)
     add("--frames", type=int, help="4k+1; default: the model's")
+    add("--height", type=int, help="multiple of 16; default: the model's")
+    add("--width", type=int, help="multiple of 16; default: the model's")
     add("--no-transport", dest="transport", action="store_false", help="noise that follows no camera path")
     add("--out", type=Path, default=Path("runs/metrics"), help="the results folder, which must be new")
     add_reward_options(metrics_parser, views=9)

@@ -33,14 +33,19 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
+        self.base = None  # (A, B) of an adapter that `merge_lora` kept apart before: frozen, and never off
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
         self.scale = self.full_scale = alpha / rank
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
+        if self.base is not None:
+            A, B = self.base
+            y = y + F.linear(F.linear(x, A), B)
         # Not added at all rather than added times zero: the reference is the frozen model to the bit.
         if self.scale == 0:
             return y
@@ -62,7 +67,11 @@ def add_lora(dit, rank=32, alpha=64, generator=None):
     for block in dit.blocks:
         for attention in (block.attn1, block.attn2):
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
-                layer = LoRALinear(attention.get_submodule(name), rank, alpha)
+                linear = attention.get_submodule(name)
+                layer = LoRALinear(linear, rank, alpha)
+                if isinstance(linear, LoRALinear):
+                    dtype = linear.weight.dtype
+                    layer.base = linear.lora_A.to(dtype), linear.lora_B.to(dtype)
                 bound = layer.weight.shape[1] ** -.5
                 # Drawn on the CPU, where a generator gives the same numbers on every machine.
                 A = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
@@ -82,7 +91,7 @@ def keep_apart(dit, name, A, B):
 @contextlib.contextmanager
 def lora_off(dit):
     """with lora_off(dit): the model as it was before add_lora."""
-    layers = [m for m in dit.modules() if isinstance(m, LoRALinear)]
+    layers = [m for m in dit.modules() if isinstance(m, LoRALinear) and m.lora_A.requires_grad]
     for layer in layers:
         layer.scale = 0
     try:
@@ -113,7 +122,7 @@ def lora_weights(dit, values=None, layout="diffusers", base=None):
     values = values or {}
     pairs = dict(base or {})
     for name, layer in dit.named_modules():
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear) and layer.lora_A.requires_grad:
             # The trained rows of A and columns of B, then those of the adapter merged before.
             A = values.get(f"{name}.lora_A", layer.lora_A).detach().cpu()  # (r, in)
             B = values.get(f"{name}.lora_B", layer.lora_B).detach().cpu() * layer.full_scale  # (out, r)
@@ -327,14 +336,15 @@ def read_lora(dit, path):
 
 
 @torch.no_grad()
-def merge_lora(dit, path, strength=1.0, for_sampling=False):
+def merge_lora(dit, path, strength=1.0, apart=False):
     """Adds an adapter file of any form above into the weights, W += strength (alpha / r) B A.
     -> the pairs that were added, {layer name: (A, B)}, float32 on the CPU, with the scale in B.
 
     path: a file, or a folder that holds one. Every key must fit, else ValueError and nothing is changed. A
     sum that overflows the weights' dtype is found half way, and the model must then be loaded anew.
-    for_sampling: below float32, plain linear layers keep W and B A apart, as in training: in bfloat16 their
-    sum would be rounded to 8 bits, which takes a good part of a small B A away.
+    apart: below float32, linear layers keep W and B A apart, as in training: in bfloat16 their sum would be
+    rounded to 8 bits, which takes a good part of a small B A away. (Not those of the time embedding, which
+    are computed in float32 from the weights alone.)
     lightx2v's files also hold whole differences of weights, biases, norms and modulations. They are added
     too, but an exported LoRA could not hold them: dit.merged_differences is set to the file's path, and
     `add_lora` then refuses to train.
@@ -351,7 +361,9 @@ def merge_lora(dit, path, strength=1.0, for_sampling=False):
             if not merged.to(weight.dtype).isfinite().all():
                 raise ValueError(f"{path}: '{keys['B']}' times '{keys['A']}' overflows {weight.dtype}; "
                                  "give another LoRA")
-            if for_sampling and weight.dtype != torch.float32 and type(dit.get_submodule(layer)) is nn.Linear:
+            can_be_apart = (type(dit.get_submodule(layer)) is nn.Linear
+                            and not layer.startswith("condition_embedder.time_"))
+            if apart and weight.dtype != torch.float32 and can_be_apart:
                 keep_apart(dit, layer, A, B)
             else:
                 weight.copy_(merged)

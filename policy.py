@@ -60,7 +60,8 @@ class Policy:
             self.fingerprint = fingerprint(wan.dit, c.lora)
         self.wan = wan
         dit = wan.dit
-        self.base = merge_lora(dit, c.lora) if c.lora else {}  # the adapter that training starts from
+        # the adapter that training starts from: beside the weights, but where these are trained themselves
+        self.base = merge_lora(dit, c.lora, apart=not c.full) if c.lora else {}
 
         # what is trained, and the reference that the KL compares with: the model without LoRA, or a frozen
         # copy

@@ -349,11 +349,11 @@ class Rewards:
         """Loads what is needed now instead of on first use, so that a wrong path, or a gsplat that does not
         compile, is an error before any long work."""
         asked = self.asked(dynamic)
-        for name in sorted({model for term in asked for model in term.models}):
-            getattr(self, name)
         renders = {"meta", "recon"} & {term.name for term in asked}
         if renders and self.device.type == "cuda":
             splat.compile_gsplat()
+        for name in sorted({model for term in asked for model in term.models}):
+            getattr(self, name)
         return self
 
     @contextlib.contextmanager
@@ -361,20 +361,26 @@ class Rewards:
         """With offload, these models are on the device inside the block, and the others on the CPU."""
         models = [getattr(self, name) for name in names] if self.offload else []
         modules = [model if isinstance(model, nn.Module) else model.model for model in models]
+        # judges are frozen: their weights on the CPU stay there, and need not be copied back
+        at_home = [(p, p.data) for module in modules for p in module.parameters()]
         try:
             for module in modules:
                 module.to(self.device)
             yield
         finally:
+            for p, data in at_home:
+                p.data = data
             for module in modules:
-                module.to(self.home)
+                module.to(self.home)  # what else they hold
 
     @contextlib.contextmanager
     def masking(self, clip, terms):
         """A failure inside the block becomes the terms' NaN with its reason, never a number, and does not
-        stop the others. With offload the clip's reconstruction is on the device inside the block alone."""
+        stop the others. With offload the clip's reconstruction is on the device inside the block alone, and
+        only for terms that look at it."""
+        moves = self.offload and "depth_anything" in terms[0].models
         try:
-            if self.offload:
+            if moves:
                 clip.to(self.device)
             yield
         except MASKED as error:
@@ -385,7 +391,7 @@ class Rewards:
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
                 self.reasons[term.name] = clip.errors[term.name] = reason
         finally:
-            if self.offload:
+            if moves:
                 clip.to(self.home)
 
     @torch.no_grad()
@@ -564,11 +570,13 @@ def add_reward_options(parser, views=9):
         help="trunk; random is a stand-in without downloads")
     add("--views", type=int, default=views, help="frames that are reconstructed, evenly spread")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--offload", action="store_true", help="judges wait on the CPU; one at a time is on the device")
 
 
 def rewards_of(a):
     check_device(a.device)
-    return Rewards(a.depth_anything, a.critic, a.preference, a.lpips, a.views, device=a.device)
+    return Rewards(a.depth_anything, a.critic, a.preference, a.lpips, a.views, device=a.device,
+                   offload=a.offload)
 
 
 @as_command("rewards.py")

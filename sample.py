@@ -510,7 +510,9 @@ def check_memory(wan, sampling, num):
     of_vae = 6 * 4 * 4 * wan.vae.config.base_dim * height * width
     needed = max(of_dit, of_vae) + num * frames * 3 * height * width * 4
     if wan.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(wan.device).total_memory
+        # what is free beside the weights, and what PyTorch holds without using it
+        memory = torch.cuda.mem_get_info(wan.device)[0]
+        memory += torch.cuda.memory_reserved(wan.device) - torch.cuda.memory_allocated(wan.device)
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
@@ -607,13 +609,16 @@ def make_videos(a):
 def videos_of_column(a, lora, sampling, paths):
     """-> the command line's videos [(F, 3, H, W)] with one adapter."""
     wan = load_wan(a.model, a.device, getattr(torch, a.dtype))
-    check_memory(wan, sampling, a.num)
     # what is wrong with the next columns' adapters is found before this one's first step
     for later in a.lora[a.lora.index(lora) + 1:]:
         if later != "none":
             read_lora(wan.dit, later)
     if lora != "none":
-        merge_lora(wan.dit, lora, for_sampling=True)
+        merge_lora(wan.dit, lora, apart=True)
+    # the text encoder is not needed any more: 11 GB of the released one
+    texts = {prompt: wan.encode_text([prompt]) for prompt in (a.prompt, a.negative)}
+    wan.text_encoder, wan.text_cache = None, texts.__getitem__
+    check_memory(wan, sampling, a.num)
     if a.compile:
         wan.dit = torch.compile(wan.dit)
     latents, _ = sample_latents(wan, [a.prompt] * a.num, sampling, a.seed, paths=paths, strength=a.strength,

@@ -168,14 +168,16 @@ def compile_gsplat():
 
     One process after the other: gsplat deletes a build that another process has begun.
     """
-    needs = "it needs nvcc, of the CUDA version that PyTorch is built with, and ninja on the PATH"
+    needs = ("it needs nvcc, of the CUDA version that PyTorch is built with, g++, Python's headers, "
+             "and ninja on the PATH")
     with open(Path(tempfile.gettempdir()) / f"gsplat_{os.getuid()}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         try:
             from gsplat.cuda._backend import _C
         except (ImportError, OSError, RuntimeError) as e:
-            reason = str(e).strip().splitlines() or [type(e).__name__]
-            raise ValueError(f"gsplat could not compile its kernels ({reason[0]}); {needs}") from None
+            lines = str(e).strip().splitlines() or [type(e).__name__]
+            reason = next((line for line in lines if "error:" in line), lines[0])[:200]
+            raise ValueError(f"gsplat could not compile its kernels ({reason}); {needs}") from None
     if _C is None:
         raise ValueError(f"gsplat has no kernels for this GPU; {needs}")
 

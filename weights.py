@@ -98,6 +98,10 @@ def as_command(name):
                 return main(argv) or 0
             except (ValueError, OSError) as e:
                 status, reason = 2, e
+            except (RuntimeError, MemoryError) as e:
+                if not is_out_of_memory(e):
+                    raise
+                status, reason = 2, "out of memory; ask for less at once, or use a larger card"
             except KeyboardInterrupt:
                 status, reason = 130, "interrupted; give the same command again"
             print(f"{name}: {reason}", file=sys.stderr)

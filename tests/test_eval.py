@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import rewards
 from eval import (alarms, between, camera_errors, changes, epipolar_error, folder_videos, held_out, interval,
                   main, measured_row, mvcs, new_folder, psnr, ssim, table, vbench)
 from noise_warp import camera_path
@@ -286,6 +287,16 @@ def deaf(twins, tmp_path_factory):
     return folder
 
 
+def test_full_memory_is_one_sentence(one_video, judges, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(rewards, "load_depth_anything", full)
+    assert main([*one_video, *judges, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "eval.py: out of memory; ask for less at once, or use a larger card"
+
+
 @pytest.fixture
 def one_video(tmp_path):
     """The command that scores one good video."""
@@ -491,6 +502,14 @@ def test_a_model_is_sampled_and_scored(judges, checkpoint, tmp_path):
     assert [row["size"] for row in rows] == ["5x32x32"] * 11
     assert all(math.isfinite(row[name]) for row in rows for name in ("psnr", "psnr_held_out", "three_d"))
     assert len(list((out / "videos").glob("*.mp4"))) == 11
+
+    # at another size than the model's own; and the judges one at a time
+    for folder, more in (("wide", []), ("one", ["--offload"])):
+        few = ["--num", "1", "--width", "48", "--out", str(tmp_path / folder), *more]
+        assert main([*command, *few]) == 0
+    row, = read_rows(tmp_path / "wide")
+    assert row["size"] == "5x32x48"
+    assert read_rows(tmp_path / "one") == [row]
 
 
 def test_the_tiny_model_is_sampled_for_its_own_prompts(judges, tmp_path):

@@ -75,7 +75,7 @@ def test_a_small_adapter_is_not_rounded_away_in_bfloat16(checkpoint, tmp_path):
             if name.endswith("lora_B"):
                 p.normal_(std=1e-4, generator=generator(name))
     save_file(lora_weights(trained), tmp_path / "lora.safetensors")
-    pairs = merge_lora(read, tmp_path, for_sampling=True)
+    pairs = merge_lora(read, tmp_path, apart=True)
     assert pairs.keys() == merge_lora(merged, tmp_path).keys()
     assert torch.equal(read(*inputs()), trained(*inputs()))
     assert not torch.equal(read(*inputs()), plain(*inputs()))
@@ -84,10 +84,46 @@ def test_a_small_adapter_is_not_rounded_away_in_bfloat16(checkpoint, tmp_path):
     assert .5 < (weights[0] == weights[2]).float().mean() < 1
     assert not any(p.requires_grad for name, p in read.named_parameters() if "lora" in name)
 
+    # a training that starts from it starts from the same model, which is also its reference
+    start = load_wan(checkpoint, dtype=torch.bfloat16).dit
+    base = merge_lora(start, tmp_path, apart=True)
+    again = add_lora(start, 2, 4.0, generator("second"))
+    assert again.keys() == {name for name, p in start.named_parameters() if p.requires_grad}
+    assert torch.equal(start(*inputs()), read(*inputs()))
+    with torch.no_grad():
+        for name, p in again.items():
+            p.normal_(std=.01, generator=generator(name, "second"))
+    moved = start(*inputs())
+    assert not torch.equal(moved, read(*inputs()))
+    with lora_off(start):
+        assert torch.equal(start(*inputs()), read(*inputs()))
+    save_file(lora_weights(start, base=base), tmp_path / "lora.safetensors")
+    both = load_wan(checkpoint, dtype=torch.bfloat16).dit
+    merge_lora(both, tmp_path, apart=True)
+    assert difference(both(*inputs()), moved) < .02 * moved.abs().max()  # sums of rank 6, or of 4 and 2
+
     # in float32 nothing is lost, and one product is faster than two
     whole = load_wan(checkpoint).dit
-    merge_lora(whole, tmp_path, for_sampling=True)
+    merge_lora(whole, tmp_path, apart=True)
     assert not any(isinstance(module, LoRALinear) for module in whole.modules())
+
+
+@pytest.mark.parametrize("layer", ["condition_embedder.time_embedder.linear_1", "condition_embedder.time_proj",
+                                   "condition_embedder.text_embedder.linear_1", "blocks.1.ffn.net.2",
+                                   "blocks.0.attn2.to_out.0", "patch_embedding"])
+def test_an_adapter_of_any_layer_shows_in_bfloat16(checkpoint, tmp_path, layer):
+    merged, apart = (load_wan(checkpoint, dtype=torch.bfloat16).dit for _ in range(2))
+    out, *into = merged.get_parameter(f"{layer}.weight").shape
+    g = generator(layer)
+    save_file({f"transformer.{layer}.lora_A.weight": torch.randn(2, *into, generator=g),
+               f"transformer.{layer}.lora_B.weight": torch.randn(out, 2, *[1] * (len(into) - 1), generator=g)},
+              tmp_path / "lora.safetensors")
+    before = merged(*inputs())
+    merge_lora(merged, tmp_path)
+    merge_lora(apart, tmp_path, apart=True)
+    change = difference(merged(*inputs()), before)
+    assert change > .05
+    assert difference(apart(*inputs()), merged(*inputs())) < .2 * change
 
 
 def test_alpha_and_strength_scale_what_is_merged(adapted, checkpoint, tmp_path):

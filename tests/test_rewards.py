@@ -430,6 +430,25 @@ def test_offload_has_one_model_on_the_device_at_a_time(batch, twins, monkeypatch
     assert not there
 
 
+def test_what_is_offloaded_is_not_copied_back(batch, twins, monkeypatch):
+    """Frozen weights wait where they were, to the address; a reconstruction goes where a term looks at it alone."""
+    _, videos, prompts, paths, out = batch
+    rewards = load_rewards(**options(twins), device="cpu:0", offload=True).load()
+    weights = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in rewards.critic.model.named_parameters()}
+    with rewards.on_device({"critic"}):
+        pass
+    assert all(p.data_ptr() == place and torch.equal(p, before) for p, place, before in weights.values())
+
+    moved, move = [], Clip.to
+    monkeypatch.setattr(Clip, "to", lambda clip, device: moved.append(str(device)) or move(clip, device))
+    found = rewards.terms(videos[:1], prompts[:1], paths[:1])
+    assert moved == ["cpu:0", "cpu"] * 4  # to be made, and for S_meta, S_recon and S_traj
+    assert torch.equal(found["total"], out["total"][:1])
+    moved.clear()
+    rewards.terms(videos[:1], prompts[:1], paths[:1], dynamic=True)
+    assert moved == []
+
+
 def test_models_are_loaded_where_they_wait(twins):
     """Straight to the CPU, not over the device: of a device without memory nothing would be left."""
     rewards = load_rewards(**options(twins), device="meta", offload=True).load()

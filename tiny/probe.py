@@ -298,7 +298,7 @@ def load_adapted(model, lora=None):
     """-> the model, with a LoRA merged if one is given."""
     wan = load_wan(model)
     if lora is not None:
-        merge_lora(wan.dit, lora, for_sampling=True)
+        merge_lora(wan.dit, lora, apart=True)
     return wan
 
 
