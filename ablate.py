@@ -554,7 +554,7 @@ def paper_table(found, table):
     columns = {title: metric for title, (way, metric) in COLUMNS.items()
                if way == "test" and metric in PAPER_METRICS}
     rows = []
-    for name in cells_of(found, table):
+    for name in [name for name in cells_of(found, table) if CELLS[name].paper]:
         theirs, other = (dict(zip(PAPER_METRICS, CELLS[cell].paper)) for cell in (name, CELLS[name].against))
         row = [name]
         for title, metric in columns.items():
