@@ -220,7 +220,7 @@ def estimate(c, gpus, card):
         gather = 2 * frozen * (shards - 1) / shards / card["link" if shards <= 8 else "network"]
     moving = 0
     if c.offload:
-        moving = 2 * sum(JUDGES[judge] for judge in judges) / card["host"]  # there and back
+        moving = sum(JUDGES[judge] for judge in judges) / card["host"]  # there; nothing comes back
 
     # One training step, a dynamic one counted like a main one; all processes wait for the busiest. A step of
     # the window is trained by a forward pass, its recomputation (checkpointing) and the backward pass; the KL
