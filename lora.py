@@ -25,7 +25,8 @@ from weights import Size, config_from, from_json, open_tensors, read_json
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trainable low-rank one; .scale = 0 turns it off (the reference model).
+    """A frozen linear layer plus a low-rank one, trainable unless `keep_apart` made it; .scale = 0 turns it
+    off (the reference model).
 
     The low-rank weights are float32 and are multiplied in the frozen layer's dtype: a float32 copy of every
     input would double what a bfloat16 block keeps for its backward pass.

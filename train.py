@@ -741,7 +741,7 @@ def main(argv=None):
         if world > 1:
             end_alone(status)
         return status
-    except Exception:
+    except Exception:  # a fault of the program: its traceback, and the others must not wait for this process
         if world > 1:
             traceback.print_exc()
             end_alone(1)
