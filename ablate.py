@@ -355,13 +355,12 @@ MARKS = "<!-- table: {} -->\n{}<!-- end -->"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!--).)*<!-- end -->", re.DOTALL)
 BETTER = {"PSNR, held-out frames": 1, "S_traj": 1, "R_3D": 1, "epipolar error": -1}  # up or down
 # of a cell: what says most, and where a choice shows first
-CHANGES = ("PSNR, held-out frames", "S_meta", "S_traj", "R_gen", "epipolar error", "R_3D, dynamic prompts",
+TITLES = ("PSNR, held-out frames", "S_meta", "S_traj", "R_gen", "epipolar error", "R_3D, dynamic prompts",
            "motion, dynamic prompts", "probe: motion", "probe: objects")
 PLOTTED = ("PSNR, held-out frames", "S_traj", "epipolar error", "motion, dynamic prompts")
 SUMMARY = {  # README's rows
     "re-render PSNR, dB": COLUMNS["PSNR"],
     "S_traj": COLUMNS["S_traj"],
-    "R_3D": COLUMNS["R_3D"],
     "motion, 50 dynamic prompts": COLUMNS["motion, dynamic prompts"],
     "epipolar error, px of 256": COLUMNS["epipolar error"],
     "camera read right": COLUMNS["probe: motion"], "objects read right": COLUMNS["probe: objects"],
@@ -423,7 +422,7 @@ def main_table(found, columns):
 
 def summary_table(found):
     """README's: means, and the change with its interval."""
-    titles = {"base": "base", "base_no_transport": "base, plain noise",
+    titles = {"base": "base", "base_no_transport": "base, plain noise", "clean": "clean",
               "full": f"full, {len(found['full'])} seeds"}
     names = {name: title for name, title in titles.items() if name in found}
     rows = []
@@ -446,7 +445,7 @@ def better_table(found):
     return markdown("Prompts on which full is better than base", groups, rows)
 
 
-def changes(found, name, column, against=None):
+def changes_by_seed(found, name, column, against=None):
     """How far a cell is from the one it is compared with, video by video -> (seeds, N): each seed from the
     same one, or from the only one of a cell without training; NaN if there is none."""
     against = against or CELLS[name].against
@@ -468,13 +467,12 @@ def seed_noise(found, column, chosen=slice(None)):
     seed begin alike.
     """
     samples = [(1, [over_seeds({seed: result}, column) for seed, result in found.get("full", {}).items()])]
-    samples += [(2, changes(found, name, column, "full")) for name in found
+    samples += [(2, changes_by_seed(found, name, column, "full")) for name in found
                 if CELLS[name].trained and name != "full"]
     total, freedom = 0.0, 0
     for variances, runs in samples:
-        # interval(...)[0] is the mean of what is not NaN
-        means = [interval(run[chosen])[0] for run in runs] if len(runs) > 1 else []
-        means = [mean for mean in means if math.isfinite(mean)]
+        parts = [run[chosen] for run in runs] if len(runs) > 1 else []
+        means = [part[np.isfinite(part)].mean() for part in parts if np.isfinite(part).any()]
         if len(means) > 1:
             total += (len(means) - 1) * np.var(means, ddof=1) / variances
             freedom += len(means) - 1
@@ -490,14 +488,14 @@ def seeds_apart(found, name, column, against=None, chosen=slice(None)):
     if not freedom:
         return math.inf
     trainings = 1 + CELLS[against or CELLS[name].against].trained
-    seeds = len(changes(found, name, column, against))
+    seeds = len(changes_by_seed(found, name, column, against))
     return float(scipy.stats.t.ppf(.975, freedom)) * deviation * math.sqrt(trainings / seeds)
 
 
 def change_shown(found, name, column, against=None, chosen=slice(None)):
     """A cell's change in three lines: the mean over seeds, bold if it is off zero; its interval; every seed's
     mean. Of the probe's one value the mean alone. chosen: the videos that count."""
-    each = changes(found, name, column, against)[:, chosen]
+    each = changes_by_seed(found, name, column, against)[:, chosen]
     mean, low, high = interval(each.mean(0))
     if math.isnan(mean):
         return ""
@@ -537,15 +535,15 @@ def label(found, name):
 def cells_of(found, table):
     """-> the names of a table's cells that can be compared: of both there is a seed."""
     names = [name for name, cell in CELLS.items() if cell.table == table and name in found]
-    # where the two cells share no seed, `changes` is a single NaN, (1, 1)
-    return [name for name in names if changes(found, name, COLUMNS["R_gen"]).shape[1] > 1]
+    # where the two cells share no seed, `changes_by_seed` is a single NaN, (1, 1)
+    return [name for name in names if changes_by_seed(found, name, COLUMNS["R_gen"]).shape[1] > 1]
 
 
 def cells_table(found, table):
     """What every cell of a table changes."""
-    rows = [[label(found, name), *(change_shown(found, name, COLUMNS[title]) for title in CHANGES)]
+    rows = [[label(found, name), *(change_shown(found, name, COLUMNS[title]) for title in TITLES)]
             for name in cells_of(found, table)]
-    return markdown(TABLES[table], CHANGES, rows) if rows else ""
+    return markdown(TABLES[table], TITLES, rows) if rows else ""
 
 
 def paper_table(found, table):
@@ -561,7 +559,7 @@ def paper_table(found, table):
             text = ""
             if theirs.get(metric) is not None:
                 change = theirs[metric] - other[metric]
-                each = changes(found, name, COLUMNS[title])
+                each = changes_by_seed(found, name, COLUMNS[title])
                 verdict = "open"
                 if is_off_zero(each, seeds_apart(found, name, COLUMNS[title])):
                     verdict = "agrees" if interval(each.mean(0))[0] * change > 0 else "disagrees"
@@ -603,7 +601,7 @@ def draw_changes(file, found):
                 apart = seeds_apart(found, name, COLUMNS[title])
                 if math.isfinite(apart):
                     axes.barh(place, 2 * apart, .9, -apart, color=GREY, alpha=.25, linewidth=0)
-                each = changes(found, name, COLUMNS[title])
+                each = changes_by_seed(found, name, COLUMNS[title])
                 _, low, high = interval(each.mean(0))
                 axes.plot([low, high], [place, place], linewidth=4, alpha=.5, solid_capstyle="butt")
                 axes.plot([interval(seed)[0] for seed in each], [place] * len(each), "o", markersize=3.5)

@@ -11,8 +11,8 @@ and what is there already is never replaced. What failed is null, counted, and e
 
 Each video is reconstructed once, from `views` frames, evenly spread; all 3D metrics use that. *Held-out*
 frames are those in the middle between two of them. Each is rendered from a camera interpolated between its
-neighbours', a stricter test that the paper's tables do not have. Recovered positions are divided by the
-video's median depth.
+neighbours', which the paper's tables do not have; the first and the last frame are not among them. Recovered
+positions are divided by the video's median depth.
 Definitions and sources are in each function's docstring. Left out: FVD and what needs reference videos.
 """
 
@@ -79,8 +79,11 @@ def camera_errors(path, recovered):
         rot_err      sum over frames of the angle between the rotations, in radians
         trans_err    sum of the distances of positions
         cam_mc       sum of the Frobenius norms of [R|t] - [R'|t']
-        trans_err_rel, cam_mc_rel    the same after dividing each path by its largest distance from frame 0
-    Sums grow with the number of frames, so report that number beside them.
+        trans_err_rel, cam_mc_rel    the same after dividing each path by its largest distance from frame 0;
+                                     NaN where no travel is asked for (fixed, pan): noise would be made long
+    Sums grow with the number of frames, so report that number beside them. trans_err and cam_mc take both
+    paths to be in one unit: `measure` gives the requested one in depths of the assumed plane, the recovered
+    one in median depths of the scene, so that a camera which does just as asked is not at 0.
     """
     requested, found = relative_to_first(path), relative_to_first(recovered)
     errors = {"rot_err": float(rotation_angle(requested[:, :3, :3], found[:, :3, :3]).sum())}
@@ -89,6 +92,8 @@ def camera_errors(path, recovered):
             requested, found = unit_reach(requested), unit_reach(found)
         errors["trans_err" + tag] = float((requested[:, :3, 3] - found[:, :3, 3]).norm(dim=1).sum())
         errors["cam_mc" + tag] = float((requested[:, :3] - found[:, :3]).flatten(1).norm(dim=1).sum())
+    if requested[:, :3, 3].norm(dim=1).max() <= 1e-8:
+        errors["trans_err_rel"] = errors["cam_mc_rel"] = math.nan
     return errors
 
 
@@ -630,7 +635,7 @@ TABLES = {  # title -> columns
         ("rot_err", "trans_err", "cam_mc", "trans_err_rel", "cam_mc_rel"),
     "Rewards, motion, epipolar error": (*REWARDS, "epipolar"),
 }
-CHANGES = ("psnr", "psnr_held_out", "epipolar", *REWARDS)
+COMPARED = ("psnr", "psnr_held_out", "epipolar", *REWARDS)
 MEAN = "{0[0]:.3f} [{0[1]:.3f}, {0[2]:.3f}]"  # mean, low, high
 CHANGE = "{0[0]:+.3f} [{0[1]:+.3f}, {0[2]:+.3f}] ({0[3]:.0%} of {0[4]})"  # the share that rose, of how many
 
@@ -648,7 +653,7 @@ def read_lines(file, kind, growing=False):
 
 # A line of a results folder's metrics.jsonl, as far as it is read again.
 VideoRow = TypedDict("VideoRow", dict(video=str, prompt=str | None, size=str, error=str)
-                     | dict.fromkeys(CHANGES, float | None), total=False)
+                     | dict.fromkeys(COMPARED, float | None), total=False)
 
 
 def good_rows(folder):
@@ -664,7 +669,7 @@ def changes(before, after):
     rows_before, rows_after = good_rows(before), good_rows(after)
     shared = [key for key in rows_before if key in rows_after]
     found = {}
-    for name in CHANGES:
+    for name in COMPARED:
         values = [[rows[key].get(name) for key in shared] for rows in (rows_before, rows_after)]
         old, new = np.array(values, dtype=float)  # (videos,) each; None becomes NaN
         change = new - old
@@ -737,10 +742,10 @@ def table(runs):
             notes.append(f"Not compared with {base}: {label}, which shares no scored video of one name, "
                          "prompt and size.")
         else:
-            rows.append(table_row(label, change, CHANGES, CHANGE))
+            rows.append(table_row(label, change, COMPARED, CHANGE))
     if rows:
         title = f"Change from {base}, video by video (share that rose, of how many)"
-        parts.append(markdown(title, CHANGES, rows))
+        parts.append(markdown(title, COMPARED, rows))
     parts += notes
 
     # VBench, or why it was not measured

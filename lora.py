@@ -24,9 +24,23 @@ from model import original_dit_key
 from weights import Size, config_from, from_json, open_tensors, read_json
 
 
+class LinearApart(nn.Linear):
+    """A frozen linear layer beside whose weight `merge_lora` keeps an adapter's pair: W x + b + B (A x)."""
+
+    def __init__(self, linear, A, B):
+        """A: (r, in), B: (out, r), the scale in it; both are rounded to the weight's dtype."""
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.register_buffer("A", A.to(linear.weight))
+        self.register_buffer("B", B.to(linear.weight))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.A), self.B)
+
+
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a low-rank one, trainable unless `keep_apart` made it; .scale = 0 turns it
-    off (the reference model).
+    """A frozen linear layer plus a trainable low-rank one; .scale = 0 turns it off (the reference model).
 
     The low-rank weights are float32 and are multiplied in the frozen layer's dtype: a float32 copy of every
     input would double what a bfloat16 block keeps for its backward pass.
@@ -34,19 +48,13 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.base = None  # (A, B) of an adapter that `merge_lora` kept apart before: frozen, and never off
+        self.linear = linear
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
         self.scale = self.full_scale = alpha / rank
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if self.base is not None:
-            A, B = self.base
-            y = y + F.linear(F.linear(x, A), B)
+        y = self.linear(x)
         # Not added at all rather than added times zero: the reference is the frozen model to the bit.
         if self.scale == 0:
             return y
@@ -70,10 +78,7 @@ def add_lora(dit, rank=32, alpha=64, generator=None):
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
                 linear = attention.get_submodule(name)
                 layer = LoRALinear(linear, rank, alpha)
-                if isinstance(linear, LoRALinear):
-                    dtype = linear.weight.dtype
-                    layer.base = linear.lora_A.to(dtype), linear.lora_B.to(dtype)
-                bound = layer.weight.shape[1] ** -.5
+                bound = linear.in_features ** -.5
                 # Drawn on the CPU, where a generator gives the same numbers on every machine.
                 A = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
                 layer.lora_A.copy_(A)
@@ -81,18 +86,10 @@ def add_lora(dit, rank=32, alpha=64, generator=None):
     return {name: p for name, p in dit.named_parameters() if p.requires_grad}
 
 
-def keep_apart(dit, name, A, B):
-    """Keeps a frozen pair A (r, in), B (out, r) beside the weight of the linear layer of this name."""
-    layer = LoRALinear(dit.get_submodule(name), len(A), alpha=len(A))  # alpha / rank = 1: B holds the scale
-    layer.lora_A.copy_(A)
-    layer.lora_B.copy_(B)
-    dit.set_submodule(name, layer.requires_grad_(False))
-
-
 @contextlib.contextmanager
 def lora_off(dit):
     """with lora_off(dit): the model as it was before add_lora."""
-    layers = [m for m in dit.modules() if isinstance(m, LoRALinear) and m.lora_A.requires_grad]
+    layers = [m for m in dit.modules() if isinstance(m, LoRALinear)]
     for layer in layers:
         layer.scale = 0
     try:
@@ -123,7 +120,7 @@ def lora_weights(dit, values=None, layout="diffusers", base=None):
     values = values or {}
     pairs = dict(base or {})
     for name, layer in dit.named_modules():
-        if isinstance(layer, LoRALinear) and layer.lora_A.requires_grad:
+        if isinstance(layer, LoRALinear):
             # The trained rows of A and columns of B, then those of the adapter merged before.
             A = values.get(f"{name}.lora_A", layer.lora_A).detach().cpu()  # (r, in)
             B = values.get(f"{name}.lora_B", layer.lora_B).detach().cpu() * layer.full_scale  # (out, r)
@@ -365,7 +362,7 @@ def merge_lora(dit, path, strength=1.0, apart=False):
             can_be_apart = (type(dit.get_submodule(layer)) is nn.Linear
                             and not layer.startswith("condition_embedder.time_"))
             if apart and weight.dtype != torch.float32 and can_be_apart:
-                keep_apart(dit, layer, A, B)
+                dit.set_submodule(layer, LinearApart(dit.get_submodule(layer), A, B))
             else:
                 weight.copy_(merged)
             pairs[layer] = A, B

@@ -410,7 +410,7 @@ def time_frequencies(t, dim):
 
 
 def linear_float32(layer, x):
-    with torch.autocast(x.device.type, enabled=False):  # tiny/train.py runs the DiT in bfloat16 autocast
+    with torch.autocast(x.device.type, enabled=False):  # tiny/train.py autocasts to bfloat16
         return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 

@@ -382,7 +382,8 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
 
     delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the
     mean and std that x had; w falls linearly to a tenth of its first value, and sums to 1. All statistics are
-    per sample.
+    per sample. Euler's steps, and so a rollout's, keep the pushes. UniPC's corrector begins at the state before
+    a step: there, as in the release, a push acts through the model's next prediction alone.
     """
     if base.shape != transported.shape or base.dim() != 5:
         raise ValueError("base and transported noise must both be (B, C, T, h, w), "

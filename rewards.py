@@ -232,16 +232,16 @@ class Term:
     name: str  # in code, options, logs and files
     label: str  # the paper's symbol, in tables and pages
     models: tuple  # which of the Rewards' models it looks through
-    three_d: bool  # part of R_3D: not asked for in the dynamic phase
     function: Callable  # (judges, clip) -> float
+    three_d: bool  # part of R_3D: not asked for in the dynamic phase
 
 
 # The public names of the terms. R_gen is `general`; the model it asks is the preference model, HPSv3.
 TERMS = {term.name: term for term in (
-    Term("meta", "S_meta", ("depth_anything", "critic"), True, meta_reward),
-    Term("recon", "S_recon", ("depth_anything", "lpips"), True, recon_reward),
-    Term("traj", "S_traj", ("depth_anything",), True, trajectory_term),
-    Term("general", "R_gen", ("preference",), False, preference_reward),
+    Term("meta", "S_meta", ("depth_anything", "critic"), meta_reward, three_d=True),
+    Term("recon", "S_recon", ("depth_anything", "lpips"), recon_reward, three_d=True),
+    Term("traj", "S_traj", ("depth_anything",), trajectory_term, three_d=True),
+    Term("general", "R_gen", ("preference",), preference_reward, three_d=False),
 )}
 
 
@@ -467,7 +467,8 @@ def motion_magnitude(video, size=32):
 
     Optical flow between neighbours (Lucas-Kanade on two pyramid levels, at `size` pixels wide), less the
     best-fitting quadratic field (what panning, zooming and turning do to a distant scene), mean length over
-    pixels and frames. A still scene filmed by a moving camera reads near 0, but for parallax.
+    pixels and frames. Parallax stays, and most of the camera's flow where walls are plain: in the tiny world a
+    still scene reads 1.5 under a pan, .4 under a fixed camera. So compare videos of the same camera motion.
     """
     # flow between neighbours, on small grey pictures
     _, _, H, W = video.shape

@@ -423,8 +423,9 @@ def reconstruction(w):
         "shows one solid world is then a matter of rendering these Gaussians and looking. Nothing here "
         f"knows which camera was asked for. Shown is member {best}, of the highest advantage (stage 10).",
         "X = R<sub>v</sub> d K<sub>v</sub><sup>−1</sup> (p, 1) + t<sub>v</sub>",
-        "X: centre of the Gaussian of pixel p of frame v; d: its depth; K_v, R_v, t_v: the frame's "
-        "intrinsics, and where its camera looks and stands.",
+        "X: the point that pixel p of frame v shows; d: its depth; K_v, R_v, t_v: the frame's intrinsics, "
+        "and where its camera looks and stands. A Gaussian's centre lies d + δ along the ray of p + o; δ and "
+        "o are two of its head's outputs.",
         "Depth Anything 3 (arXiv 2511.10647); depth_anything.py",
         [DepthAnything3.network, gaussians_of],
         {"frames": rec.images, "depth": rec.depth, "cameras": rec.camera_to_world,

@@ -1,10 +1,11 @@
 """Runs train.main in forked children: torch is imported once for many runs, and a run can be killed anytime.
 
-Reads a JSON list of jobs from stdin, prints a JSON list with the exit codes of each job's children. A job:
+Reads a job a line from stdin, as JSON, and prints a line with the exit codes of its processes. A job:
     {"args": [...], "world": 2}                               train.main(args) on 2 processes (default 1)
     {"args": [...], "kill": 1.5}                              killed (SIGKILL) after so many seconds
     {"args": [...], "kill": "sigterm", "after": "a file"}     asked to stop once that file exists
     {"args": [...], "sampled": "a file"}                      a line there for each prompt an evaluation samples
+    {"args": [...], "before": "source"}                       Python that is run first; it may patch train
 """
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a fork must not find CUDA initialised
 
 import torch  # noqa: E402
 
@@ -42,10 +44,12 @@ def child(job, rank, world, port):
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stdout = open(os.devnull, "w")
+    os.dup2(sys.stdout.fileno(), 1)  # no library's line is taken for an answer
     if "sampled" in job:
         train.sample_latents = noting(train.sample_latents, job["sampled"], rank)
     code = 70
     try:
+        exec(job.get("before", ""), dict(train=train))
         code = train.main(job["args"])
     except BaseException as e:  # noqa: BLE001
         print(repr(e), file=sys.stderr)
@@ -89,4 +93,5 @@ def run(job):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
-print(json.dumps([run(job) for job in json.load(sys.stdin)]))
+for line in sys.stdin:
+    print(json.dumps(run(json.loads(line))), flush=True)

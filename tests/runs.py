@@ -1,8 +1,10 @@
 """Helpers of the tests that look at whole training runs: short ones, in forked children."""
 
 import json
+import queue
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -27,22 +29,47 @@ def short_run(checkpoint, twins):
     return given
 
 
+class Forked:
+    """A process of forked.py, which runs one job after the other until the tests end."""
+
+    def __init__(self):
+        self.errors = tempfile.TemporaryFile(buffering=0)  # its stderr, and its children's
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors, text=True)
+
+    def run(self, job):
+        """-> the exit codes of the job's processes, what was written to stderr."""
+        self.errors.seek(0)
+        self.errors.truncate()
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        self.errors.seek(0)
+        errors = self.errors.read().decode(errors="replace")
+        assert answer, errors[-3000:]
+        return json.loads(answer), errors
+
+
+FREE = queue.LifoQueue()  # of Forked: those that wait for a job
+
+
+def run_job(job):
+    try:
+        forked = FREE.get_nowait()
+    except queue.Empty:
+        forked = Forked()
+    done = forked.run(job)
+    FREE.put(forked)
+    return done
+
+
 def run_jobs(jobs, at_once=1):
     """Runs forked.py's jobs. -> the exit codes of each job's processes, all that was written to stderr.
 
     at_once: of jobs that do not need each other, so many are run side by side.
     """
-    def run_share(share):
-        return subprocess.run([sys.executable, ROOT / "tests" / "forked.py"], input=json.dumps(share),
-                              capture_output=True, text=True)
-
-    codes, errors = [None] * len(jobs), ""
     with ThreadPoolExecutor(at_once) as pool:
-        for first, done in enumerate(pool.map(run_share, [jobs[i::at_once] for i in range(at_once)])):
-            assert done.returncode == 0, done.stderr[-3000:]
-            codes[first::at_once] = json.loads(done.stdout.strip().splitlines()[-1])
-            errors += done.stderr
-    return codes, errors
+        done = list(pool.map(run_job, jobs))
+    return [codes for codes, _ in done], "".join(errors for _, errors in done)
 
 
 def metrics(folder):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ablate import CELLS, CHANGES, CHOICES, COLUMNS, KINDS, PAPER_METRICS, VALUES, Result, main, probe_scored, scorings
+from ablate import CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, TITLES, VALUES, Result, main, probe_scored, scorings
 from eval import interval
 from grpo import draw_window
 from prompts import read_prompts
@@ -287,8 +287,7 @@ def made_up(name, seed, rng):
     return dict(config={}, commit="0", machine="m", minutes={}, seconds={}, failed={}, scored=scored, curve={})
 
 
-@pytest.fixture
-def results(tmp_path):
+def write_results(folder):
     """Results of base, two seeds of full, and cells: no_traj has lost PSNR and S_traj and won SSIM, no_3d lost S_traj
     in one seed and won some in the other; no_meta has a seed that full has not."""
     rng = np.random.default_rng(0)
@@ -303,8 +302,20 @@ def results(tmp_path):
         made[name, seed]["scored"]["test"]["values"][metric] = [
             value if value is None else value + change for value in full[seed][metric]]
     for (name, seed), result in made.items():
-        write_json(tmp_path / "results" / name / f"seed_{seed}.json", result)
+        write_json(folder / "results" / name / f"seed_{seed}.json", result)
     return made
+
+
+@pytest.fixture
+def results(tmp_path):
+    return write_results(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """The same results, their tables, and the folder with the picture."""
+    folder = tmp_path_factory.mktemp("tables")
+    return write_results(folder), tables_of(folder), folder
 
 
 def copied_pages(tmp_path):
@@ -337,8 +348,8 @@ def values_of(made, name, seed, way, metric):
     return np.array(made[name, seed]["scored"][way]["values"][metric], dtype=float)
 
 
-def test_the_main_tables_show_base_full_its_seeds_and_the_paired_change(results, tmp_path):
-    found = tables_of(tmp_path)
+def test_the_main_tables_show_base_full_its_seeds_and_the_paired_change(tables):
+    results, found, _ = tables
     for table, title, way, metric in (("main", "PSNR", "test", "psnr"),
                                       ("main", "motion, dynamic prompts", "dynamic", "motion"),
                                       ("scenes", "PSNR, one moving object", KINDS[1], "psnr")):
@@ -383,14 +394,14 @@ def change_in_words(each, apart):
     return "<br>".join(lines)
 
 
-def test_a_cell_is_compared_with_its_own_seeds_and_with_the_paper(results, tmp_path):
-    found = tables_of(tmp_path)
+def test_a_cell_is_compared_with_its_own_seeds_and_with_the_paper(tables):
+    results, found, _ = tables
     assert [label.split("<br>")[0] for label in found["ablations"]] == ["no_3d", "no_traj"], "seed 1 is not in full"
     assert found["data"] == found["paper_data"] == {}
     no_3d = found["ablations"]["no_3d<br>`--meta 0 --recon 0 --traj 0`<br>2 of 2 seeds"]
     no_traj = found["ablations"]["no_traj<br>`--traj 0`<br>1 of 1 seeds"]
     for row, name, seeds in ((no_3d, "no_3d", (0, 2)), (no_traj, "no_traj", (0,))):
-        for title in CHANGES[:7]:
+        for title in TITLES[:7]:
             each = [values_of(results, name, seed, *COLUMNS[title]) - values_of(results, "full", seed, *COLUMNS[title])
                     for seed in seeds]
             apart = for_the_seeds(results, COLUMNS[title]) / np.sqrt(len(seeds))
@@ -427,8 +438,9 @@ def test_the_papers_changes_are_from_the_cell_that_ours_is_compared_with(results
     assert paper["S_meta"].startswith("+0.007: ")  # .305 - .298
 
 
-def test_subsets_of_prompts_are_those_that_they_name(results, tmp_path):
-    found = tables_of(tmp_path)["subsets"]
+def test_subsets_of_prompts_are_those_that_they_name(tables):
+    results, found, _ = tables
+    found = found["subsets"]
     obeyed = values_of(results, "base", 0, "test", "reward_traj") >= .8
     assert obeyed.sum() == 12
     for subset, chosen in (("all, 20 prompts", slice(None)),
@@ -453,10 +465,9 @@ def test_what_scoring_would_not_know_is_refused(tmp_path, capsys):
     assert "--strength is for training alone, and the videos would be scored without it" in capsys.readouterr().err
 
 
-def test_the_picture_shows_every_cell(results, tmp_path):
-    pages = copied_pages(tmp_path)
-    assert main(table_command(tmp_path, pages)) == 0
-    picture = (tmp_path / "changes.svg").read_text()
+def test_the_picture_shows_every_cell(tables):
+    *_, folder = tables
+    picture = (folder / "changes.svg").read_text()
     for name in ("no_3d", "no_traj", "cps", "guidance_2", "epipolar error"):
         assert f">{name}<" in picture
     assert ">no_meta<" not in picture

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import ablate  # noqa: E402
 import bench  # noqa: E402
+import train  # noqa: E402
 
 README = ROOT / "README.md"
 REAL_SIZE = ROOT / "docs/real_size.md"
@@ -270,6 +271,16 @@ def test_tables_of_presets_are_what_bench_estimates():
         figures = estimated(preset, *map(int, gpus))
         check_row(header, row, figures)
         assert "×" not in row[0] or figures["size"] in row[0], row[0]
+
+
+def test_the_table_of_options_is_what_the_presets_have():
+    (header, rows), = [(header, rows) for _, header, rows in tables(REAL_SIZE.read_text()) if header[0] == "option"]
+    presets = [preset.strip("`") for preset in header[1:]]
+    assert set(presets) == set(train.PRESETS)
+    configs = [train.parse_arguments(["--preset", preset, "--model", str(ROOT / "tiny" / "wan")]) for preset in presets]
+    for row in rows:
+        values = [getattr(c, row[0].strip("`-").replace("-", "_")) for c in configs]
+        assert row[1:] == [f"{value:g}" if type(value) is not bool else "yes" if value else "no" for value in values], row
 
 
 def test_the_table_of_savings_is_what_bench_estimates():

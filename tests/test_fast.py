@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DIT, VAE_, randomise
 
-from fast import conv3d, conv3d_plain, rms_norm, rms_norm_plain, trim_text
+from fast import conv3d, conv3d_plain, cpu_autocast, rms_norm, rms_norm_plain, trim_text
 from fast import upsampled_conv, upsampled_conv_plain
 from model import VAE, DiT, DiTConfig, VAEConfig
 
@@ -114,3 +115,11 @@ def test_trimmed_text_is_exact():
 def test_text_with_no_padding_to_gain_is_left_alone(real):
     text = padded_text(real)
     assert trim_text(text) == (text, 0)
+
+
+@pytest.mark.parametrize("capability, dtype", [("AVX512", torch.bfloat16), ("AVX2", torch.float32),
+                                               ("DEFAULT", torch.float32)])
+def test_a_cpu_computes_in_bfloat16_where_that_is_fast(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with cpu_autocast():
+        assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype

@@ -8,22 +8,22 @@ import torch.nn as nn
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from lora import LoRALinear, add_lora, lora_off, lora_weights, merge_lora
-from model import load_wan
+from lora import LinearApart, LoRALinear, add_lora, lora_off, lora_weights, merge_lora
+from model import load_dit
 from sample import generator
 
 
 @pytest.fixture
 def adapted(checkpoint):
     """A model with a random adapter, its plain twin, and the adapter's parameters."""
-    wan = load_wan(checkpoint)
-    plain = load_wan(checkpoint)
-    trained = add_lora(wan.dit, 4, 8.0, generator("lora"))
+    dit = load_dit(checkpoint)
+    plain = load_dit(checkpoint)
+    trained = add_lora(dit, 4, 8.0, generator("lora"))
     with torch.no_grad():
         for name, p in trained.items():
             if name.endswith("lora_B"):
                 p.normal_(std=.1, generator=generator(name))
-    return wan, plain, trained
+    return dit, plain, trained
 
 
 def inputs(seed=0):
@@ -38,38 +38,38 @@ def difference(a, b):
 
 
 def test_it_starts_as_the_identity_turns_off_and_trains_alone(checkpoint, adapted):
-    wan, plain, trained = adapted
-    fresh = load_wan(checkpoint)
-    add_lora(fresh.dit)
-    assert torch.equal(fresh.dit(*inputs()), plain.dit(*inputs()))
-    moved = wan.dit(*inputs())
-    assert difference(moved, plain.dit(*inputs())) > 1e-3
-    with lora_off(wan.dit):
-        assert torch.equal(wan.dit(*inputs()), plain.dit(*inputs()))
-    assert torch.equal(wan.dit(*inputs()), moved)
-    assert len(trained) == 2 * 8 * len(wan.dit.blocks)
+    dit, plain, trained = adapted
+    fresh = load_dit(checkpoint)
+    add_lora(fresh)
+    assert torch.equal(fresh(*inputs()), plain(*inputs()))
+    moved = dit(*inputs())
+    assert difference(moved, plain(*inputs())) > 1e-3
+    with lora_off(dit):
+        assert torch.equal(dit(*inputs()), plain(*inputs()))
+    assert torch.equal(dit(*inputs()), moved)
+    assert len(trained) == 2 * 8 * len(dit.blocks)
     assert all("lora" in name and p.dtype == torch.float32 for name, p in trained.items())
 
 
 def test_an_error_with_the_adapter_off_turns_it_on_again(adapted):
-    wan, *_ = adapted
+    dit, *_ = adapted
     with pytest.raises(KeyboardInterrupt):
-        with lora_off(wan.dit):
+        with lora_off(dit):
             raise KeyboardInterrupt
-    assert all(m.scale == 2.0 for m in wan.dit.modules() if isinstance(m, LoRALinear))
+    assert all(m.scale == 2.0 for m in dit.modules() if isinstance(m, LoRALinear))
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 def test_files_merge_back_to_the_same_model(adapted, tmp_path, layout):
-    wan, plain, _ = adapted
-    save_file(lora_weights(wan.dit, layout=layout), tmp_path / "lora.safetensors")
-    merge_lora(plain.dit, tmp_path)
-    assert difference(plain.dit(*inputs()), wan.dit(*inputs())) < 1e-5
+    dit, plain, _ = adapted
+    save_file(lora_weights(dit, layout=layout), tmp_path / "lora.safetensors")
+    merge_lora(plain, tmp_path)
+    assert difference(plain(*inputs()), dit(*inputs())) < 1e-5
 
 
 def test_a_small_adapter_is_not_rounded_away_in_bfloat16(checkpoint, tmp_path):
     """Sampling and evaluation see what was trained, to the bit; merged into bfloat16, most of it is lost."""
-    plain, trained, read, merged = (load_wan(checkpoint, dtype=torch.bfloat16).dit for _ in range(4))
+    plain, trained, read, merged = (load_dit(checkpoint, dtype=torch.bfloat16) for _ in range(4))
     with torch.no_grad():
         for name, p in add_lora(trained, 4, 8.0, generator("lora")).items():
             if name.endswith("lora_B"):
@@ -82,10 +82,9 @@ def test_a_small_adapter_is_not_rounded_away_in_bfloat16(checkpoint, tmp_path):
     weights = [dit.blocks[0].attn1.to_q.weight for dit in (plain, read, merged)]
     assert torch.equal(weights[0], weights[1])
     assert .5 < (weights[0] == weights[2]).float().mean() < 1
-    assert not any(p.requires_grad for name, p in read.named_parameters() if "lora" in name)
 
     # a training that starts from it starts from the same model, which is also its reference
-    start = load_wan(checkpoint, dtype=torch.bfloat16).dit
+    start = load_dit(checkpoint, dtype=torch.bfloat16)
     base = merge_lora(start, tmp_path, apart=True)
     again = add_lora(start, 2, 4.0, generator("second"))
     assert again.keys() == {name for name, p in start.named_parameters() if p.requires_grad}
@@ -98,21 +97,21 @@ def test_a_small_adapter_is_not_rounded_away_in_bfloat16(checkpoint, tmp_path):
     with lora_off(start):
         assert torch.equal(start(*inputs()), read(*inputs()))
     save_file(lora_weights(start, base=base), tmp_path / "lora.safetensors")
-    both = load_wan(checkpoint, dtype=torch.bfloat16).dit
+    both = load_dit(checkpoint, dtype=torch.bfloat16)
     merge_lora(both, tmp_path, apart=True)
     assert difference(both(*inputs()), moved) < .02 * moved.abs().max()  # sums of rank 6, or of 4 and 2
 
     # in float32 nothing is lost, and one product is faster than two
-    whole = load_wan(checkpoint).dit
+    whole = load_dit(checkpoint)
     merge_lora(whole, tmp_path, apart=True)
-    assert not any(isinstance(module, LoRALinear) for module in whole.modules())
+    assert not any(isinstance(module, LinearApart) for module in whole.modules())
 
 
 @pytest.mark.parametrize("layer", ["condition_embedder.time_embedder.linear_1", "condition_embedder.time_proj",
                                    "condition_embedder.text_embedder.linear_1", "blocks.1.ffn.net.2",
                                    "blocks.0.attn2.to_out.0", "patch_embedding"])
 def test_an_adapter_of_any_layer_shows_in_bfloat16(checkpoint, tmp_path, layer):
-    merged, apart = (load_wan(checkpoint, dtype=torch.bfloat16).dit for _ in range(2))
+    merged, apart = (load_dit(checkpoint, dtype=torch.bfloat16) for _ in range(2))
     out, *into = merged.get_parameter(f"{layer}.weight").shape
     g = generator(layer)
     save_file({f"transformer.{layer}.lora_A.weight": torch.randn(2, *into, generator=g),
@@ -128,49 +127,49 @@ def test_an_adapter_of_any_layer_shows_in_bfloat16(checkpoint, tmp_path, layer):
 
 def test_alpha_and_strength_scale_what_is_merged(adapted, checkpoint, tmp_path):
     """A file that keeps alpha apart, at half strength: the folded file's change, halved, times alpha / r."""
-    wan, *_ = adapted
-    folded = lora_weights(wan.dit)
+    dit, *_ = adapted
+    folded = lora_weights(dit)
     alphas = {key.replace("lora_A.weight", "alpha"): torch.tensor(12.0) for key in folded if "lora_A" in key}
     save_file(folded, tmp_path / "folded.safetensors")
     save_file({**folded, **alphas}, tmp_path / "apart.safetensors")
-    once = merge_lora(load_wan(checkpoint).dit, tmp_path / "folded.safetensors")
-    scaled = merge_lora(load_wan(checkpoint).dit, tmp_path / "apart.safetensors", strength=.5)
+    once = merge_lora(load_dit(checkpoint), tmp_path / "folded.safetensors")
+    scaled = merge_lora(load_dit(checkpoint), tmp_path / "apart.safetensors", strength=.5)
     assert once.keys() == scaled.keys()
     for name in once:
         assert torch.allclose(scaled[name][1], once[name][1] * .5 * 12 / 4)
 
 
 def test_files_that_fit_no_layer_or_are_missing_are_named(adapted, tmp_path):
-    wan, plain, _ = adapted
-    broken = lora_weights(wan.dit)
+    dit, plain, _ = adapted
+    broken = lora_weights(dit)
     broken["transformer.blocks.9.attn1.to_q.lora_A.weight"] = torch.zeros(4, 48)
     save_file(broken, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="fits no layer of this model"):
-        merge_lora(plain.dit, tmp_path / "broken.safetensors")
+        merge_lora(plain, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="no LoRA file"):
-        merge_lora(plain.dit, tmp_path / "none.safetensors")
+        merge_lora(plain, tmp_path / "none.safetensors")
 
 
 def test_a_file_over_a_merged_base_holds_their_sum(adapted, checkpoint, tmp_path):
-    wan, *_ = adapted
-    save_file(lora_weights(wan.dit), tmp_path / "base.safetensors")
-    both = load_wan(checkpoint)
-    base = merge_lora(both.dit, tmp_path / "base.safetensors")
-    trained = add_lora(both.dit, 2, 4.0, generator("second"))
+    dit, *_ = adapted
+    save_file(lora_weights(dit), tmp_path / "base.safetensors")
+    both = load_dit(checkpoint)
+    base = merge_lora(both, tmp_path / "base.safetensors")
+    trained = add_lora(both, 2, 4.0, generator("second"))
     with torch.no_grad():
         for name, p in trained.items():
             p.normal_(std=.1, generator=generator(name, "second"))
-    save_file(lora_weights(both.dit, base=base), tmp_path / "lora.safetensors")
+    save_file(lora_weights(both, base=base), tmp_path / "lora.safetensors")
     tensors = load_file(tmp_path / "lora.safetensors")
     assert tensors["transformer.blocks.0.attn1.to_q.lora_A.weight"].shape[0] == 2 + 4
-    fresh = load_wan(checkpoint)
-    merge_lora(fresh.dit, tmp_path)
-    assert difference(fresh.dit(*inputs()), both.dit(*inputs())) < 1e-5
+    fresh = load_dit(checkpoint)
+    merge_lora(fresh, tmp_path)
+    assert difference(fresh(*inputs()), both(*inputs())) < 1e-5
 
 
 def test_key_names(adapted):
     """ComfyUI's and PEFT's names, by list."""
-    wan, *_ = adapted
+    dit, *_ = adapted
     expected, original = set(), set()
     for i in range(2):
         for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn")):
@@ -178,9 +177,9 @@ def test_key_names(adapted):
                 for matrix in "AB":
                     expected.add(f"transformer.blocks.{i}.{ours}.{x}.lora_{matrix}.weight")
                     original.add(f"diffusion_model.blocks.{i}.{theirs}.{y}.lora_{matrix}.weight")
-    assert set(lora_weights(wan.dit)) == expected
-    assert set(lora_weights(wan.dit, layout="original")) == original
-    assert sum(isinstance(m, LoRALinear) for m in wan.dit.modules()) == 16
+    assert set(lora_weights(dit)) == expected
+    assert set(lora_weights(dit, layout="original")) == original
+    assert sum(isinstance(m, LoRALinear) for m in dit.modules()) == 16
 
 
 # ---------------------------------------------------------------------------- adapter files that others write
@@ -201,7 +200,7 @@ ALPHA = 6.0
 
 @pytest.fixture
 def dit(checkpoint):
-    return load_wan(checkpoint).dit
+    return load_dit(checkpoint)
 
 
 def random_pairs(dit):
@@ -218,7 +217,7 @@ def random_pairs(dit):
 
 def assert_merged(dit, checkpoint, changes):
     """dit is the checkpoint's plus changes {our parameter name: what was added}, and nothing else."""
-    for name, before in load_wan(checkpoint).dit.named_parameters():
+    for name, before in load_dit(checkpoint).named_parameters():
         expected = before + changes.get(name, 0)
         assert torch.allclose(dit.get_parameter(name), expected, atol=1e-5), name
 
@@ -292,7 +291,7 @@ def test_an_adapter_on_all_layers_goes_on_in_exports(dit, checkpoint, tmp_path):
     add_lora(dit, 2, 2.0)
     for layout in ("diffusers", "original"):
         save_file(lora_weights(dit, layout=layout, base=base), tmp_path / "lora.safetensors")
-        again = load_wan(checkpoint).dit
+        again = load_dit(checkpoint)
         merge_lora(again, tmp_path)
         for name, p in again.named_parameters():
             assert torch.allclose(p, merged[name], atol=1e-5), name
@@ -364,19 +363,19 @@ def peft_folder(dit, folder, **options):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_folders(dit, checkpoint, tmp_path, rslora):
-    pairs = peft_folder(load_wan(checkpoint).dit, tmp_path, use_rslora=rslora)
+    pairs = peft_folder(load_dit(checkpoint), tmp_path, use_rslora=rslora)
     merge_lora(dit, tmp_path)
     assert pairs.keys() == LAYERS.keys()
     assert_pairs_merged(dit, checkpoint, pairs, ALPHA / (RANK ** .5 if rslora else RANK))
     # The file in the folder, by its own name.
-    again = load_wan(checkpoint).dit
+    again = load_dit(checkpoint)
     merge_lora(again, tmp_path / "adapter_model.safetensors")
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in dit.named_parameters())
 
 
 def test_pefts_patterns(dit, checkpoint, tmp_path):
     """Ranks and alphas of their own for some layers, by names and by expressions."""
-    pairs = peft_folder(load_wan(checkpoint).dit, tmp_path, rank_pattern={r"blocks\.\d+\.ffn\.net\.2": 2},
+    pairs = peft_folder(load_dit(checkpoint), tmp_path, rank_pattern={r"blocks\.\d+\.ffn\.net\.2": 2},
                         alpha_pattern={"to_q": 1.0, "proj_out": 12.0})
     merge_lora(dit, tmp_path)
     scale = dict.fromkeys(LAYERS, ALPHA / RANK)
@@ -394,7 +393,7 @@ def test_diffsynths_injected_layers(dit, checkpoint, tmp_path):
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
-        owner.add_module(last, load_wan(checkpoint).dit.get_submodule(ours))
+        owner.add_module(last, load_dit(checkpoint).get_submodule(ours))
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LAYERS.values()))
     peft.inject_adapter_in_model(config, tree)
     pairs = random_adapter(tree)
@@ -462,11 +461,11 @@ def test_keys_that_do_not_fit_are_named(dit, tmp_path, more, message):
 
 
 def test_configurations_that_are_not_read_are_named(dit, checkpoint, tmp_path):
-    peft_folder(load_wan(checkpoint).dit, tmp_path, target_modules=["to_q"], use_dora=True)
+    peft_folder(load_dit(checkpoint), tmp_path, target_modules=["to_q"], use_dora=True)
     refused(dit, tmp_path, "its configuration has use_dora = True")
     # Options that leave no trace in the keys.
     shutil.rmtree(tmp_path)
-    peft_folder(load_wan(checkpoint).dit, tmp_path)
+    peft_folder(load_dit(checkpoint), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for option, value in dict(use_dora=True, use_unheard_of=True, lora_bias=True, peft_type="LOKR",
                               init_lora_weights="pissa", layer_replication=[[0, 1]]).items():
@@ -509,7 +508,7 @@ def test_an_alpha_may_be_a_whole_number(dit, checkpoint, tmp_path):
 
 
 def test_an_alpha_that_is_not_given_is_pefts_default(dit, checkpoint, tmp_path):
-    pairs = peft_folder(load_wan(checkpoint).dit, tmp_path)
+    pairs = peft_folder(load_dit(checkpoint), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=RANK)))
     merge_lora(dit, tmp_path)
     assert_pairs_merged(dit, checkpoint, pairs, peft.LoraConfig().lora_alpha / RANK)
@@ -526,7 +525,7 @@ def test_an_alpha_that_is_not_given_is_pefts_default(dit, checkpoint, tmp_path):
     ({"alpha_pattern": {"(": 1}}, r"the pattern '\(', which is no regular expression"),
     ({"alpha_pattern": {5000 * "(" + 5000 * ")": 1}}, r"the pattern '\({80}', which is no regular expression")])
 def test_configurations_of_another_form_are_named(dit, checkpoint, tmp_path, config, message):
-    peft_folder(load_wan(checkpoint).dit, tmp_path)
+    peft_folder(load_dit(checkpoint), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     refused(dit, tmp_path, message)
 
@@ -545,6 +544,6 @@ def test_pickled_files_are_read_only_as_plain_tensors(dit, tmp_path):
 
 
 def test_A_is_uniform_within_one_over_the_root_of_its_inputs(checkpoint):
-    for name, p in add_lora(load_wan(checkpoint).dit).items():
+    for name, p in add_lora(load_dit(checkpoint)).items():
         if name.endswith("lora_A"):
             assert .9 < p.abs().max() * p.shape[1] ** .5 <= 1

@@ -55,7 +55,8 @@ def shrunk(arguments):
     return [word for name in names for word in ("--" + name, given["--" + name])]
 
 
-LARGE_PRESETS = {"small": 1, "large": 2, "release": 1, "node": 1, "gpu": 1}  # processes; large shards
+# processes (large shards), the longest run first
+LARGE_PRESETS = {"release": 1, "large": 2, "small": 1, "node": 1, "gpu": 1}
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +221,14 @@ def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_steps():
     assert train.learning_rate(Config(lr=.1, total_steps=2), 1) == .1  # no decay
 
 
-def test_a_decaying_run_is_bound_to_its_length(arguments, tmp_path):
+def test_a_decaying_run_is_bound_to_its_length(arguments, tmp_path, capsys):
     base = [*arguments, "--runs", str(tmp_path)]
     falling = [*base, "--name", "falling", "--decay", "1"]
-    codes, err = run_jobs([dict(args=[*base, "--name", "constant", "--decay", "0"]), dict(args=falling),
-                           dict(args=[*falling, "--total-steps", "4"])])
-    assert codes == [[0], [0], [2]]
-    assert "was started with --total-steps 3, not 4" in err  # another length is another rate
+    constant = [*base, "--name", "constant", "--decay", "0"]
+    codes, err = run_jobs([dict(args=constant), dict(args=falling)], at_once=2)
+    assert codes == [[0], [0]], err[-3000:]
+    assert train.main([*falling, "--total-steps", "4"]) == 2
+    assert "was started with --total-steps 3, not 4" in capsys.readouterr().err  # another length is another rate
     constant, falling = metrics(tmp_path / "constant"), metrics(tmp_path / "falling")
     assert constant[:2] == falling[:2]  # the first update is the same, the second is not
     assert constant[2]["kl"] > falling[2]["kl"] > 0
@@ -248,23 +250,22 @@ def test_processes_share_every_update_evenly_by_batches(world):
 
 
 def test_an_evaluation_under_fsdp_samples_each_prompt_once(arguments, tmp_path):
-    """On 1, 2 and 4 processes, which share five prompts by one: the same scores, and no prompt twice."""
+    """On 1 and 4 processes, which share five prompts by one: the same scores, and no prompt twice."""
     given = [*arguments, "--runs", str(tmp_path), "--total-steps", "1", "--eval-every", "1",
              "--eval-prompts", "5", "--batch", "1", "--parallel", "fsdp"]
     jobs = [dict(args=[*given, "--name", str(world)], world=world, sampled=str(tmp_path / f"{world}.txt"))
-            for world in (1, 2, 4)]
-    codes, err = run_jobs(jobs)
-    assert codes == [[0], [0] * 2, [0] * 4], err[-3000:]
+            for world in (1, 4)]
+    codes, err = run_jobs(jobs, at_once=2)
+    assert codes == [[0], [0] * 4], err[-3000:]
     asked = [row.split("\t")[1] for row in (tmp_path / "1.txt").read_text().splitlines()]
     assert len(asked) == 10 and len(set(asked)) == 5  # before the first step and after it
     expected = (tmp_path / "1" / "eval.jsonl").read_text()
-    for world in (2, 4):
-        rows = [row.split("\t") for row in (tmp_path / f"{world}.txt").read_text().splitlines()]
-        assert sorted(prompt for _, prompt in rows) == sorted(asked)
-        assert len({rank for rank, _ in rows}) == world
-        assert len(list((tmp_path / str(world) / "eval" / "000001").glob("*.mp4"))) == 5
-        first, = (tmp_path / str(world) / "eval.jsonl").read_text().splitlines()[:1]
-        assert first == expected.splitlines()[0]  # the untrained model's scores, bit for bit
+    rows = [row.split("\t") for row in (tmp_path / "4.txt").read_text().splitlines()]
+    assert sorted(prompt for _, prompt in rows) == sorted(asked)
+    assert len({rank for rank, _ in rows}) == 4
+    assert len(list((tmp_path / "4" / "eval" / "000001").glob("*.mp4"))) == 5
+    first, = (tmp_path / "4" / "eval.jsonl").read_text().splitlines()[:1]
+    assert first == expected.splitlines()[0]  # the untrained model's scores, bit for bit
 
 
 def test_host_memory_does_not_grow_with_the_groups_of_a_process(arguments, tmp_path):
@@ -316,7 +317,7 @@ def test_a_fifth_reward_is_a_function_and_a_line_of_the_table(arguments, tmp_pat
     def brightness(judges, clip):
         return clip.video.mean()
 
-    monkeypatch.setitem(TERMS, "brightness", Term("brightness", "S_bright", (), True, brightness))
+    monkeypatch.setitem(TERMS, "brightness", Term("brightness", "S_bright", (), brightness, three_d=True))
     base = [*arguments, "--runs", str(tmp_path), "--total-steps", "1"]
     assert train.main([*base, "--name", "with", "--brightness", "2"]) == 0
     [row] = metrics(tmp_path / "with")
@@ -417,10 +418,10 @@ def patched_run(monkeypatch, given, name, **methods):
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_and_counted(arguments, tmp_path, monkeypatch):
-    """NaN at the third of six steps: the weights end finite, equal to the bit to those of a run in which that
+    """NaN at the third of four steps: the weights end finite, equal to the bit to those of a run in which that
     step's update is left out, and the log counts one skipped step."""
-    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "6", "--main-steps", "6",
-             "--dynamic-steps", "0"]
+    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "4", "--main-steps", "4",
+             "--dynamic-steps", "0", "--groups", "2"]
 
     def poisoned(call, sum_gradients, policy):
         norm = sum_gradients(policy)
@@ -438,7 +439,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_counted(arguments, tmp_pa
 
     assert patched_run(monkeypatch, given, "poisoned", sum_gradients=poisoned) == 0
     assert patched_run(monkeypatch, given, "left_out", step=left_out) == 0
-    assert [row["skipped"] for row in metrics(tmp_path / "poisoned")] == [0, 0, 1, 0, 0, 0]
+    assert [row["skipped"] for row in metrics(tmp_path / "poisoned")] == [0, 0, 1, 0]
     found, expected = weights(tmp_path / "poisoned"), weights(tmp_path / "left_out")
     assert largest_difference(found, expected) == 0
     assert all(values.isfinite().all() for values in found.values())
@@ -449,7 +450,8 @@ def test_gradients_that_stay_not_finite_stop_the_run(arguments, tmp_path, monkey
         sum_gradients(policy)
         return math.nan
 
-    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "9", "--max-skipped", "2"]
+    given = [*arguments, "--runs", str(tmp_path), "--total-steps", "9", "--max-skipped", "2",
+             "--groups", "2"]
     for _ in range(2):  # when it goes on, the two that are logged still count
         assert patched_run(monkeypatch, given, "stopped", sum_gradients=poisoned) == 2
         assert "3 gradients in a row were not finite" in capsys.readouterr().err
@@ -588,7 +590,7 @@ def test_a_rollout_asks_for_the_path_at_its_strength(arguments, tmp_path):
 
 
 def test_a_rollout_that_the_update_does_not_repeat_stops_the_run():
-    for dtype, small, large in (("float32", 5e-6, 5e-5), ("bfloat16", 5e-4, 5e-3)):
+    for dtype, small, large in (("float32", 5e-5, 5e-4), ("bfloat16", 5e-3, 5e-2)):
         train.stop_if_drifted(Config(dtype=dtype), [dict(drift=small)])
         with pytest.raises(RuntimeError, match="rollout and update run the model differently"):
             train.stop_if_drifted(Config(dtype=dtype), [dict(drift=0.0), dict(drift=large), dict(drift=0.0)])

@@ -29,6 +29,7 @@ from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, HPSv3, Preference, as_
                      published_key)
 from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key
 from eval import rerender
+from fast import cpu_autocast
 from noise_warp import FOV, camera_path, relative_to_first, rotation_angle
 from rewards import meta_views, native_intrinsics
 from sample import contact_sheet, generator, psnr
@@ -143,8 +144,8 @@ def camera_step(da3, room, seen, depth, poses, rng):
     """
     B, V = seen.shape[:2]
     transformer = da3.backbone.pretrained
-    # All cameras, in bfloat16: twice as fast; render_step is in float32.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    # All cameras, where it can be in bfloat16: twice as fast; render_step is in float32.
+    with cpu_autocast(), sdpa_kernel(SDPBackend.MATH):
         features = [(patches.float(), tokens.float()) for patches, tokens in transformer(normalised(seen))]
     pose, K = da3.cam_dec(features[-1][1].flatten(0, 1), 64, 64)
     reference = poses[torch.arange(B), transformer.reference]

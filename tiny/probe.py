@@ -32,6 +32,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from eval import epipolar_error
+from fast import cpu_autocast
 from lora import lora_file, merge_lora
 from model import load_vae, load_wan
 from noise_warp import MOTIONS, camera_path, parse_motion
@@ -186,7 +187,7 @@ def train_probe(run, minutes, seed=0):
     def losses(step, progress):
         rng = random.Random(f"probe/{seed}/{step}")
         clips, wanted = zip(*[example(rng, f"probe/{seed}", step * 24 + i) for i in range(24)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             logits = probe(torch.stack(clips))
         # A loss a head; the log shows those that are not one colour's.
         parts = {}

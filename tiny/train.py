@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from fast import cpu_autocast
 from lora import add_lora, lora_weights
 from model import VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
 from noise_warp import MOTIONS, camera_path, latent_noise
@@ -248,7 +249,7 @@ def train_vae(run, minutes, seed=0):
 
     def losses(step, progress):
         video = vae_batch(step, progress, seed)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             mean, logvar = vae.moments(video)
             mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
             noise = torch.randn(mean.shape, generator=generator(seed, step, "vae"))
@@ -272,8 +273,8 @@ def train_vae(run, minutes, seed=0):
 
 @torch.no_grad()
 def round_trip(vae, video):
-    """Videos (B, F, 3, H, W) -> what the VAE makes of them, in bfloat16 arithmetic."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """Videos (B, F, 3, H, W) -> what the VAE makes of them, in the arithmetic of its training."""
+    with cpu_autocast():
         return vae.decode_raw(vae.moments(video)[0]).float().clamp(0, 1)
 
 
@@ -282,7 +283,7 @@ class Statistics:
     """RUN/data/statistics.json: of the latents, and what they were made of (older files do not say)."""
     latents_mean: tuple[float, ...]  # a channel
     latents_std: tuple[float, ...]
-    vae_step: tuple[int] | None = None
+    vae_step: int | None = None
     vocabulary: list[str] | None = None
 
 
@@ -303,9 +304,9 @@ def load_trained_vae(run):
     statistics = data_statistics(run)
     if statistics:
         mean, deviation = statistics.latents_mean, statistics.latents_std
-        if statistics.vae_step not in (None, (steps_of(run, "vae"),)):  # its latents are not this VAE's
+        if statistics.vae_step not in (None, steps_of(run, "vae")):  # its latents are not this VAE's
             raise ValueError(f"{run / 'data'} was made when {run / 'vae'} was at step "
-                             f"{statistics.vae_step[0]}, and it has gone on; delete it, and make it again: "
+                             f"{statistics.vae_step}, and it has gone on; delete it, and make it again: "
                              "python -m tiny data")
     vae = VAE(VAEConfig(**TINY_VAE, latents_mean=mean, latents_std=deviation))
     trained(run, "vae", into=vae)
@@ -327,9 +328,9 @@ def training_scene(index):
 
 
 def training_latents(vae, clips):
-    """Renders these of the training clips and encodes them, in bfloat16 arithmetic, one at a time. ->
+    """Renders these of the training clips and encodes them, in the arithmetic of training, one at a time. ->
     normalised latents (N, 16, 5, 8, 8), float32"""
-    with torch.autocast("cpu", torch.bfloat16):
+    with cpu_autocast():
         return torch.cat([vae.encode(render_all([training_scene(i)])) for i in clips])
 
 
@@ -341,7 +342,7 @@ def make_data(run, clips):
     if not data_statistics(run):
         vae = load_trained_vae(run)
         channels = training_latents(vae, range(256)).transpose(0, 1).flatten(1)  # (16, everything else)
-        made = Statistics(channels.mean(1).tolist(), channels.std(1).tolist(), (steps_of(run, "vae"),),
+        made = Statistics(channels.mean(1).tolist(), channels.std(1).tolist(), steps_of(run, "vae"),
                           vocabulary())
         write_json(folder / "statistics.json", dataclasses.asdict(made))
 
@@ -415,7 +416,7 @@ def flow_loss(wan, x0, noise, sigma, captions):
     (B,) -> (B,)"""
     s = sigma.view(-1, 1, 1, 1, 1)
     # Not by fused attention: the CPU's backward of it in bfloat16 is slow.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with cpu_autocast(), sdpa_kernel(SDPBackend.MATH):
         text, padding = embed(wan, captions)
         v = wan.dit((1 - s) * x0 + s * noise, 1000 * sigma, text, padding)
     return (v.float() - (noise - x0)).square().flatten(1).mean(1)
