@@ -117,15 +117,18 @@ def rollout_counts(c, windows, share):
 
 
 def busiest_rollout(c, gpus, trials=300):
-    """`rollout_counts` of the process that all others wait for, the mean over `trials` draws of windows: the
-    sooner a group's window begins, the fewer steps its members share."""
-    work, draw = deal(c, gpus), generator(0)
-    most = []
-    for _ in range(trials):
-        windows = [draw_window(draw, c.steps, c.window, c.noisy_steps) for _ in range(c.groups)]
-        if c.common_window:
-            windows = windows[:1] * c.groups
-        most.append(max(rollout_counts(c, windows, share) for share in work))
+    """`rollout_counts` of the process that all others wait for, the mean over the windows that can be drawn,
+    or over `trials` draws where each group makes its own: the sooner a group's window begins, the fewer steps
+    its members share."""
+    if c.common_window:
+        starts = range(min(c.noisy_steps, c.steps - 1) - c.window + 1)
+        draws = [[range(start, start + c.window)] * c.groups for start in starts]
+    else:
+        draw = generator(0)
+        draws = [[draw_window(draw, c.steps, c.window, c.noisy_steps) for _ in range(c.groups)]
+                 for _ in range(trials)]
+    work = deal(c, gpus)
+    most = [max(rollout_counts(c, windows, share) for share in work) for windows in draws]
     return [statistics.mean(counts) for counts in zip(*most)]
 
 

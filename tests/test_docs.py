@@ -280,7 +280,7 @@ def test_the_table_of_options_is_what_the_presets_have():
     configs = [train.parse_arguments(["--preset", preset, "--model", str(ROOT / "tiny" / "wan")]) for preset in presets]
     for row in rows:
         values = [getattr(c, row[0].strip("`-").replace("-", "_")) for c in configs]
-        assert row[1:] == [f"{value:g}" if type(value) is not bool else "yes" if value else "no" for value in values], row
+        assert row[1:] == [{True: "yes", False: "no"}[v] if isinstance(v, bool) else f"{v:g}" for v in values], row
 
 
 def test_the_table_of_savings_is_what_bench_estimates():

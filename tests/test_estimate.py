@@ -86,6 +86,16 @@ def test_passes_are_those_a_rollout_makes(options, checkpoint, twins, tmp_path):
         assert max(window[0] for window in windows) > 0
 
 
+@pytest.mark.parametrize("common", ["--common-window", "--no-common-window"])
+def test_the_busiest_process_is_the_mean_of_what_steps_draw(common):
+    c = parse_arguments(["--groups", "6", "--steps", "8", "--window", "2", "--noisy-steps", "6", "--batch", "4", common])
+    drawn = []
+    for step in range(400):
+        windows = [step_window(c, step, False, key) for key in range(c.groups)]
+        drawn.append(max(rollout_counts(c, windows, share) for share in deal(c, 3)))
+    assert busiest_rollout(c, 3) == pytest.approx(torch.tensor(drawn).float().mean(0).tolist(), rel=.02)
+
+
 @pytest.mark.parametrize("preset", MACHINES)
 def test_every_preset_fits_its_card(preset):
     memory, _ = estimated(preset)
