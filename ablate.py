@@ -356,7 +356,7 @@ MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!--).)*<!-- end -->", re.DOT
 BETTER = {"PSNR, held-out frames": 1, "S_traj": 1, "R_3D": 1, "epipolar error": -1}  # up or down
 # of a cell: what says most, and where a choice shows first
 TITLES = ("PSNR, held-out frames", "S_meta", "S_traj", "R_gen", "epipolar error", "R_3D, dynamic prompts",
-           "motion, dynamic prompts", "probe: motion", "probe: objects")
+          "motion, dynamic prompts", "probe: motion", "probe: objects")
 PLOTTED = ("PSNR, held-out frames", "S_traj", "epipolar error", "motion, dynamic prompts")
 SUMMARY = {  # README's rows
     "re-render PSNR, dB": COLUMNS["PSNR"],

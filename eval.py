@@ -7,7 +7,8 @@
 
 A results folder holds metrics.jsonl (a row a video), summary.json (means with intervals) and, of a sampled
 model, videos/. It is whole or not there: a call works in .NAME.part beside it, which it renames at its end,
-and what is there already is never replaced. What failed is null, counted, and exit status 1.
+and what is there already is never replaced. What failed is null, counted, and exit status 1; what is not
+defined for a video (epipolar, some relative errors) is null alone.
 
 Each video is reconstructed once, from `views` frames, evenly spread; all 3D metrics use that. *Held-out*
 frames are those in the middle between two of them. Each is rendered from a camera interpolated between its

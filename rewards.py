@@ -462,13 +462,14 @@ def load_rewards(**options):
 # ------------------------------------------------------ motion: watched beside the rewards, never one of them
 
 def motion_magnitude(video, size=32):
-    """How much a video (F, 3, H, W) moves by itself, the camera's share taken out: a float, in percent of its
+    """How much a video (F, 3, H, W) moves, less what a smooth field explains of it: a float, in percent of its
     width a frame.
 
     Optical flow between neighbours (Lucas-Kanade on two pyramid levels, at `size` pixels wide), less the
     best-fitting quadratic field (what panning, zooming and turning do to a distant scene), mean length over
-    pixels and frames. Parallax stays, and most of the camera's flow where walls are plain: in the tiny world a
-    still scene reads 1.5 under a pan, .4 under a fixed camera. So compare videos of the same camera motion.
+    pixels and frames. Parallax stays, and most of the camera's flow where walls are plain: still rooms of the
+    trained tiny model read 1.5 under a pan, .4 under a fixed camera. So compare videos of the same camera
+    motion.
     """
     # flow between neighbours, on small grey pictures
     _, _, H, W = video.shape

@@ -636,9 +636,9 @@ def policy_loss(policy, batch, sde_step):
 
 def stop_if_drifted(c, notes):
     """Before the first update nothing has changed since the rollout, so every ratio must be 1, and every
-    step's mean where it was. The means are compared: a ratio, a mean over all elements, hardly moves."""
+    step's mean where it was. Means are compared, for a log-ratio, averaged over all elements, hardly moves."""
     drift = max((note["drift"] for note in notes), default=0.0)
-    if drift > (1e-4 if c.dtype == "float32" else 1e-2):
+    if drift > (1e-4 if c.dtype == "float32" else 1e-2) * max(1, c.guidance):  # which magnifies rounding
         raise RuntimeError(f"before the first update means have moved by {drift:.1e} standard deviations: "
                            "rollout and update run the model differently")
 

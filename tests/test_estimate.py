@@ -121,7 +121,7 @@ def test_small_is_cheaper_than_full_rollouts_and_scales():
     _, whole = estimated("small", 48, ["--steps", "50", "--window", "2", "--no-shared"])
     _, seconds = estimated("small", 48)
     _, on_twice = estimated("small", 96)
-    assert seconds["step"] * 4.7 < whole["step"]
+    assert seconds["step"] * 4.1 < whole["step"]
     assert seconds["step"] / on_twice["step"] >= 1.8
 
 

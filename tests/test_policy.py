@@ -19,10 +19,10 @@ def arguments(checkpoint, twins):
 # ------------------------------------------------------------------------ one run, on any number of processes
 
 BY_ONE = ["--batch", "1"]
-FULL = ["--full", "--lr", "1e-4"]
+FULL = [*BY_ONE, "--full", "--lr", "1e-4", "--groups", "2"]
 SHARDED = ["--parallel", "fsdp"]
 HYBRID = [*SHARDED, "--shard-size", "2"]
-BRANCHING = [*BY_ONE, "--pooled", "--shared", "--released"]
+BRANCHING = [*BY_ONE, "--pooled", "--shared", "--released", "--groups", "2"]
 JOBS = {  # name: processes, options
     "one": (1, []),
     "four": (4, []),
@@ -34,10 +34,10 @@ JOBS = {  # name: processes, options
     "branching": (1, BRANCHING),
     "branching, three": (3, BRANCHING),
     "branching, sharded": (2, [*BRANCHING, *SHARDED]),
-    "full": (1, [*FULL, *BY_ONE]),
-    "full, two": (2, [*FULL, *BY_ONE]),
-    "full, sharded": (2, [*FULL, *BY_ONE, *SHARDED]),
-    "full, hybrid": (4, [*FULL, *BY_ONE, *HYBRID])}
+    "full": (1, FULL),
+    "full, two": (2, FULL),
+    "full, sharded": (2, [*FULL, *SHARDED]),
+    "full, hybrid": (4, [*FULL, *HYBRID])}
 SAME = [("one", other) for other in ("four", "sharded")]
 SAME += [(name.split(",")[0], name) for name in JOBS if "," in name]
 ROLLED = ("prompts", "meta", "recon", "traj", "general", "total", "total_std", "advantage_abs", "motion",

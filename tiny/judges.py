@@ -144,7 +144,7 @@ def camera_step(da3, room, seen, depth, poses, rng):
     """
     B, V = seen.shape[:2]
     transformer = da3.backbone.pretrained
-    # All cameras, where it can be in bfloat16: twice as fast; render_step is in float32.
+    # All cameras; twice as fast where the CPU has bfloat16. render_step is in float32.
     with cpu_autocast(), sdpa_kernel(SDPBackend.MATH):
         features = [(patches.float(), tokens.float()) for patches, tokens in transformer(normalised(seen))]
     pose, K = da3.cam_dec(features[-1][1].flatten(0, 1), 64, 64)
