@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from depth_anything import SIZES, memory_estimate, processed_size
-from grpo import deal, draw_window, rollout_passes
+from grpo import deal, draw_window, possible_windows, rollout_passes
 from lora import add_lora
 from model import DIT_SIZES, VAE, DiT, VAEConfig
 from rewards import TERMS
@@ -121,8 +121,7 @@ def busiest_rollout(c, gpus, trials=300):
     or over `trials` draws where each group makes its own: the sooner a group's window begins, the fewer steps
     its members share."""
     if c.common_window:
-        starts = range(min(c.noisy_steps, c.steps - 1) - c.window + 1)
-        draws = [[range(start, start + c.window)] * c.groups for start in starts]
+        draws = [[window] * c.groups for window in possible_windows(c.steps, c.window, c.noisy_steps)]
     else:
         draw = generator(0)
         draws = [[draw_window(draw, c.steps, c.window, c.noisy_steps) for _ in range(c.groups)]

@@ -63,15 +63,20 @@ class Batch:
 
 # --------------------------------------------------------------------------------------------------- rollouts
 
-def draw_window(generator, steps, size, noisy_steps):
-    """A random window of `size` consecutive steps among the first `noisy_steps`. Never the last step: its
-    noise would stay in the video, and cps has std 0 there, so no log-probability."""
+def possible_windows(steps, size, noisy_steps):
+    """-> all windows (ranges) of `size` consecutive steps among the first `noisy_steps`. Never the last step:
+    its noise would stay in the video, and cps has std 0 there, so no log-probability."""
     noisy_steps = min(noisy_steps, steps - 1)
     if not 1 <= size <= noisy_steps:
         raise ValueError(f"a window of {size} steps does not fit into "
                          f"the first {noisy_steps} of {steps} steps; lower --window")
-    start = int(torch.randint(noisy_steps - size + 1, (), generator=generator))
-    return range(start, start + size)
+    return [range(start, start + size) for start in range(noisy_steps - size + 1)]
+
+
+def draw_window(generator, steps, size, noisy_steps):
+    """-> one of `possible_windows`, all alike probable."""
+    windows = possible_windows(steps, size, noisy_steps)
+    return windows[int(torch.randint(len(windows), (), generator=generator))]
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
     sigma, sigma_next: floats or 0-dim tensors. eta = 0 is the ODE in every kind, bit for bit. Other code
     relies on three things that hold in every kind: mean is a multiple of x plus a multiple of v
     (`grpo.rectification`); std does not depend on v (`grpo.kl`); and std > 0, except that cps has std 0 in
-    the step to sigma_next = 0 (`grpo.draw_window`).
+    the step to sigma_next = 0 (`grpo.possible_windows`).
     """
     if kind not in SDE_KINDS:
         raise ValueError(f"kind must be one of {', '.join(SDE_KINDS)}, got '{kind}'")

@@ -34,15 +34,16 @@ from tqdm import tqdm
 
 from estimate import estimate_line
 from eval import ALONE_SHARE, ALONE_STEPS, alarms, decided_alone, unrewarded
-from grpo import (Batch, advantages, deal, draw_window, kl, normalise_log_ratio, rectification, rollout,
-                  rollout_passes, standardise, surrogate, update_of, variance_shares)
+from grpo import (Batch, advantages, deal, draw_window, kl, normalise_log_ratio, possible_windows,
+                  rectification, rollout, rollout_passes, standardise, surrogate, update_of,
+                  variance_shares)
 from lora import lora_file
 from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude
-from run import (Clock, Processes, append_line, drop_lines, end_alone, mean_of, metrics_row, open_run, read_log,
-                 resume, save_checkpoint, wandb_log)
+from run import (Clock, Processes, append_line, drop_lines, end_alone, mean_of, metrics_row, open_run,
+                 read_log, resume, save_checkpoint, wandb_log)
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
                     evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
                     sampling_of, transition, unchanged, write_video)
@@ -307,7 +308,7 @@ def check(c, world):
     check_device(c.device)
     check_writable(Path(c.runs) / c.name / "config.json", "--runs or --name")
     rewards_for(c)
-    draw_window(generator(0), c.steps, c.window, c.noisy_steps)
+    possible_windows(c.steps, c.window, c.noisy_steps)
     if c.lora:
         lora_file(c.lora)
 
@@ -617,8 +618,8 @@ def policy_loss(policy, batch, sde_step):
         log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean, std)
     loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)  # of rho = exp(log_ratio - 0)
     if c.rectify:
-        possible = min(c.noisy_steps, c.steps - 1)  # the steps that can be drawn
-        loss = loss * rectification(batch.levels, possible, c.eta, c.sde)[sde_step.index].to(loss.device)
+        drawn = possible_windows(c.steps, c.window, c.noisy_steps)[-1].stop  # the steps that can be
+        loss = loss * rectification(batch.levels, drawn, c.eta, c.sde)[sde_step.index].to(loss.device)
 
     # KL to the model before training, whose step from x has the same std
     distance = torch.zeros(())
@@ -636,7 +637,7 @@ def policy_loss(policy, batch, sde_step):
 
 def stop_if_drifted(c, notes):
     """Before the first update nothing has changed since the rollout, so every ratio must be 1, and every
-    step's mean where it was. Means are compared, for a log-ratio, averaged over all elements, hardly moves."""
+    step's mean where it was. Means are compared: a log-ratio, averaged over all elements, hardly moves."""
     drift = max((note["drift"] for note in notes), default=0.0)
     if drift > (1e-4 if c.dtype == "float32" else 1e-2) * max(1, c.guidance):  # which magnifies rounding
         raise RuntimeError(f"before the first update means have moved by {drift:.1e} standard deviations: "

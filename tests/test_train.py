@@ -553,6 +553,8 @@ def test_the_loss_is_the_clipped_surrogate_plus_the_kl(switch, arguments, tmp_pa
     distance = ((mean - reference) ** 2 / (2 * std ** 2)).mean()
     assert loss.item() == pytest.approx((expected + c.kl * distance).item(), rel=1e-5)
     assert note["kl"] == pytest.approx(distance.item(), rel=1e-5)
+    moved = ((mean - step.mean) / std).square().flatten(1).mean(1).sqrt()
+    assert note["drift"] == pytest.approx(moved.max().item(), rel=1e-5) and note["drift"] > 1e-3
 
 
 @pytest.mark.parametrize("standardised", [False, True])
