@@ -221,6 +221,7 @@ def epipolar_error(video, gap=4, size=256, reach=8.0):
         corners = cv2.goodFeaturesToTrack(here, 400, qualityLevel=.005, minDistance=3)  # (N, 1, 2)
         if corners is None or len(corners) < 12:
             continue
+        # there and back: a corner that does not return was not tracked but swapped for another
         window = dict(winSize=(15, 15), maxLevel=3)
         moved, found, _ = cv2.calcOpticalFlowPyrLK(here, there, corners, None, **window)
         back, found_again, _ = cv2.calcOpticalFlowPyrLK(there, here, moved, None, **window)
@@ -235,6 +236,7 @@ def epipolar_error(video, gap=4, size=256, reach=8.0):
             continue
         p, q = corners[kept, 0], moved[kept, 0]  # (n, 2)
 
+        # one rigid world, whatever its shape and the camera's way, leaves every track on its epipolar line
         cv2.setRNGSeed(0)  # of RANSAC: the same video has the same error
         matrix, _ = cv2.findFundamentalMat(p, q, cv2.FM_RANSAC, 1.0, .999, 1000)
         if matrix is None:  # no world explains the tracks
@@ -242,6 +244,7 @@ def epipolar_error(video, gap=4, size=256, reach=8.0):
             continue
         p, q = (np.concatenate([points, np.ones((len(points), 1))], 1) for points in (p, q))
         line_there, line_here = p @ matrix.T, q @ matrix  # (n, 3)
+        # the Sampson distance; what was lost costs the most
         slopes = np.concatenate([line_there[:, :2], line_here[:, :2]], 1)
         distance = np.abs((q * line_there).sum(1)) / np.linalg.norm(slopes, axis=1).clip(1e-12)
         errors.append((distance.clip(max=reach).sum() + reach * lost) / (len(distance) + lost))

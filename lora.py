@@ -201,6 +201,7 @@ def match_adapter(dit, path, shapes):
     """
     if not shapes:
         raise ValueError(f"{path} holds no tensor; give the file of a trained LoRA")
+    # whose parameter each tensor is, and which part of it
     names = parameter_names(dit)
     matched = {}
     for key in sorted(shapes):
@@ -355,6 +356,7 @@ def merge_lora(dit, path, strength=1.0, apart=False):
             A = tensors[keys["A"]].float()  # (r, in, ...)
             B = strength * float(alphas[name]) / len(A) * tensors[keys["B"]].float()  # (out, r, ...)
             layer = name.removesuffix(".weight")
+            # summed in float32, of which the weights' dtype then takes what it can hold
             merged = weight.float() + (B.flatten(1) @ A.flatten(1)).view(weight.shape).to(weight.device)
             if not merged.to(weight.dtype).isfinite().all():
                 raise ValueError(f"{path}: '{keys['B']}' times '{keys['A']}' overflows {weight.dtype}; "

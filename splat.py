@@ -317,7 +317,7 @@ def _composite(splats, features, low, high, height, width):
     total = np.zeros((height, width, features.shape[1]))
     T = np.ones((height, width))
     closed_by = np.full((height, width), n)
-    still_open = height * width
+    still_open = height * width  # pixels that still let light through
     for i in range(n):
         if not still_open:
             break
@@ -327,14 +327,17 @@ def _composite(splats, features, low, high, height, width):
             for x in range(low[i, 0], high[i, 0]):
                 if closed_by[y, x] < n:
                     continue
+                # how opaque the splat is at this pixel
                 _, _, exponent = _fade(splats[i], x, y)
                 if not 0 <= exponent <= faint:
                     continue
                 alpha = min(opacity * math.exp(-exponent), ALPHA_MAX)
+                # a splat that would leave next to no light is not drawn, and nothing behind it (as in gsplat)
                 if T[y, x] * (1 - alpha) <= CLOSED:
                     closed_by[y, x] = i
                     still_open -= 1
                     continue
+                # over what is in front of it, with the light that has come through
                 for k in range(features.shape[1]):
                     total[y, x, k] += T[y, x] * alpha * features[i, k]
                 T[y, x] *= 1 - alpha
@@ -352,8 +355,8 @@ def _composite_backward(splats, features, low, high, T, closed_by, grad_total, g
     """
     grad_splats = np.zeros(splats.shape)
     grad_features = np.zeros(features.shape)
-    behind = np.zeros_like(grad_total)
-    T_in_front = T.copy()
+    behind = np.zeros_like(grad_total)  # B_i
+    T_in_front = T.copy()  # T_i once splat i is undone
     for i in range(len(splats) - 1, -1, -1):
         opacity = splats[i, 5]
         faint = math.log(opacity / ALPHA_MIN)
@@ -361,11 +364,13 @@ def _composite_backward(splats, features, low, high, T, closed_by, grad_total, g
             for x in range(low[i, 0], high[i, 0]):
                 if i >= closed_by[y, x]:
                     continue
+                # alpha is computed again, not kept
                 dx, dy, exponent = _fade(splats[i], x, y)
                 if not 0 <= exponent <= faint:
                     continue
                 fade = math.exp(-exponent)
                 alpha = min(opacity * fade, ALPHA_MAX)
+                # the three equations above
                 T_in_front[y, x] /= 1 - alpha
                 grad_alpha = -grad_T[y, x] * T[y, x] / (1 - alpha)
                 for k in range(features.shape[1]):
@@ -375,6 +380,7 @@ def _composite_backward(splats, features, low, high, T, closed_by, grad_total, g
                     behind[y, x, k] += alpha * T_in_front[y, x] * features[i, k]
                 if opacity * fade > ALPHA_MAX:
                     continue  # the cap has no gradient
+                # from alpha = opacity exp(-exponent) on to center, curvature and opacity, as `_fade` has them
                 grad_exponent = -alpha * grad_alpha
                 grad_splats[i, 0] -= grad_exponent * (2 * splats[i, 2] * dx + splats[i, 3] * dy)
                 grad_splats[i, 1] -= grad_exponent * (2 * splats[i, 4] * dy + splats[i, 3] * dx)

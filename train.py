@@ -368,7 +368,8 @@ def train(c, processes):
             batches.append(batch)
             failed |= rewards.reasons
             clock.lap("reward")
-            bar.set_postfix_str(f"rollout {len(batches) + 1}/{len(mine)}")
+            left = len(batches) < len(mine)
+            bar.set_postfix_str(f"rollout {len(batches) + 1}/{len(mine)}" if left else "wait")
         # a forward pass of sharded weights needs all processes: who has fewer of them makes up for it
         passes = [rollout_passes(c, windows, share) for share in work]
         policy.keep_pace(max(passes) - passes[processes.rank])
@@ -699,6 +700,7 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
         if not part:
             policy.keep_pace(sampling.steps)
             continue
+        # a prompt's noise is a member's of the one seed, so it is the same at every evaluation and world size
         members = range(start, start + len(part))
         latents, paths = sample_latents(policy.wan, part, sampling, c.seed, members, strength=c.strength)
         videos = decode_videos(policy.wan, latents)
@@ -709,6 +711,8 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
             if k < shown:
                 write_video(folder / f"{k:02d}.mp4", video, sampling.fps)
                 sheet[k] = video[evenly_spaced(len(video))]
+
+    # all processes' rows, in the order of the prompts
     sheet = {k: frames for part in processes.gather(sheet) for k, frames in part.items()}
     if processes.rank == 0:
         contact_sheet(folder / "sheet.png", [sheet[k] for k in sorted(sheet)])
