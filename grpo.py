@@ -9,7 +9,9 @@ window.
     ratio      rho = exp(log p_theta(x'|x) - log p_old(x'|x)), log p a mean over
                elements                                                                  `sample.log_prob`
     loss       mean max(-A rho, -A clip(rho, 1-eps, 1+eps))                              `surrogate`
-               + beta |mean - mean_ref|^2 / (2 std^2)                                    `kl`
+               + beta (mean - mean_ref)^2 / (2 std^2), a mean over elements too          `kl`
+
+In train.py these are called, in this order, by `roll_out_groups`, `step_advantages` and `policy_loss`.
 
 Two choices are options of train.py. The paper sums the terms plainly; --standardise first divides each term
 by its std inside the group (`standardise`), so that no term drowns the others. A std is each group's own;
@@ -74,7 +76,7 @@ def possible_windows(steps, size, noisy_steps):
 
 
 def draw_window(generator, steps, size, noisy_steps):
-    """-> one of `possible_windows`, all alike probable."""
+    """-> one of `possible_windows`, each as likely as any other."""
     windows = possible_windows(steps, size, noisy_steps)
     return windows[int(torch.randint(len(windows), (), generator=generator))]
 
@@ -116,8 +118,8 @@ def update_of(c, group):
 def deal(c, world):
     """-> for each process its work in a step, [(group, members)].
 
-    Each optimiser step's batches are cut into `world` runs of nearly equal length (some may be empty), in
-    order, so that a group's members stay on one process where they can.
+    Each optimiser step's batches are cut, in order, into `world` shares of nearly equal length (some may be
+    empty), so that a group's members stay on one process where they can.
     """
     size = c.batch or c.members
     work = [[] for _ in range(world)]
@@ -141,7 +143,7 @@ def rollout_passes(c, windows, work):
 
 def standardise(values, group_ids, pooled=False, eps=1e-6):
     """(x - group mean) / (group std + eps) of values (N,) with group ids (N,), float32; a masked sample (NaN)
-    stays NaN.
+    stays NaN. The std divides by the number of members, not by one less (as in Flow-GRPO).
 
     pooled: one std for all, the root mean square of what is left after each group's mean. A group whose
     members are nearly alike then counts for little, where by its own std it counts as much as any other. A
@@ -164,8 +166,12 @@ def standardise(values, group_ids, pooled=False, eps=1e-6):
 
 def advantages(rewards, group_ids, clip=5.0, pooled=False):
     """Group-relative advantages (N,) of rewards (N,): standardised, clipped to +-clip, 0 for a masked sample
-    (NaN)."""
-    return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)
+    (NaN).
+
+    --kl and --adv-clip are meant for a std of 1. A baseline that keeps the rewards' own size, such as RLOO's,
+    needs other values; its G is the number of members that are not masked.
+    """
+    return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)  # 1e-4: Flow-GRPO
 
 
 def variance_shares(terms, weights, group_ids):

@@ -32,8 +32,10 @@ PUSH = 0.35  # push_in / pull_out travel along z, in scene depths
 MOVE = 0.35  # move_left / move_right travel along x
 PAN = math.radians(20)  # pan_left / pan_right turn about y
 ORBIT = math.radians(30)  # orbit_left / orbit_right turn about the point at depth 1
-FOV = math.radians(60)  # assumed horizontal field of view
+FOV = math.radians(60)  # assumed horizontal field of view, of every frame: no motion zooms
 
+# A further word also needs a pattern in _MOTION and a line in _TRAVEL (docs/exercises.md, 9). The shipped
+# prompts and twins know these eleven.
 MOTIONS = ("push_in", "pull_out", "move_left", "move_right", "orbit_left", "orbit_right",
            "pan_left", "pan_right", "pull_left", "pull_right", "fixed")
 
@@ -214,9 +216,10 @@ def path_flow(path, height, width, depth=1.0, fov=FOV):
 # ---------------------------------------------------------------------------------------------- the transport
 
 # Frame 0's noise is carried along the flow as pairs p = (cell v -> cell v'). Where the picture shrinks,
-# several pairs reach one v': their weighted sum is scaled to unit variance (`_merge`). Where it grows, one v
-# has n pairs: n equal copies would be correlated, so they get noise that sums to zero (`_split`). What no
-# pair reaches gets fresh noise. So every frame is white, whatever the weights s_p are:
+# several pairs reach one v': their weighted sum is scaled to unit variance (`_merge`). Where it grows, holes
+# are left, and each copies the v that its flow comes from (`_pairs`); so one v has n pairs. n equal copies
+# would be correlated, so they get noise that sums to zero (`_split`). A hole whose flow comes from outside
+# the picture gets fresh noise. So every frame is white, whatever the weights s_p are:
 #     z'(v') = sum_p s_p z_p / sqrt(sum_p s_p^2)      over the pairs that reach v'
 #     z_p = z(v) / sqrt(n) + e_k - mean(e)             e_k ~ N(0, 1), the k-th of v's n pairs
 #     s_p = rho(v) / n                                 rho: density, how much of frame 0 a cell holds
@@ -381,9 +384,9 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
     after_step=)`.
 
     delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the
-    mean and std that x had; w falls linearly to a tenth of its first value, and sums to 1. All statistics are
-    per sample. Euler's steps, and so a rollout's, keep the pushes. UniPC's corrector begins at the state before
-    a step: there, as in the release, a push acts through the model's next prediction alone.
+    mean and std that x had; w falls linearly to a tenth of its first value, and sums to 1. All statistics
+    are per sample. Euler's steps, and so a rollout's, keep the pushes. UniPC's corrector begins at the state
+    before a step: there, as in the release, a push acts through the model's next prediction alone.
     """
     if base.shape != transported.shape or base.dim() != 5:
         raise ValueError("base and transported noise must both be (B, C, T, h, w), "

@@ -1,4 +1,5 @@
-"""What a stage of the walkthrough holds, and how stages become a page: one HTML file, or Markdown and pictures.
+"""What a stage of the walkthrough holds, and how stages become a page: one HTML file, or Markdown and
+pictures.
 
 walkthrough.py makes the stages.
 """

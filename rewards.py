@@ -14,9 +14,15 @@ One Depth Anything 3 reconstruction of a video (3D Gaussians and cameras) serves
 
 `TERMS` is the one table of them: sums, options, logs, tables and pages read it. To add a reward, write a
 function (judges, clip) -> float and a line of the table: the judges are a `Rewards`, whose attributes are the
-loaded models (.depth_anything, .critic, ...), the clip is one video with what was asked of it. A model of its
-own is one more such attribute (a cached_property of `Rewards`), which the line of the table names, and one
-more path in `Rewards` and `train.rewards_for`.
+loaded models (.depth_anything, .critic, ...), the clip is one video with what was asked of it, on the CPU.
+The term's name becomes an option of train.py, so it must not be one already (a CLIP score cannot be "clip").
+A model of its own is named in the table's line, and takes
+    in `Rewards`    a path (__init__, .sources), and a cached_property of its name that loads it to self.home:
+                    an nn.Module, or what holds one as .model, so that --offload can move it; its input goes
+                    to self.device
+    in train.py     an option of Config with the path, which `rewards_for` hands on
+    for eval.py     the same in `add_reward_options` and `rewards_of`: it asks every term, whatever its weight
+    in estimate.py  an entry of MODELS, JUDGES, `working` and `looking`, or the estimate leaves it out
 
 A video is scored alone: no score depends on the batch it came in. What fails is NaN, counted, and never a
 number. What the paper does not state (alpha, beta, the meta-view's offset, the number of frames) is a named
@@ -65,7 +71,8 @@ class Clip:
     def render(self, cameras):
         """The reconstruction seen from camera-to-world (V, 4, 4), at the video's size -> (V, 3, H, W)."""
         rec, (H, W) = self.reconstruction, self.video.shape[2:]
-        K = native_intrinsics(rec, H, W)[:len(cameras)]  # a meta-view has none of its own: an early frame's
+        # cameras without intrinsics of their own, the meta-views, take those of the first frames
+        K = native_intrinsics(rec, H, W)[:len(cameras)]
         return splat.render(rec.gaussians, cameras, K, H, W)[0]
 
     def to(self, device):
@@ -248,7 +255,7 @@ TERMS = {term.name: term for term in (
 def combine(terms, weights, dynamic=False):
     """The weighted sums of terms {name: (B,)} -> R_3D and the total, (B,) each. A dynamic phase has no R_3D
     (NaN), and its total is the rest: periodic decoupling. A masked term (NaN) masks the sums that it belongs
-    to."""
+    to. This weighted R_3D is `three_d` in a run's logs; eval.py's is the plain sum, whatever the weights."""
     def weighted_sum(three_d):
         names = [name for name, term in TERMS.items() if term.three_d == three_d and weights[name]]
         parts = [weights[name] * terms[name] for name in names]
@@ -264,8 +271,9 @@ def combine(terms, weights, dynamic=False):
 # --------------------------------------------------------------------------------------- all terms of a video
 
 # What a video, or a judge that looks at it, can do wrong: a value it cannot have, arithmetic that breaks
-# down, an operation that torch refuses. Everything else is a fault of the program or the machine, which would
-# mask sample after sample, and stops it; so do full memory and a lost card, RuntimeErrors by name.
+# down, an operation that torch refuses. Any other error is the program's or the machine's: it would mask
+# sample after sample, so it stops the run. Full memory and a lost card stop it too, though torch calls them
+# RuntimeErrors. A wrong shape in a new reward is masked; `reasons` says what it was.
 MASKED = (ValueError, ArithmeticError, RuntimeError)
 
 
@@ -462,8 +470,8 @@ def load_rewards(**options):
 # ------------------------------------------------------ motion: watched beside the rewards, never one of them
 
 def motion_magnitude(video, size=32):
-    """How much a video (F, 3, H, W) moves, less what a smooth field explains of it: a float, in percent of its
-    width a frame.
+    """How much a video (F, 3, H, W) moves, less what a smooth field explains of it: a float, in percent of
+    its width a frame.
 
     Optical flow between neighbours (Lucas-Kanade on two pyramid levels, at `size` pixels wide), less the
     best-fitting quadratic field (what panning, zooming and turning do to a distant scene), mean length over

@@ -83,8 +83,8 @@ class Processes:
 
 
 def end_alone(status):
-    """Ends this process at once, its process group still open: NCCL's is closed by all processes together, and
-    the others may be waiting for this one elsewhere. They see its connections close, and end as well."""
+    """Ends this process at once, its process group still open: NCCL's is closed by all processes together,
+    and the others may be waiting for this one elsewhere. They see its connections close, and end as well."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -118,6 +118,7 @@ def open_run(c, processes):
 def check_run(c, folder, base=None):
     """ValueError if a folder holds what is no run, another configuration, other prompts, another model
     (base: its `Policy.fingerprint`), or more steps than are asked for, or has lost its checkpoints."""
+    # is it a run's folder, and not one that is ahead of what is asked for?
     config, checkpoints = folder / "config.json", checkpoints_of(folder / "checkpoints")
     if checkpoints and not config.exists():
         raise ValueError(f"{folder} has checkpoints and no config.json, so nobody knows what was trained; "
@@ -129,6 +130,7 @@ def check_run(c, folder, base=None):
     if checkpoints and steps_of(checkpoints[-1]) > c.total_steps:
         raise ValueError(f"{folder} has done {steps_of(checkpoints[-1])} steps already; "
                          f"give a --total-steps above that, not {c.total_steps}, or another --name")
+    # was it started with the same settings, prompts and weights, and are its checkpoints there?
     if config.exists():
         may_change = MAY_CHANGE
         if c.decay:  # which depends on the run's length

@@ -203,7 +203,9 @@ def unipc(velocity, x, levels, after_step=unchanged):
             change = m0 + .5 / rho * (m_prev - m0)
         elif m_prev is None:
             change = m0 + .5 * (m_next - m0)
-        else:  # solve [[1, 1], [rho, 1]] r = b
+        else:
+            # solve [[1, 1], [rho, 1]] r = b with b = (phi_2, 2 phi_3) / phi_1 at z = -h, where
+            # phi_1 = (e^z - 1) / z, phi_2 = (phi_1 - 1) / z and phi_3 = (phi_2 - 1/2) / z
             b1 = (k / -h - 1) / k
             b2 = 2 * ((k / -h - 1) / -h - .5) / k
             r1 = (b1 - b2) / (1 - rho)
@@ -235,6 +237,7 @@ def guided_velocity(wan, text, negative=None, guidance=1.0):
     text, negative: (B, L, D) from wan.encode_text. Without guidance (g = 1) the model runs once per sample.
     """
     guided = guidance != 1
+    # of the zero tokens behind the text one is kept, which counts `padding` times: the same result, faster
     text, padding = trim_text(torch.cat([text, negative]) if guided else text)
 
     def velocity(x, sigma):
@@ -271,7 +274,7 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
 
     with tqdm(total=steps, desc="sample", unit="step", disable=not progress) as bar:
         def counted(x, sigma):
-            if solver == "unipc":  # the release and Diffusers cut its time steps 1000 sigma to whole numbers
+            if solver == "unipc":  # Diffusers' UniPC, and so the release, tells the model whole time steps
                 sigma = (1000 * sigma).floor() / 1000
             v = velocity(x, sigma)
             bar.update()

@@ -109,7 +109,7 @@ class Config:
                                least=0, most=1)
 
     lr: float = option("update", 3e-4, "AdamW's learning rate", least=0)
-    decay: float = option("update", 0.0, "share of the run in which the rate falls to 0 at its end",
+    decay: float = option("update", 0.0, "the last share of the run, over which the rate falls to 0",
                           least=0, most=1)
     beta1: float = option("update", .9, "AdamW's", least=0, most=.999999)
     beta2: float = option("update", .999, "AdamW's", least=0, most=.999999)
@@ -203,6 +203,8 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    # An option for each field of Config, and for each term's weight. SUPPRESS: what is not given is absent,
+    # so that it cannot hide the preset's value.
     sections = {}
     for f in dataclasses.fields(Config):
         if f.name == "weights":
@@ -219,6 +221,7 @@ def parse_arguments(argv=None):
         sections["rewards"].add_argument("--" + term.name, type=float, default=argparse.SUPPRESS,
                                          help=f"weight of {term.label}; 0 leaves it out")
 
+    # what is given lies over the preset, and that over Config's defaults
     given = vars(parser.parse_args(argv))
     preset = dict(PRESETS[given.pop("preset")])
     if "model" in given:
@@ -330,7 +333,8 @@ def train(c, processes):
 
     # A run goes on from its newest whole checkpoint. skipped: updates in a row that were left out.
     steps_done, skipped = resume(c, folder, policy)
-    # `evaluate` watches training on the last test prompts; eval.py scores the first of them.
+    # `evaluate` watches training on the last test prompts; eval.py scores the first of them. Where the split
+    # has fewer than both ask for, some are in both.
     validation = prompts["test"][-c.eval_prompts:] if c.eval_every else []
     policy.encode_prompts([*prompts_of_run(c, prompts, steps_done), *validation])
     stop_asked = []
@@ -375,7 +379,8 @@ def train(c, processes):
         policy.keep_pace(max(passes) - passes[processes.rank])
         clock.lap("rollout")
 
-        # Gather: stds may be pooled over groups, so every process needs all terms: a few numbers a video.
+        # Gather: a group's members may be on several processes (--batch), and stds may be pooled over groups,
+        # so every process needs all terms: a few numbers a video.
         terms, motion = gather_scores(processes, batches)  # {term: (groups x G,)}, (groups x G,)
         stop_if_masked(c, processes, failed, terms["total"], step)
 
@@ -619,8 +624,9 @@ def policy_loss(policy, batch, sde_step):
         log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean, std)
     loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)  # of rho = exp(log_ratio - 0)
     if c.rectify:
-        drawn = possible_windows(c.steps, c.window, c.noisy_steps)[-1].stop  # the steps that can be
-        loss = loss * rectification(batch.levels, drawn, c.eta, c.sde)[sde_step.index].to(loss.device)
+        # of mean 1 over all steps that a window can hold; over this one's alone, every window would weigh alike
+        count = possible_windows(c.steps, c.window, c.noisy_steps)[-1].stop
+        loss = loss * rectification(batch.levels, count, c.eta, c.sde)[sde_step.index].to(loss.device)
 
     # KL to the model before training, whose step from x has the same std
     distance = torch.zeros(())

@@ -33,8 +33,8 @@ from fast import cpu_autocast
 from noise_warp import FOV, camera_path, relative_to_first, rotation_angle
 from rewards import meta_views, native_intrinsics
 from sample import contact_sheet, generator, psnr
-from tiny.train import (check_kept, fit, load_trained_vae, make_tokenizer, round_trip, save, state_of, trained,
-                        write_tensors)
+from tiny.train import (check_kept, fit, load_trained_vae, make_tokenizer, round_trip, save, state_of,
+                        trained, write_tensors)
 from tiny.world import (COLOURS, DAMAGE, DEGRADATIONS, SHAPES, caption, corrupt, damage, degrade, intrinsics,
                         pixel_rays, random_scene, render)
 from weights import write_json

@@ -288,7 +288,7 @@ class Statistics:
 
 
 def data_statistics(run):
-    """-> Statistics, None without data. ValueError if the clips show other scenes than they would show now."""
+    """-> Statistics, None without data. ValueError if the clips show other scenes than they would now."""
     file = run / "data" / "statistics.json"
     if not file.exists():
         return None
@@ -567,7 +567,8 @@ def train_web(run, minutes, seed=0, clips=2304, moved_noise=False):
     base = hashlib.sha256()
     for part in ("transformer", "vae"):
         base.update((TINY / "wan" / part / "diffusion_pytorch_model.safetensors").read_bytes())
-    made = dict(seed=seed, moved_noise=moved_noise, vocabulary=vocabulary(), base=base.hexdigest(), clips=clips)
+    made = dict(seed=seed, moved_noise=moved_noise, vocabulary=vocabulary(), base=base.hexdigest(),
+                clips=clips)
     # The clips are made and encoded once.
     if not (folder / "clips.pt").exists():
         bar = tqdm(range(clips), desc="clips")

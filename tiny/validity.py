@@ -42,8 +42,8 @@ def win_rate(better, worse):
 
 
 def auc(better, worse):
-    """Area under the ROC curve, ties counting half, with its bootstrap 95 % interval -> (area, low, high). The
-    bootstrap draws the two samples independently, as if they were of unrelated scenes."""
+    """Area under the ROC curve, ties counting half, with its bootstrap 95 % interval -> (area, low, high).
+    The bootstrap draws the two samples independently, as if they were of unrelated scenes."""
     def area(better, worse, axis=-1):
         test = scipy.stats.mannwhitneyu(better, worse, axis=axis, method="asymptotic")
         return test.statistic / (better.shape[axis] * worse.shape[axis])
