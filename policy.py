@@ -57,6 +57,8 @@ class Policy:
         if wan is None:
             wan = load_wan(c.model, processes.device, dtype, text=False)
             wan.text_cache = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
+            # rank 0's name for the encoder: on another node the same files have other times
+            wan.text_cache.fingerprint = processes.gather(wan.text_cache.fingerprint)[0]
             self.fingerprint = fingerprint(wan.dit, c.lora)
         self.wan = wan
         dit = wan.dit
@@ -219,6 +221,8 @@ class Policy:
     def set_weights(self, values):
         for name, p in self.trained.items():
             p.copy_(values[name])
+        if self.sharded:  # FSDP keeps the root's weights whole after a forward pass alone: those of before
+            self.wan.dit.reshard()
 
     @contextlib.contextmanager
     def averaged(self):
@@ -270,6 +274,9 @@ def shard(dit, processes, size=None):
         shape = (processes.world // size, size)
     names = "copies", "shards"
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names[-len(shape):])
+    if len(shape) > 1:  # these groups are new, with torch's own timeout
+        for name in mesh.mesh_dim_names:
+            mesh.get_group(name).set_timeout(processes.timeout)
     lora = {p for name, p in dit.named_parameters() if "lora_" in name}
     for block in dit.blocks:
         fully_shard(block, mesh=mesh, ignored_params=lora)

@@ -18,6 +18,7 @@ tensors: its context, workspaces of kernels, gaps of the allocator.
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import sys
 import weakref
@@ -110,6 +111,7 @@ class Rehearsed(Processes):
 
     def __init__(self, world, device="cpu"):
         self.rank, self.world, self.lock, self.device = 0, world, None, torch.device(device)
+        self.timeout = datetime.timedelta(minutes=1)
         if world > 1:
             dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
 

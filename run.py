@@ -34,25 +34,29 @@ from weights import config_from, read_bytes, read_json, to_disk, write_json, wri
 # -------------------------------------------------------------------------------------------------- processes
 
 class Processes:
-    """The process group, or a single process: rank, world, device."""
+    """The process group, or a single process: rank, world, device, timeout."""
 
     def __init__(self, device, timeout=60.0):
         """timeout: minutes that a process waits for another before it gives the run up."""
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.timeout = datetime.timedelta(minutes=timeout)
         self.lock = None  # of the run's folder, on rank 0
         cuda = device.startswith("cuda")
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        self.device = torch.device(device if cuda else "cpu")
+        if cuda and (self.world > 1 or self.device.index is None):  # of several processes each has its own
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            # torchrun's own store outlives a restart, and addresses of the dead are in it: each start has its
-            # prefix
-            store, *_ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world,
-                                    timeout=datetime.timedelta(minutes=timeout))
+            dist.init_process_group(backend, store=store_of_this_start(), rank=self.rank,
+                                    world_size=self.world, timeout=self.timeout)
+        if self.world > 1 and cuda:
+            # a network that NCCL cannot use is found now, not at the first gradient
+            test = torch.ones(1, device=self.device)
+            dist.all_reduce(test)
+            test.item()  # waits for it
 
     def gather(self, value):
         """[value of rank 0, of rank 1, ...] on every rank."""
@@ -80,6 +84,26 @@ class Processes:
             self.lock.close()
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def store_of_this_start():
+    """-> the key-value store in which processes find each other. ValueError if it could not be found again
+    after a restart.
+
+    The store of torchrun's agent outlives a restart, and addresses of the dead are in it: so each start has
+    its prefix, the number of restarts. But every node's agent counts those of its own processes alone, so
+    with several nodes the store must be a new one at each start, rank 0's own.
+    """
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if agents and nodes > 1 and restarts:
+        raise ValueError("torchrun could not restart several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                         "on all of them, or leave --max-restarts out")
+    store, *_ = next(dist.rendezvous("env://"))
+    if agents:
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
 
 
 def end_alone(status):
@@ -211,6 +235,9 @@ def acquire_lock(folder, processes):
         processes.lock.seek(0)
         holder = processes.lock.read().strip() or "another process"
         return f"{folder} is being trained by {holder}; wait for it, stop it, or choose another --name"
+    except OSError as e:  # some clusters' file systems know no locks
+        print(f"{folder} cannot be locked ({e.strerror}); see to it that no other run trains there",
+              file=sys.stderr)
     processes.lock.truncate(0)
     processes.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     processes.lock.flush()

@@ -123,7 +123,7 @@ class Config:
     updates: int = option("update", 1, "optimiser steps a rollout: its groups are split among them", least=1)
     ratio_norm: bool = option("update", False, "GRPO-Guard's normalised ratio")
     rectify: bool = option("update", False, "Flash-GRPO's weights: every step's gradient of one size")
-    full: bool = option("update", False, "train all weights instead of LoRA")
+    full: bool = option("update", False, "train all weights instead of LoRA, in float32")
     lora_rank: int = option("update", 32, "of LoRA's matrices", least=1)
     lora_alpha: float = option("update", 64.0, "LoRA counts alpha / rank times", least=1e-6)
     ema_decay: float = option("update", .9, "of the averaged weights, which are evaluated and exported",
@@ -624,7 +624,7 @@ def policy_loss(policy, batch, sde_step):
         log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean, std)
     loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)  # of rho = exp(log_ratio - 0)
     if c.rectify:
-        # of mean 1 over all steps that a window can hold; over this one's alone, every window would weigh alike
+        # of mean 1 over all steps that can be in a window; over this one's alone, all would weigh alike
         count = possible_windows(c.steps, c.window, c.noisy_steps)[-1].stop
         loss = loss * rectification(batch.levels, count, c.eta, c.sde)[sde_step.index].to(loss.device)
 
@@ -737,8 +737,9 @@ def ending(error, rank, world):
                   "--checkpointing or --offload")
     if rank == 0:
         return status, f"train.py: {reason}"
-    # a bad setting and Ctrl-C come to every process
-    if isinstance(error, (ValueError, KeyboardInterrupt)):
+    # a bad setting and Ctrl-C come to every process, or to all of a node that lacks something: its first
+    # says it
+    if isinstance(error, (ValueError, KeyboardInterrupt)) and int(os.environ.get("LOCAL_RANK", rank)):
         return status, None
     return status, f"train.py: process {rank} of {world}: {reason}"
 

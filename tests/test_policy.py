@@ -19,7 +19,8 @@ def arguments(checkpoint, twins):
 # ------------------------------------------------------------------------ one run, on any number of processes
 
 BY_ONE = ["--batch", "1"]
-FULL = [*BY_ONE, "--full", "--lr", "1e-4", "--groups", "2"]
+# evaluated after each step, which swaps the averaged weights in and out again
+FULL = [*BY_ONE, "--full", "--lr", "1e-4", "--groups", "2", "--eval-every", "1", "--eval-prompts", "2"]
 SHARDED = ["--parallel", "fsdp"]
 HYBRID = [*SHARDED, "--shard-size", "2"]
 BRANCHING = [*BY_ONE, "--pooled", "--shared", "--released", "--groups", "2"]

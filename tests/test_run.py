@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import math
@@ -7,8 +8,10 @@ import random
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -246,35 +249,65 @@ class Interrupting:
 
 
 DIES_ONCE = """
-import os, signal, sys
+import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch
 torch.set_num_threads(1)
 import train
 step_prompts = train.step_prompts
 def dying(c, prompts, step):
-    if step == 1 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+    began = pathlib.Path(__file__ + os.environ["RANK"])
+    if step == 1 and not began.exists():
+        began.touch()
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()  # as on a GPU, where NCCL would wait for the dead
+        os._exit(1)
     return step_prompts(c, prompts, step)
 train.step_prompts = dying
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_torchrun_restarts_after_a_killed_rank(arguments, tmp_path):
-    """torchrun --max-restarts: one of two ranks is killed once; the run ends as an undisturbed one."""
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_restarts_after_a_killed_rank(nodes, arguments, tmp_path):
+    """torchrun --max-restarts: one of two ranks is killed once, the other waits for it, on one node or on two; the
+    run ends as an undisturbed one. (On two, the agent whose rank lives does not count its restart.)"""
     base = [*arguments, "--runs", str(tmp_path)]
     script = tmp_path / "dies_once.py"
     script.write_text(DIES_ONCE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                "--max-restarts", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes),
+                "--nproc-per-node", str(2 // nodes), "--max-restarts", "1", "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "dies_once"]
     command = [*torchrun, str(script), str(ROOT), *base, "--name", "restarted"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if nodes > 1:
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with open(tmp_path / "log", "w") as log:
+        agents = [subprocess.Popen(command, stdout=log, stderr=log, env=env) for _ in range(nodes)]
+    try:
+        codes = [agent.wait(timeout=300) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert codes == [0] * nodes, (tmp_path / "log").read_text()[-6000:]
+    assert Path(f"{script}0").exists() and Path(f"{script}1").exists()
     codes, _ = run_jobs([dict(args=[*base, "--name", "whole"], world=2)])
     assert codes == [[0, 0]]
     assert_same_end(tmp_path / "restarted", tmp_path / "whole")
+
+
+def test_several_nodes_are_not_started_where_they_could_not_be_restarted(monkeypatch):
+    for name, value in dict(USE_AGENT_STORE="True", MAX_RESTARTS="3").items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        run.store_of_this_start()
 
 
 # ---------------------------------------------------------------------------------------------------- the log
@@ -425,6 +458,17 @@ def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
     del config["prompts_sha256"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     run.open_run(c, alone)
+    alone.close()
+
+
+def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(monkeypatch, tmp_path, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    alone = Processes("cpu")
+    assert run.acquire_lock(tmp_path, alone) is None
+    assert f"{tmp_path} cannot be locked (No locks available)" in capsys.readouterr().err
     alone.close()
 
 

@@ -483,6 +483,13 @@ def test_an_error_ends_in_one_line(error, rank, status, said):
     assert line is None if said is None else said in line
 
 
+def test_what_a_node_lacks_is_said_by_its_first_process(monkeypatch):
+    for local_rank, said in ((0, True), (1, False)):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        _, line = train.ending(ValueError("gsplat does not compile"), 8 + local_rank, 16)
+        assert (line is not None) == said
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--name", "n" * 300], "at most 255 bytes"),
     (["--device", ""], "--device")])
