@@ -33,7 +33,7 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
-from eval import REWARDS, VideoRow, failures, interval, markdown, read_lines, read_summary
+from eval import REWARDS, VideoRow, failures, interval, judge_name, markdown, read_lines, read_summary
 from prompts import read_prompts
 from report import CHART_STYLE, GREY, NO_METADATA
 from rewards import TERMS
@@ -46,10 +46,10 @@ from weights import as_command, read_bytes, read_json, write_json, write_text, w
 
 @dataclass(frozen=True)
 class Cell:
-    table: str
+    table: str  # "main", or one of TABLES; of any other name it would be shown nowhere
     training: str = ""  # options of train.py, over the tiny preset
     paper: tuple = ()  # World-R1-Small's PAPER_METRICS (its Tables I, J and E), None where it has no number
-    seeds: int = 1  # that are wanted
+    seeds: int = 1  # that are wanted, as in a table's "2 of 3 seeds"; each is a call of its own (--seed)
     scoring: str = ""  # options of `eval.py metrics` and of the probe
     against: str = "full"  # the cell that it is compared with
     trained: bool = True  # False: what training would start from is scored
@@ -83,7 +83,9 @@ CELLS = {
     "prompts_128": Cell("data", "--train-prompts 128", (26.54, .839)),
     "prompts_4": Cell("data", "--train-prompts 4"),  # three of the eleven motions; each comes up 80 times
 }
-CHOICES = {  # with the full cell's number of videos, whose sampling and rewards are most of a step
+# Options of one seed each (for more seeds: an entry of CELLS), at the full cell's number of videos, whose
+# sampling and rewards are most of a step.
+CHOICES = {
     "plain_sum": "--no-standardise --no-pooled --recon 1",  # the paper's
     "shared_off": "--no-shared",
     "window_1": "--window 1",
@@ -272,7 +274,8 @@ def check_can_be_scored(c):
 
 
 def check_scored(name, c, folder, num):
-    """ValueError if a scoring is there already, and says of itself that it is of something else."""
+    """ValueError if an earlier call's scoring is there whose summary names another model, other judges,
+    prompts or frames, or if the run has been trained less far: it would be taken for this cell's."""
     for way, command in scorings(name, c, folder, num).items():
         if not (folder / way / "summary.json").exists():
             continue
@@ -284,7 +287,7 @@ def check_scored(name, c, folder, num):
 
         # what differs, by the options of the call
         differ = [judge for judge, used in about.settings.items()
-                  if judge != "views" and Path(str(getattr(c, judge, used))).name != used]
+                  if judge != "views" and judge_name(getattr(c, judge, used)) != used]
         for option, used in (("model", about.model), ("lora", about.lora)):
             if Path(used or "").resolve() != Path(given.get(f"--{option}") or "").resolve():
                 differ.append(option)
@@ -348,13 +351,13 @@ TABLES = {  # of cells -> title
     "untrained": "Scored without training",
     "ablations": "One ingredient left out",
     "data": "Fewer prompts: the first 4, 32 or 128 of 3,000, of which a run's main steps draw 320",
-    "choices": "Other choices, at as many videos; of steps_6 and steps_20 at as many passes of the DiT",
+    "choices": "Other choices, at full's number of videos (steps_6, steps_20: at its passes of the DiT)",
 }
 PAPER_TABLES = {"ablations": "paper_ablations", "data": "paper_data"}
 MARKS = "<!-- table: {} -->\n{}<!-- end -->"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!--).)*<!-- end -->", re.DOTALL)
 BETTER = {"PSNR, held-out frames": 1, "S_traj": 1, "R_3D": 1, "epipolar error": -1}  # up or down
-# of a cell: what says most, and where a choice shows first
+# the columns of a cell's row: the metrics that say most, and those that a choice moves first
 TITLES = ("PSNR, held-out frames", "S_meta", "S_traj", "R_gen", "epipolar error", "R_3D, dynamic prompts",
           "motion, dynamic prompts", "probe: motion", "probe: objects")
 PLOTTED = ("PSNR, held-out frames", "S_traj", "epipolar error", "motion, dynamic prompts")
@@ -526,7 +529,9 @@ def label(found, name):
     options = f"{cell.training} {cell.scoring}".strip()
     notes = [f"`{options}`"]
     if cell.trained:
-        notes.append(f"{len(found[name])} of {cell.seeds} seeds")
+        # a seed that the other cell lacks is not compared
+        compared = np.isfinite(changes_by_seed(found, name, COLUMNS["R_gen"])).any(1).sum()
+        notes.append(f"{compared} of {cell.seeds} seeds")
     if cell.against != "full":
         notes.append(f"against {cell.against}")
     return "<br>".join([name, *notes])

@@ -317,10 +317,12 @@ def check_memory(sizes=MEMORY_SIZES, rank=32):
                 dit.zero_grad()
                 dit(x, t, text).square().mean().backward()
 
+            # what the estimate says of each kind of pass
             L, size = config.num_layers, dtype.itemsize
             passes = {"forward": forward_bytes(config, tokens, size),
                       "checkpointed": activations(config, tokens, rank, size, (1, L)),
                       "backward": activations(config, tokens, rank, size, (L, 0))}
+            # what the allocator hands out when the pass is made
             for kind, predicted in passes.items():
                 dit.checkpointing = kind == "checkpointed"
                 call = forward if kind == "forward" else backward

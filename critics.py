@@ -89,8 +89,8 @@ def load_processor(folder, model_type):
 # --------------------------------------------------------------------------------- the vision-language critic
 
 class Critic:
-    """Qwen3-VL as a judge: how probable each digit 0-9 is as its next token, among the ten digits alone: all
-    other tokens are left out of the softmax. `digit_score` makes one score of the ten."""
+    """Qwen3-VL as a judge: how probable each digit 0-9 is as its next token, by a softmax over the ten digits
+    alone. `digit_score` makes one score of the ten."""
 
     def __init__(self, path, device="cpu", dtype=torch.float32):
         import transformers
@@ -101,10 +101,11 @@ class Critic:
             self.processor = load_processor(folder, "qwen3_vl")
             config = transformers.Qwen3VLConfig.from_pretrained(folder)
             config._attn_implementation = "sdpa"  # the folder's could name a hub kernel: code from elsewhere
+            # the files are checked first, dtype and finiteness too, which from_pretrained would not do
             files = weight_files(folder, "model")
             on_meta(partial(kind._from_config, config), files, folder / "config.json")
             for _, read in open_tensors(files).values():
-                read()  # checks dtype and finiteness, which from_pretrained does not
+                read()
             self.model, found = kind.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
                                                      output_loading_info=True)
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -114,6 +115,8 @@ class Critic:
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that the last position is every prompt's end
         self.model.to(device).eval()
+
+        # where the ten digits stand in the vocabulary
         digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
         if any(len(ids) != 1 for ids in digits) or len({ids[0] for ids in digits}) < 10:
             raise ValueError(f"the tokenizer of '{path}' does not hold each digit as one token; "
@@ -257,7 +260,9 @@ class Preference:
         language.rotary_emb = type(language.rotary_emb)(config.text_config)
         visual.rotary_pos_emb = type(visual.rotary_pos_emb)(vision)
         self.model = model.to(device=device, dtype=dtype)
-        self.model.rm_head.float()
+        # the published head computes in float32: read again, as its weights must not be rounded to dtype
+        head = {name: read for name, read in tensors.items() if name.startswith("rm_head.")}
+        fill(self.model, head, device, torch.float32)
 
     def inputs(self, pictures, prompts):
         prompts = [as_text(prompt, self.processor.tokenizer) for prompt in prompts]

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from noise_warp import draw_paths
 from sample import check_device, check_writable, evenly_spaced, psnr, read_video, write_video
 from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh
-from weights import (TINY, Size, config_from, fill, match_tensors, model_folder, on_meta, open_tensors,
-                     read_json, weight_files, written_whole)
+from weights import (TINY, Size, as_command, config_from, fill, match_tensors, model_folder, on_meta,
+                     open_tensors, read_json, weight_files, written_whole)
 
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet
 UNUSED = re.compile(r"model\.(cam_enc\.|head\.scratch\.(output_conv|refinenet)\d_aux\.)")  # branches left out
@@ -202,8 +202,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(B * V, -1, -1), patches], 1) + self.positions(h, w)
         x = x.unflatten(0, (B, V))  # (B, V, 1+N, D)
 
-        # Rotary positions. Within a view the first token sits at (0, 0), the patches from (1, 1) on. Over all
-        # views every patch sits at (1, 1): there it goes by content alone.
+        # Rotary positions. In attention within a view the first token sits at (0, 0), the patches from (1, 1)
+        # on. In attention over all views every patch sits at (1, 1), so that only content tells them apart.
         grid = torch.cartesian_prod(torch.arange(h), torch.arange(w)) + 1
         grid = F.pad(grid, (0, 0, 1, 0)).to(x.device)  # (1+N, 2)
         within = rope2d(grid, c.dim // c.heads)
@@ -291,7 +291,8 @@ class Fusion(nn.Module):
 
 
 class DPT(nn.Module):
-    """Four layers' patch features -> one map of `out` channels at full resolution, from coarse to fine."""
+    """Dense prediction transformer (arXiv 2103.13413): four layers' patch features -> one map of `out`
+    channels at full resolution, from coarse to fine."""
 
     def __init__(self, config, out, token_norm, image_branch):
         super().__init__()
@@ -371,7 +372,7 @@ class CameraDecoder(nn.Module):
         K[:, :2, 2] = middle
         # focal = side / (2 tan(fov/2)); the head gives the height's fov, then the width's, in radians
         half_angle = self.fc_fov(x).flip(-1) / 2
-        K.diagonal(0, 1, 2)[:, :2] = half_angle.tan().clamp_min(1e-6).reciprocal() * middle
+        K.diagonal(0, 1, 2)[:, :2] = half_angle.tan().clamp_min(1e-6).reciprocal() * middle  # fx, fy
         return pose, K
 
 
@@ -388,7 +389,8 @@ def gaussians_of(raw, depth, camera_to_world, K):
     R, t = camera_to_world[:, :3, :3], camera_to_world[:, :3, 3]
 
     # As published, depth + offset is taken as the *length* of the pixel's ray, though the depth head gives z:
-    # away from the centre a mean is nearer than X above, unless the offset corrects it. Pixels, K in [0, 1].
+    # away from the centre a mean is nearer than the X of this file's first docstring, unless the offset
+    # corrects it. Pixel positions and K are in fractions of the picture's sides.
     size = torch.tensor([W, H, 1.0]).to(raw)
     v, u = torch.meshgrid((torch.arange(H) + .5) / H, (torch.arange(W) + .5) / W, indexing="ij")
     uv = torch.stack([u, v], -1).to(raw) + offset / size[:2]  # (V, H, W, 2)
@@ -487,7 +489,7 @@ def memory_estimate(config, views, height, width):
     """Bytes a reconstruction takes beyond the weights: the features that four layers keep, the working set of
     one block, the heads' full-size maps (eight views at a time), and per pixel and view the outputs and
     Gaussians."""
-    # All in float32, 4 bytes a number.
+    # All in float32, 4 bytes a number. Kept: 4 layers' 2 dim, and 12 dim at work. Heads: three maps at once.
     tokens = views * (height // config.patch_size * (width // config.patch_size) + 1)
     kept = tokens * config.dim * 4 * (2 * 4 + 12)
     heads = min(views, CHUNK) * height * width * config.features * 4 * 3
@@ -554,7 +556,7 @@ def processed_size(H, W, config):
 
 def preprocess(frames, config):
     """Longest side to process_res, then each side to the nearest multiple of the patch size: resized twice,
-    as published."""
+    as published (but in float32: the published code rounds to 8 bits each time)."""
     H, W = frames.shape[2:]
     fitted = resize(frames.float().cpu(), *fitted_size(H, W, config))
     return resize(fitted, *processed_size(H, W, config))
@@ -641,6 +643,7 @@ def write_pictures(out, rec, fps):
         print(f"re-render of {len(rec.index)} views: {quality:.2f} dB PSNR")
 
 
+@as_command("depth_anything.py")
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -650,20 +653,15 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="folder (default: beside the video, NAME_3d)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    try:
-        check_device(options.device)
-        video, fps = read_video(options.video)
-        out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
-        check_writable(out / "depth.mp4")
-        rec = load_depth_anything(options.model, options.device)(video, options.views)
-        write_pictures(out, rec, max(1.0, fps * len(rec.index) / len(video)))
-    except (ValueError, OSError) as error:
-        print(f"depth_anything.py: {error}", file=sys.stderr)
-        return 2
+    check_device(options.device)
+    video, fps = read_video(options.video)
+    out = options.out or Path(options.video).with_name(Path(options.video).stem + "_3d")
+    check_writable(out / "depth.mp4")
+    rec = load_depth_anything(options.model, options.device)(video, options.views)
+    write_pictures(out, rec, max(1.0, fps * len(rec.index) / len(video)))
     travel = (rec.camera_to_world[-1, :3, 3] - rec.camera_to_world[0, :3, 3]).norm() / rec.depth.median()
     written = ", ".join(sorted(file.name for file in out.iterdir()))
     print(f"camera travels {float(travel):.3f} median depths; wrote {written} to {out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -208,13 +208,13 @@ def estimate(c, gpus, card):
     peak = sum(memory.values()) + max(work.values())
     memory |= {f"work: {name}": size for name, size in work.items()} | {"peak": peak}
 
-    # Seconds of one video: a velocity, and its backward pass through frozen weights;
+    # Seconds of one video. For a velocity, and for its backward pass through frozen weights:
     rate = card["flops"] * UTILISATION
     velocity = guided * dit_flops(config, tokens) / rate
     backward = guided * dit_flops(config, tokens, attention=2.5) / rate
-    # pixels, whose convolutions run in TF32, at half the rate;
+    # For its pixels: the VAE's convolutions run in TF32, at half the rate.
     decode = (first + c.frames // 4 * further) * pixels / (rate / 2)
-    # rewards.
+    # For its rewards:
     judging = sum(looking[judge] for judge in judges) / rate
     # Seconds of one pass: gathers of all weights. Of one batch: the judges' moves.
     gather = 0

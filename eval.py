@@ -1,7 +1,7 @@
 """Evaluation: the metrics of any folder of videos, and the paper's tables.
 
     python eval.py metrics --num 100 --out runs/scores/base                   the tiny model's samples, scored
-    python eval.py metrics --num 100 --lora runs/tiny --out runs/scores/rl    same prompts and seeds, trained
+    python eval.py metrics --num 100 --lora runs/first --out runs/scores/rl   same prompts and seeds, trained
     python eval.py metrics --videos DIR --prompts FILE --out runs/scores/x    anybody's mp4s
     python eval.py table --runs base=runs/scores/base rl=runs/scores/rl       the paper's tables
 
@@ -10,10 +10,10 @@ model, videos/. It is whole or not there: a call works in .NAME.part beside it, 
 and what is there already is never replaced. What failed is null, counted, and exit status 1; what is not
 defined for a video (epipolar, some relative errors) is null alone.
 
-Each video is reconstructed once, from `views` frames, evenly spread; all 3D metrics use that. *Held-out*
-frames are those in the middle between two of them. Each is rendered from a camera interpolated between its
-neighbours', which the paper's tables do not have; the first and the last frame are not among them. Recovered
-positions are divided by the video's median depth.
+Each video is reconstructed once, from `views` frames, evenly spread from the first to the last; all 3D
+metrics use that. *Held-out* frames are those midway between two of these, compared with a render from a
+camera interpolated between the two; the paper's tables have no such metric. Recovered positions are divided
+by the video's median depth.
 Definitions and sources are in each function's docstring. Left out: FVD and what needs reference videos.
 """
 
@@ -81,7 +81,8 @@ def camera_errors(path, recovered):
         trans_err    sum of the distances of positions
         cam_mc       sum of the Frobenius norms of [R|t] - [R'|t']
         trans_err_rel, cam_mc_rel    the same after dividing each path by its largest distance from frame 0;
-                                     NaN where no travel is asked for (fixed, pan): noise would be made long
+                                     NaN where no travel is asked for (fixed, pan): noise would be scaled up
+                                     to a whole path
     Sums grow with the number of frames, so report that number beside them. trans_err and cam_mc take both
     paths to be in one unit: `measure` gives the requested one in depths of the assumed plane, the recovered
     one in median depths of the scene, so that a camera which does just as asked is not at 0.
@@ -181,9 +182,9 @@ def rerender(rec, video, shown=None):
 def held_out(index):
     """Numbers of the reconstructed frames (V,) -> where and which the held-out frames are.
 
-    gaps (n,): the views after which frames were skipped. place (V-1,), as `between` takes it: after *every*
-    view but the last, how far the middle frame is towards the next view, 0 to 1: under .5 where there is none
-    exactly in the middle, 0 where none is skipped. middle (n,): the middle frames' numbers, one a gap.
+    [0, 4, 5, 8] -> gaps [0, 2], place [.5, 0, .33], middle [2, 6]. gaps (n,): the views after which frames
+    were skipped. middle (n,): the number of the middle frame of each gap, the earlier of two. place (V-1,),
+    as `between` takes it, for *every* view but the last: where the middle frame is on the way to the next.
     """
     steps = index.diff()
     gaps = (steps > 1).nonzero().flatten()
@@ -281,6 +282,7 @@ def alarms(evaluations, margin=.1):
     return found
 
 
+# When `decided_alone` speaks: a share of the advantages' variance, main steps in a row.
 ALONE_SHARE, ALONE_STEPS = .7, 20
 
 
@@ -288,7 +290,7 @@ def decided_alone(rows):
     """-> [(term, main steps)], each time that one term decided more than ALONE_SHARE of the advantages'
     variance in at least ALONE_STEPS main steps in a row: the other terms were then hardly trained on.
 
-    rows: of a run's metrics.jsonl. HPSv3 raw, say, spans ten times what R_3D does.
+    rows: of a run's metrics.jsonl. HPSv3's raw score, about 0 to 10, would drown terms of 0 to 1 in this way.
     """
     main_rows = [row for row in rows if row.get("phase") == "main"]
     found = []
@@ -576,12 +578,18 @@ def summarise(a, rows, folder):
     means["vbench"] = vbench(a.videos or folder / "videos", folder)
     failed_terms = Counter(term for row in rows for term in row.get("failed_terms", ()))
     lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
-    settings = {name: Path(getattr(a, name)).name for name in ("depth_anything", "critic", "preference")}
+    settings = {name: judge_name(getattr(a, name)) for name in ("depth_anything", "critic", "preference")}
     settings |= dict(lpips=a.lpips, views=a.views)
     sizes = sorted({row["size"] for row in good})
     seed = None if a.videos else a.seed
     return Summary(len(good), len(rows) - len(good), sizes, seed, lpips, means, dict(failed_terms),
                    str(a.videos or a.model), a.lora, a.transport, settings)
+
+
+def judge_name(path):
+    """What a Summary calls a judge: a shipped twin by its folder's name, another by its whole path or hub id,
+    for `python -m tiny export` gives retrained twins the shipped ones' names."""
+    return Path(path).name if Path(path).resolve().parent == TINY.resolve() else str(path)
 
 
 def failures(about):

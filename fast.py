@@ -126,7 +126,8 @@ def trim_text(text):
     positions, so equal tokens are one key with weight n: the same result for a fraction of the work.
     (text, 0) if there is too little padding to gain. Pass n as dit(..., text_padding=n).
     """
-    length = int(text.abs().amax((0, 2)).ne(0).sum())  # tokens are contiguous from the start
+    # Of the longest prompt, as tokens are contiguous from the start; a shorter one keeps some zero tokens.
+    length = int(text.abs().amax((0, 2)).ne(0).sum())
     if length >= text.shape[1] - 1:
         return text, 0
     return text[:, :length + 1], text.shape[1] - length
@@ -136,6 +137,7 @@ def padding_bias(text, count, queries):
     """Attention bias (B, 1, queries, L) for text (B, L, D) whose last token stands for `count` equal ones.
 
     n equal keys weigh n exp(q.k) = exp(q.k + log n): one key with log n added to its logit. None for 0.
+    In bfloat16, whose steps between 4 and 8 are 1/32, that key's weight is off by up to 1.6 %.
     """
     if count == 0:
         return None

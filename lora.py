@@ -309,7 +309,7 @@ def configured_alpha(scale, path, key, rank):
         raise ValueError(f"{path}: '{key}' has rank {rank}, its configuration says {own_rank}; "
                          "they are not of one adapter")
     if scale.use_rslora:
-        return alpha * rank ** .5  # the scale is alpha / sqrt(rank)
+        return alpha * rank ** .5  # rsLoRA's scale is alpha / sqrt(rank), and `merge_lora` divides by rank
     return alpha
 
 
@@ -352,6 +352,7 @@ def merge_lora(dit, path, strength=1.0, apart=False):
     pairs = {}
     for name, keys in matched.items():
         weight = dit.get_parameter(name)
+        # a LoRA pair, with the scale in B: beside the weight or in it
         if "A" in keys:
             A = tensors[keys["A"]].float()  # (r, in, ...)
             B = strength * float(alphas[name]) / len(A) * tensors[keys["B"]].float()  # (out, r, ...)
@@ -368,6 +369,7 @@ def merge_lora(dit, path, strength=1.0, apart=False):
             else:
                 weight.copy_(merged)
             pairs[layer] = A, B
+        # a whole difference, which may come beside a pair
         if "difference" in keys:
             merged = weight + (strength * tensors[keys["difference"]].float()).to(weight)
             if not merged.isfinite().all():

@@ -39,7 +39,7 @@ from weights import (Positive, Size, config_from, fill, fill_arguments, model_fo
 # Time is causal: a convolution sees the present and at most two past frames, zeros before the first, never
 # the future. So a clip can be processed whole (memory None: to train a VAE, in tiny/) or piece by piece, in
 # less space with the same result: `memory` is a dict {layer: the frames it puts before its next piece}.
-# (An Upsample stores True: the clip's first frame, which it treats differently, is behind it.)
+# (An Upsample stores True once the clip's first frame, which it treats differently, has passed.)
 #
 # Activations are (B, C, T, H, W), kept channels-last, where the channel norm reduces along contiguous memory.
 # ============================================================================================================
@@ -196,7 +196,8 @@ class Upsample(nn.Module):
 
 
 def through(layers, x, memory):
-    """x through the layers, one after the other."""
+    """x through the layers in turn: nn.Sequential could not hand on the memory, which each of them takes,
+    used or not."""
     for layer in layers:
         x = layer(x, memory)
     return x
@@ -339,8 +340,9 @@ class VAE(nn.Module):
         return torch.tensor(pair, device=device).view(2, 1, -1, 1, 1, 1)
 
     def pieces(self, T, pixels):
-        """-> [(start, stop)] of the pieces, in latent frames: up to 4 each, fewer where frames are large."""
-        size = min(max(2 ** 16 // pixels, 1), 4)  # pixels: one frame's, of the whole batch; bounds memory
+        """-> [(start, stop)] of the pieces, in latent frames. pixels: of one video frame, over the batch."""
+        # To bound memory: up to 4 latent frames, but one where the batch's frame has over 2^15 pixels.
+        size = min(max(2 ** 16 // pixels, 1), 4)
         return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
@@ -353,9 +355,10 @@ def frames_of(start, stop):
 # DiT.  (B, 16, T, h, w) noisy latents -> 1x2x2 patches -> blocks of [self-attention, cross-attention to the
 # text, feed-forward], self-attention and feed-forward modulated by the time step -> velocity.
 #
-# The residual stream, layer norms, modulation, time embedding and RoPE are float32 whatever the weights'
-# dtype, as in the original: 30 or 40 blocks each add a little to the stream, and bfloat16's 8 bits would
-# round that little away.
+# The residual stream, layer norms, modulation, time embedding and RoPE are computed in float32 whatever the
+# weights' dtype, as in the original: 30 or 40 blocks each add a little to the stream, and bfloat16's 8 bits
+# would round that little away. The weights are all rounded to the dtype asked for; Diffusers keeps
+# those of the time embedder, the tables and the norms in float32.
 # ============================================================================================================
 
 @dataclass
@@ -480,8 +483,9 @@ def feed_forward(dim, hidden):
 
 
 class Block(nn.Module):
-    """A block whose norms and gates depend on the time step (adaLN): by its own table, plus the modulation
-    that all blocks share."""
+    """Self-attention, attention to the text, feed-forward. What goes into the first and the last is shifted
+    and scaled by the time step, and what comes out is gated (adaLN, arXiv 2212.09748): by the modulation that
+    all blocks share, plus a table of the block's own."""
 
     def __init__(self, dim, ffn_dim, heads, eps):
         super().__init__()
@@ -556,7 +560,8 @@ class DiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim ** .5)
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.checkpointing = False
-        self.merged_differences = None  # path of an adapter file with whole differences (lora.merge_lora)
+        # The adapter file, if any, that `merge_lora` took more from than LoRA pairs: `add_lora` then refuses.
+        self.merged_differences = None
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -599,7 +604,8 @@ class DiT(nn.Module):
         return F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias).float(), grid
 
     def unpatchify(self, x, grid):
-        """Tokens (B, L, patch*C) -> (B, C, T, h, w). Here the channel comes last, as in the checkpoints."""
+        """Tokens (B, L, patch*C) -> (B, C, T, h, w). The channel comes last within a patch, unlike in
+        `patchify`: the checkpoints' weights are so."""
         x = x.view(-1, *grid, *self.config.patch_size, self.config.out_channels)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
@@ -681,7 +687,9 @@ class OriginalDiT:
 
 
 def _describe_dit(folder):
-    """-> (meta DiT, weight files, rename) for a model folder of either layout, or a transformer folder."""
+    """-> (meta DiT, weight files, rename) for a model folder of either layout, or a transformer folder.
+
+    rename: our name of a tensor -> the files'."""
     if (folder / "transformer_2").exists():
         raise ValueError(f"{folder} holds two transformers, as Wan2.2 does; give a Wan2.1 model's folder")
     folder = _inside(folder, "transformer")
@@ -698,6 +706,8 @@ def _describe_dit(folder):
                   "out_channels": own.out_dim}
     if "num_attention_heads" not in values:
         raise ValueError(f"{file} does not describe a Wan2.1 transformer; give the folder of a Wan2.1 model")
+    if values.get("image_dim") or values.get("model_type") not in (None, "t2v"):
+        raise ValueError(f"{file} describes a Wan2.1 that takes pictures; give a text-to-video model (T2V)")
     config = config_from(DiTConfig, values, file)
     if config.attention_head_dim % 2 or config.freq_dim % 2:
         raise ValueError(f"{file}: attention_head_dim and freq_dim must be even; download it again")
@@ -760,8 +770,8 @@ class Wan:
 
 @dataclass
 class Scheduler:
-    """scheduler_config.json: the noise schedule's shift, by the name that UniPC or flow matching gives it,
-    and what the transformer predicts."""
+    """scheduler_config.json: the noise schedule's shift, which Diffusers' UniPC calls flow_shift and its
+    flow-matching Euler shift, and what the transformer predicts."""
     flow_shift: Positive | None = None
     shift: Positive | None = None
     prediction_type: Literal["flow_prediction"] | None = None
@@ -769,7 +779,7 @@ class Scheduler:
 
 def load_wan(path, device="cpu", dtype=torch.float32, text=True):
     """Wan2.1 from a folder in either published layout, or a hub id. text=False: without the text encoder,
-    whose files must still be there and open (its tensors are then not matched to its config).
+    whose files must be there and whole all the same, though its tensors are not matched to its config.
 
     dtype is the DiT's and text encoder's; the VAE is float32 always, its official precision. Raises
     ValueError with one sentence when a file is missing, cut short, mislabelled or not what the config

@@ -61,6 +61,7 @@ def read_rows(file, split="train"):
         raise ValueError(f"the prompt file '{file}' would be read as text; "
                          "give one object a line and name it .jsonl")
     rows = []
+    # line by line; JSON under a name that is not .jsonl is a slip, not a prompt
     for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
@@ -95,6 +96,7 @@ def read_prompts(file, needed="train"):
     leaves train empty, as with a single prompt, train keeps all. ValueError if the needed split is empty, if
     a test prompt is also in another split, or if a line of a folder's file names a split not the file's.
     """
+    # a folder has a file for each split; the lines of a single file name theirs
     prompts = {split: [] for split in SPLITS}
     if Path(file).is_dir():
         for split in SPLITS:
@@ -111,11 +113,13 @@ def read_prompts(file, needed="train"):
         for row in read_rows(file):
             prompts[row["split"]].append(row["prompt"])
         mend = f'a line whose split is "{needed}"'
+    # a test prompt that is trained on would score too well
     train = prompts["train"]
     seen = {*train, *prompts["dynamic"]}
     for prompt in prompts["test"]:
         if prompt in seen:
             raise ValueError(f"{file} holds the test prompt '{prompt[:80]}' in another split too; remove one")
+    # where no test prompts are given, some of train's are held out
     if train and not prompts["test"]:
         held_out = max(1, len(train) // 10)
         prompts["test"] = train[-held_out:]

@@ -1,6 +1,6 @@
 """Pages to look at: the report of a training run, and a blind pairwise study.
 
-    python report.py run runs/tiny                       writes runs/tiny/report.html, self-contained
+    python report.py run runs/first                      writes runs/first/report.html, self-contained
     python report.py study --a DIR --b DIR --out study   writes study/page/ to give out; study_key.json stays
     python report.py score answers/*.json --out study    prints win rates and agreement of downloaded answers
 

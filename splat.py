@@ -41,7 +41,7 @@ class Gaussians:
     """N 3D Gaussians in world axes, float32."""
     means: torch.Tensor  # (N, 3)
     scales: torch.Tensor  # (N, 3) standard deviations
-    rotations: torch.Tensor  # (N, 4) unit quaternions as the renderer reads them: w, x, y, z
+    rotations: torch.Tensor  # (N, 4) unit quaternions, w first as gsplat takes them (below: w last)
     harmonics: torch.Tensor  # (N, 3, K) SH coefficients per colour channel, K = 1, 4 or 9
     opacities: torch.Tensor  # (N,) in [0, 1]
 
@@ -145,7 +145,7 @@ def render(gaussians, camera_to_world, intrinsics, height, width):
 
 def _gsplat(gaussians, camera_to_world, intrinsics, height, width):
     compile_gsplat()
-    from gsplat import rasterization  # only here: on machines without a GPU its import may start a compiler
+    from gsplat import rasterization  # slow to import, and a CPU does without it
     harmonics = gaussians.harmonics.mT.contiguous()
     degree = math.isqrt(gaussians.harmonics.shape[-1]) - 1
     # a few views at a time: of each Gaussian that a view sees, gsplat keeps a copy of all harmonics
@@ -189,11 +189,11 @@ def _view(gaussians, pose, K, height, width):
     centre, z, covariance, det = project(means, gaussians.scales, gaussians.rotations, pose, K, height, width)
     order, low, high = boxes(centre, z, covariance, opacities, height, width)
 
-    # What each of them adds to a pixel (colour and depth), and how it fades around its centre: the exponent
-    # c0 dx^2 + c1 dx dy + c2 dy^2 of its inverse covariance, the half of 3DGS's exponent included.
     def shown(tensor):
         return tensor.index_select(0, order)
 
+    # What each of them adds to a pixel (colour and depth), and how it fades around its centre: the exponent
+    # c0 dx^2 + c1 dx dy + c2 dy^2 of its inverse covariance, the half of 3DGS's exponent included.
     rgb = colour(shown(gaussians.harmonics), shown(means), pose[:3, 3])
     features = torch.cat([rgb, shown(z)[:, None]], 1)  # (n, 4)
     xx, xy, yy = shown(covariance).unbind(1)
@@ -212,8 +212,9 @@ def project(means, scales, rotations, pose, K, height, width):
     """World Gaussians -> a camera's pixel means (N, 2), depths (N,), widened covariances (N, 3) xx, xy, yy
     and their determinants (N,).
 
-    EWA: cov2d = J W Sigma W^T J^T + .3 I, with Sigma the covariance in world axes, W the rotation from world
-    to camera axes, and J the projection's Jacobian at the mean, its slopes clamped as in gsplat.
+    cov2d = J W Sigma W^T J^T + .3 I (EWA splatting, Zwicker et al. 2001), with Sigma the covariance in world
+    axes, W the rotation from world to camera axes, and J the projection's Jacobian at the mean, its slopes
+    clamped as in gsplat.
     """
     W = pose[:3, :3].T
     x, y, z = ((means - pose[:3, 3]) @ W.T).unbind(1)
@@ -233,7 +234,7 @@ def project(means, scales, rotations, pose, K, height, width):
 
     # Sigma = axes axes^T, where the columns of `axes` are a Gaussian's principal axes times their scales. So
     # cov2d = (J W axes)(J W axes)^T + .3 I; a and b are the rows of J W axes.
-    axes = quaternion_to_matrix(rotations.roll(-1, 1)) * scales[:, None, :]
+    axes = quaternion_to_matrix(rotations.roll(-1, 1)) * scales[:, None, :]  # rolled: scalar first to last
     a = torch.einsum("nk,nkj->nj", row_x, axes)
     b = torch.einsum("nk,nkj->nj", row_y, axes)
     aa, bb = a.square().sum(1), b.square().sum(1)

@@ -202,6 +202,8 @@ def best_and_worst(w):
 
 # ------------------------------------------------------------------------------------------------- the stages
 
+# A Stage's arguments in order: title, text, equation, its letters, their source, functions, shapes, pictures.
+
 def words_to_path(w):
     motions = ", ".join(parse_motion(w.prompt))
     last = w.path[-1]

@@ -188,6 +188,7 @@ class Index:
 def weight_files(folder, stem):
     """The safetensors files of `stem` in a folder: the shards its index lists, else one whole file, else the
     shards by their numbers."""
+    # which files there must be
     whole = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
     five = "[0-9]" * 5
@@ -207,6 +208,7 @@ def weight_files(folder, stem):
         names = [f"{stem}-{i:05d}-of-{total}.safetensors" for i in range(1, most + 1)]
     else:
         names = [whole.name]
+    # they are in the folder, all of them, and hold what the index says
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index} leads out of its folder, to '{name}'; download the checkpoint again")
@@ -298,8 +300,8 @@ TIED = "encoder.embed_tokens.weight"  # UMT5's second name for shared.weight; it
 def on_meta(build, files, config):
     """-> build() on the meta device: the model that a config describes, shapes without memory.
 
-    ValueError names the file `config` if no such model can be. It is stopped where it gets far more tensors
-    than the files hold: 10^7 layers would take hours.
+    ValueError names the file `config` if no such model can be. Building stops at far more parameters than the
+    files hold: a config that asks for 10^7 layers would take hours.
     """
     most = 2 * len(open_tensors(files)) + 100
     made = []

@@ -161,6 +161,7 @@ def test_a_cell_is_trained_scored_and_written_once(model, tmp_path, capfd):
     (["--prompts", "{tmp}/prompts.jsonl"], "num or prompts"),
     (["--frames", "9"], "frames"),
     (["--critic", "{tmp}/other"], "critic"),
+    (["--critic", "{tmp}/qwen3_vl"], "critic"),  # of the shipped one's name
     (["--lpips", "alex"], "lpips"),
 ))
 def test_what_was_scored_otherwise_is_not_taken(options, differ, model, tmp_path, capsys):

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from conftest import train_twice
-from critics import Preference
+from critics import Critic, Preference, as_pictures
+from depth_anything import load_depth_anything
 from noise_warp import camera_path
 from tiny.__main__ import main
-from tiny.judges import (LOSS_WEIGHTS, build_depth, camera_step, depth_sample, export_preference, preference_pair,
-                         render_step, train_preference)
+from tiny.judges import (LOSS_WEIGHTS, build_depth, camera_step, critic_examples, depth_sample, export_critic,
+                         export_preference, preference_pair, render_step, train_critic, train_preference)
+from tiny.train import save
 from tiny.world import render
+from weights import TINY
 
 # ----------------------------------------------------------------------------------------------------- Depth Anything
 
@@ -81,6 +84,29 @@ def test_score_depth_prints_its_figures(tmp_path, capsys):
 
 def words(text):
     return Counter(word for word in re.findall("[a-z]+", text.lower()) if word not in ("a", "an"))
+
+
+def test_the_critic_twin_trains_resumes_and_exports(tmp_path):
+    """On the pictures of three clips, as the shipped depth model sees them; the tokens it learns are the digits'."""
+    folder = tmp_path / "critic"
+    da3 = load_depth_anything(TINY / "depth_anything")
+    pictures, digits = (torch.cat(parts) for parts in zip(*(critic_examples(da3, i, 0) for i in range(3))))
+    assert len(set(digits.tolist())) > 2
+    save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits, seed=0)
+    first, second = train_twice(lambda minutes: train_critic(tmp_path, minutes), folder / "state.pt")
+    assert second["step"] > first["step"] > 0
+
+    cells = (folder / "log.txt").read_text().splitlines()[-1].split()
+    figures = {name: float(value) for name, value in zip(cells[::2], cells[1::2])}
+    assert figures["loss"] > 0
+    assert 0 <= figures["held_out_error"] <= 1
+
+    export_critic(tmp_path, tmp_path / "out")
+    exported, judge = Critic(tmp_path / "out"), Critic(folder / "start")
+    start = judge(pictures[:4])
+    judge.model.load_state_dict(second["ema"])
+    assert torch.allclose(exported(pictures[:4]), judge(pictures[:4]), atol=.02)
+    assert not torch.equal(judge(pictures[:4]), start)
 
 
 def test_preference_pairs_differ_in_one_thing():

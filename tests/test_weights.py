@@ -228,6 +228,7 @@ def test_shards_that_promise_more_than_there_are(shards, total):
 
 @pytest.mark.parametrize("file, entries, message", [
     ("transformer/config.json", dict(num_layers=10 ** 6), "describes no model that can be .*far fewer layers"),
+    ("transformer/config.json", dict(image_dim=1280), "takes pictures; give a text-to-video model"),
     ("transformer/config.json", dict(num_layers=10 ** 9), "entry num_layers: Expected int <="),
     ("transformer/config.json", dict(num_attention_heads=10 ** 6, attention_head_dim=10 ** 6),
      "describes no model that can be"),

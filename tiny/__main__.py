@@ -8,8 +8,8 @@
     python -m tiny validate             how well each reward term tells good from bad
 
     python -m tiny captions             tiny/prompts.jsonl
-    python -m tiny vae --minutes 100    the twins, in this order: vae, data, dit; depth, critic; preference;
-                                        train-probe; each resumes where it was stopped
+    python -m tiny vae --minutes 100    the twins, in this order: vae; data, dit; depth (needs vae), critic
+                                        (needs depth); preference; train-probe; each resumes where it stopped
     python -m tiny export               what RUN has trained, as it is shipped -> tiny/, over what is there
     python -m tiny web --minutes 13     the base of training, an adapter of the exported tiny/wan; then export
 

@@ -402,7 +402,8 @@ def critic_examples(da3, index, seed):
 
 def train_critic(run, minutes, seed=0):
     """Cross-entropy of the digit token. The pictures of 400 clips, of each its reconstruction and three
-    damaged copies, are made once, into RUN/critic/data.pt; a tenth of them is held out."""
+    damaged copies, are made once, into RUN/critic/data.pt; a tenth of them is held out. The file knows its
+    seed alone: after a change to `critic_examples`, to `damage` or to RUN/depth, delete RUN/critic first."""
     torch.manual_seed(seed)
     folder = run / "critic"
     if not (folder / "data.pt").exists():
@@ -419,7 +420,7 @@ def train_critic(run, minutes, seed=0):
         torch.manual_seed(seed)  # the same start, whether the pictures were made just now or are there
         build_critic(folder / "start")
     critic = Critic(folder / "start")
-    tokens = torch.tensor([ids[0] for ids in critic.digits])
+    tokens = torch.tensor(critic.digits)
 
     def losses(step, progress):
         index = torch.randint(held, len(pictures), (32,), generator=generator(seed, step, "critic"))

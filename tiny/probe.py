@@ -247,7 +247,7 @@ def reprojection(video, poses, gap=1, depths=48, window=5):
         best = best[best.isfinite()]
         total += float(best.sum())
         count += len(best)
-    return total / count
+    return total / count if count else math.nan  # a single frame has no pair
 
 
 # ------------------------------------------------------------------------------------------- models, examined
@@ -337,6 +337,7 @@ def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, 
     guidance, shift and degradation.
     """
     sampling = checked(model, frames, lora)
+    # an option that would do nothing is refused before any work
     settings = {name: values for name, values in dict(lora=lora, **settings).items() if values}
     idle = [name for name in settings] + ["no_transport"] * (not transport)
     if rendered and (prompts or idle):

@@ -10,8 +10,11 @@
 RUN is the folder of --run, runs/tiny by default. Every training is one plain loop (`fit`) that resumes from
 RUN/NAME/state.pt after a kill. Every two minutes it writes that file and a line of RUN/NAME/log.txt; vae, dit
 and depth also draw a sheet.png. A training's length is given in minutes, over all resumes, and the learning
-rate follows it. Pretraining is not World-R1's subject: the losses are the usual ones, each in the docstring
-of its function.
+rate follows it. What is rendered for a training is made once and kept (RUN/data, RUN/web/clips.pt,
+RUN/critic/data.pt), and so are its weights; neither knows the code that made it. After a change to that code
+delete the training's folder, or give another --run: else the old clips are trained on, or, where the minutes
+are spent, nothing is. Pretraining is not World-R1's subject: the losses are the usual ones, each in the
+docstring of its function.
 """
 
 import contextlib
@@ -125,8 +128,8 @@ def vocabulary():
 def fit(run, minutes, model, losses, report, lr, seed, decay_from=.3, power=1, muon=None):
     """The plain training loop. run: this training's own folder, RUN/NAME of this file's docstring.
 
-    Learning rate: 200 steps of warm-up to lr; after the share `decay_from` of the minutes lr line^power,
-    where line falls from 1 to .05. Reports and exports take a moving average of the weights (EMA, .998).
+    Learning rate: 200 steps of warm-up to lr; from the share `decay_from` of the minutes on, lr f^power, and
+    f falls from 1 to .05 by the end. Reports and exports take a moving average of the weights (EMA, .998).
 
     losses(step, progress) yields (loss, {name: scalar}) a part of the batch at a time; gradients add up.
     report() gives {name: figure} and may draw, with the model at its EMA weights, in evaluation and without

@@ -78,10 +78,11 @@ def comparisons(rewards, scene, index, seed):
 
     # The video is wrong. kind: the fault for judges of rigidity, never freeze, for a frozen camera still
     # films a rigid world. fault: for judges that know the path, freeze included unless the camera is fixed.
-    kind = CORRUPTIONS[index % 3]
+    unrigid = [name for name in CORRUPTIONS if name != "freeze"]
+    kind = unrigid[index % len(unrigid)]
     yield "recon: clip against corrupted", kind, lambda strength: clip(kind, strength).scores["recon"]
     still = scene.motions == ["fixed"]
-    fault = kind if still else CORRUPTIONS[index % 4]
+    fault = kind if still else CORRUPTIONS[index % len(CORRUPTIONS)]
     yield "total", fault, lambda strength: [clip(fault, strength).scores[name] for name in TERMS]
 
     def where_asked(strength):
@@ -110,7 +111,7 @@ def comparisons(rewards, scene, index, seed):
 
     # The reconstruction is wrong. The draws are not those that the critic was trained on.
     rec = whole.reconstruction
-    harm = DAMAGE[index % 4]
+    harm = DAMAGE[index % len(DAMAGE)]
 
     def from_beside(strength):
         if rec is None:
@@ -124,7 +125,7 @@ def comparisons(rewards, scene, index, seed):
 
     # The pictures are ugly.
     frames = video[:rewards.frames_seen]
-    ugly = DEGRADATIONS[index % 4]
+    ugly = DEGRADATIONS[index % len(DEGRADATIONS)]
 
     def preferred(strength):
         shown = frames
@@ -216,7 +217,7 @@ def print_agreement(row, other):
     found = defaultdict(list)
     for kind, mine, theirs in zip(row["kinds"], row["grid"], other["grid"]):
         found[kind].append(scipy.stats.spearmanr(mine, theirs).statistic)
-    row["agreement"] = {kind: float(np.mean(values)) for kind, values in found.items()}
+    row["agreement"] = {kind: float(np.nanmean(values)) for kind, values in found.items()}
     words = ", ".join(f"{kind} {value:.2f}" for kind, value in row["agreement"].items())
     print(f"epipolar error with re-projection, over the strengths of a clip: Spearman {words}")
 

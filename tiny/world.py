@@ -418,6 +418,7 @@ def swapped(video, other, strength, rng):
 
 # ------------------------------------------------- what goes wrong, by strength: reconstructions and pictures
 
+# A new one needs a branch in `damage`: `tiny validate` takes them in turn, the critic's examples at random.
 DAMAGE = ("floaters", "billboard", "stretch", "holes")
 
 
