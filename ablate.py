@@ -2,7 +2,8 @@
 
     python ablate.py run full --seed 1     trains runs/full-1 and scores it -> results/full/seed_1.json
     python ablate.py run base no_3d        several cells, one after the other; base is scored untrained
-    python ablate.py run full --total-steps 48 --out runs/results    further arguments go to train.py
+    python ablate.py run full --total-steps 48 --runs runs/short --out runs/short/results
+                                           further arguments go to train.py
     python ablate.py table                 results/ -> tables and figure of README.md, docs/learning_proof.md
 
 A result is never replaced, and a stopped call resumes when the same command is given again.

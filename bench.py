@@ -9,7 +9,8 @@
 
 Both sides get the same weights, inputs, threads and dtype, and take turns. Needs the "test" extra
 (diffusers); the slow oracles are those of tests/. Peak memory is the growth of a fresh process's peak
-resident set during the call, the median of three (Linux). Left out: timings on GPUs.
+resident set during the call, the median of three (Linux). Left out: timings on GPUs,
+but for --dress.
 """
 
 import argparse

@@ -74,7 +74,8 @@ def ssim(a, b):
 # ---------------------------------------------------------------------------------------------------- cameras
 
 def camera_errors(path, recovered):
-    """RotErr, TransErr and CamMC; the last two also without scale (CamI2V, after MotionCtrl and CameraCtrl).
+    """RotErr, TransErr and CamMC; the last two also without scale (CamI2V, arXiv 2410.15957, after MotionCtrl,
+    2312.03641).
 
     path, recovered: camera-to-world (F, 4, 4), both taken relative to their frame 0.
         rot_err      sum over frames of the angle between the rotations, in radians
@@ -109,7 +110,8 @@ def unit_reach(path):
 
 
 def mvcs(depth, camera_to_world, intrinsics):
-    """Multi-view consistency score (GeoVideo; VideoGPA's mvcs), a float in (0, 1].
+    """Multi-view consistency score (GeoVideo, arXiv 2512.03453; mvcs in VideoGPA, 2601.23286), a float in
+    (0, 1].
 
     exp(-mean over consecutive frames of the squared difference between frame i's depth seen from camera i+1
     and frame i+1's own depth there). It depends on the scale of depth, so depths and positions are divided by
