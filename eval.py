@@ -443,6 +443,7 @@ def measured_row(name, prompt, load, rewards):
         row |= {f"reward_{term}": score for term, score in clip.scores.items()}
         if clip.errors:
             row["failed_terms"] = clip.errors
+        # the metrics read the reconstruction that the rewards have made
         if clip.rerender is None:  # no reconstruction, or none that can be rendered
             row["error"] = clip.errors["recon"]
         else:

@@ -395,6 +395,7 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
     def statistics(x):
         return x.mean((1, 2, 3, 4), keepdim=True), x.std((1, 2, 3, 4), keepdim=True)
 
+    # the coarse part of the difference, at unit size: what the flow has moved, without the noise's grain
     frames = (transported - base).flatten(0, 2)[:, None]  # (B*C*T, 1, h, w)
     delta = F.avg_pool2d(frames, kernel, 1, kernel // 2).view_as(base)
     delta = delta / (statistics(delta)[1] + 1e-6)
@@ -404,6 +405,7 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
     def push(x, step):
         if step >= steps:
             return x
+        # mean and std stay x's own: the model expects as much noise as the step's sigma says
         mean, std = statistics(x)
         y = x + strength * float(weights[step]) * std * delta.to(x)
         new_mean, new_std = statistics(y)

@@ -549,10 +549,12 @@ def draw_clip(file, clip, columns=6):
         for ax, image in zip(axes[row], images[evenly_spaced(len(images), columns)]):
             ax.imshow(as_bytes(image))
 
+    # three rows of pictures; a failed judge leaves its row empty
     rec = clip.reconstruction
     pictures(0, "input", clip.video if rec is None else clip.video[rec.index])
     pictures(1, "re-render at the recovered cameras", clip.rerender)
     pictures(2, "meta-views, the critic's digits", clip.meta_views)
+    # beside the two meta-views: the critic's probabilities of each, and the path asked for and found
     if clip.digits is not None:
         for ax, digits in zip(axes[2, 2:], clip.digits):
             ax.set_axis_on()
