@@ -287,8 +287,10 @@ def check_scored(name, c, folder, num):
         prompts = read_prompts(c.prompts, split)[split][:given["--num"]]
 
         # what differs, by the options of the call
-        differ = [judge for judge, used in about.settings.items()
-                  if judge != "views" and judge_name(getattr(c, judge, used)) != used]
+        judges = {judge: judge_name(getattr(c, judge))
+                  for judge in ("depth_anything", "critic", "preference")}
+        differ = [judge for judge, name in (judges | dict(lpips=c.lpips)).items()
+                  if about.settings.get(judge, name) != name]
         for option, used in (("model", about.model), ("lora", about.lora)):
             if Path(used or "").resolve() != Path(given.get(f"--{option}") or "").resolve():
                 differ.append(option)

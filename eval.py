@@ -74,8 +74,8 @@ def ssim(a, b):
 # ---------------------------------------------------------------------------------------------------- cameras
 
 def camera_errors(path, recovered):
-    """RotErr, TransErr and CamMC; the last two also without scale (CamI2V, arXiv 2410.15957, after MotionCtrl,
-    2312.03641).
+    """RotErr, TransErr and CamMC; the last two also without scale (CamI2V, arXiv 2410.15957, after
+    MotionCtrl, 2312.03641).
 
     path, recovered: camera-to-world (F, 4, 4), both taken relative to their frame 0.
         rot_err      sum over frames of the angle between the rotations, in radians
@@ -592,7 +592,10 @@ def summarise(a, rows, folder):
 def judge_name(path):
     """What a Summary calls a judge: a shipped twin by its folder's name, another by its whole path or hub id,
     for `python -m tiny export` gives retrained twins the shipped ones' names."""
-    return Path(path).name if Path(path).resolve().parent == TINY.resolve() else str(path)
+    folder = Path(path).resolve()
+    if folder.parent == TINY.resolve():
+        return folder.name
+    return str(folder) if folder.is_dir() else str(path)
 
 
 def failures(about):

@@ -169,7 +169,7 @@ def advantages(rewards, group_ids, clip=5.0, pooled=False):
     (NaN).
 
     --kl and --adv-clip are meant for a std of 1. A baseline that keeps the rewards' own size, such as RLOO's,
-    needs other values; its G is the number of members that are not masked.
+    needs other values, and must count a group's members without the masked ones.
     """
     return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)  # 1e-4: Flow-GRPO
 

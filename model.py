@@ -707,7 +707,7 @@ def _describe_dit(folder):
     if "num_attention_heads" not in values:
         raise ValueError(f"{file} does not describe a Wan2.1 transformer; give the folder of a Wan2.1 model")
     if values.get("image_dim") or values.get("model_type") not in (None, "t2v"):
-        raise ValueError(f"{file} describes a Wan2.1 that takes pictures; give a text-to-video model (T2V)")
+        raise ValueError(f"{file} describes a Wan that takes pictures; give a text-to-video model (T2V)")
     config = config_from(DiTConfig, values, file)
     if config.attention_head_dim % 2 or config.freq_dim % 2:
         raise ValueError(f"{file}: attention_head_dim and freq_dim must be even; download it again")

@@ -274,7 +274,7 @@ def shard(dit, processes, size=None):
         shape = (processes.world // size, size)
     names = "copies", "shards"
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names[-len(shape):])
-    if len(shape) > 1:  # these groups are new, with torch's own timeout
+    if processes.timeout:  # a group that the mesh has made has torch's own
         for name in mesh.mesh_dim_names:
             mesh.get_group(name).set_timeout(processes.timeout)
     lora = {p for name, p in dit.named_parameters() if "lora_" in name}

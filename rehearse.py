@@ -18,7 +18,6 @@ tensors: its context, workspaces of kernels, gaps of the allocator.
 
 import contextlib
 import dataclasses
-import datetime
 import math
 import sys
 import weakref
@@ -111,7 +110,7 @@ class Rehearsed(Processes):
 
     def __init__(self, world, device="cpu"):
         self.rank, self.world, self.lock, self.device = 0, world, None, torch.device(device)
-        self.timeout = datetime.timedelta(minutes=1)
+        self.timeout = None  # nobody waits here, and older PyTorch's fake groups refuse one
         if world > 1:
             dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
 

@@ -8,6 +8,7 @@ goes on from its newest whole checkpoint when it is started again, on any number
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -99,7 +100,7 @@ def store_of_this_start():
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if agents and nodes > 1 and restarts:
         raise ValueError("torchrun could not restart several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-                         "on all of them, or leave --max-restarts out")
+                         "on all of them and give --rdzv-backend c10d, or leave --max-restarts out")
     store, *_ = next(dist.rendezvous("env://"))
     if agents:
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -235,7 +236,10 @@ def acquire_lock(folder, processes):
         processes.lock.seek(0)
         holder = processes.lock.read().strip() or "another process"
         return f"{folder} is being trained by {holder}; wait for it, stop it, or choose another --name"
-    except OSError as e:  # some clusters' file systems know no locks
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        # some clusters' file systems know no locks
         print(f"{folder} cannot be locked ({e.strerror}); see to it that no other run trains there",
               file=sys.stderr)
     processes.lock.truncate(0)

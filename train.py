@@ -728,7 +728,7 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
 
 
 def ending(error, rank, world):
-    """What a process ends with after an error. -> exit status, and its line, None where rank 0 says it."""
+    """What a process ends with after an error. -> exit status, and its line, None where another says it."""
     status, reason = 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         status, reason = 130, "interrupted; start it again to go on from its newest checkpoint"
@@ -737,8 +737,8 @@ def ending(error, rank, world):
                   "--checkpointing or --offload")
     if rank == 0:
         return status, f"train.py: {reason}"
-    # a bad setting and Ctrl-C come to every process, or to all of a node that lacks something: its first
-    # says it
+    # a bad setting and Ctrl-C come to every process, what a node lacks to all of that node's: the first
+    # process of each node says it
     if isinstance(error, (ValueError, KeyboardInterrupt)) and int(os.environ.get("LOCAL_RANK", rank)):
         return status, None
     return status, f"train.py: process {rank} of {world}: {reason}"

@@ -290,10 +290,10 @@ def made_up(name, seed, rng):
 
 def write_results(folder):
     """Results of base, two seeds of full, and cells: no_traj has lost PSNR and S_traj and won SSIM, no_3d lost S_traj
-    in one seed and won some in the other; no_meta has a seed that full has not."""
+    in one seed and won some in the other; no_meta and cps have a seed that full has not."""
     rng = np.random.default_rng(0)
     names = (("base", 0), ("base_no_transport", 0), ("clean", 0), ("full", 0), ("full", 2), ("no_3d", 0), ("no_3d", 2), ("no_traj", 0),
-             ("no_meta", 1), ("cps", 0), ("window_1", 0), ("guidance_2", 0))
+             ("no_meta", 1), ("cps", 0), ("window_1", 0), ("guidance_2", 0), ("cps", 1))
     made = {(name, seed): made_up(name, seed, rng) for name, seed in names}
     made["base", 0]["scored"]["test"]["values"]["reward_traj"] = [.5] * 8 + [.8] * 6 + [.9] * 6
     full = {seed: made["full", seed]["scored"]["test"]["values"] for seed in (0, 2)}
@@ -411,6 +411,7 @@ def test_a_cell_is_compared_with_its_own_seeds_and_with_the_paper(tables):
     assert no_3d["S_traj"].startswith("-"), "its interval is below 0, but its seeds are far apart"
     assert no_3d["S_traj"].endswith(", +0.5")
     assert no_traj["probe: motion"] == "+0"
+    assert "cps<br>`--sde cps`<br>1 of 1 seeds" in found["choices"], "its seed 1 is compared with nothing"
 
     # against another cell than full, and a table of scorings without training
     guided = found["choices"]["guidance_2<br>`--guidance 2 --steps 5 --noisy-steps 2 --window 1`<br>1 of 1 seeds"

@@ -132,6 +132,8 @@ def test_preference_against_the_published_forward_pass(judge, twins):
 
     half = Preference(twins / "hpsv3", dtype=torch.bfloat16)
     assert half.model.model.language_model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    for name, p in half.model.rm_head.named_parameters():  # not rounded on the way
+        assert torch.equal(p, judge.model.rm_head.get_parameter(name))
     in_half = half(x, prompts)
     published = published_scores(twins / "hpsv3", judge, x, prompts, torch.bfloat16)
     assert (in_half - published).abs().max() < 2e-2

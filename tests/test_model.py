@@ -241,7 +241,7 @@ def as_original(checkpoint, folder, monkeypatch):
     wan = load_wan(checkpoint)
     folder.mkdir()
     c = wan.dit.config
-    config = dict(dim=c.num_attention_heads * c.attention_head_dim, num_heads=c.num_attention_heads,
+    config = dict(model_type="t2v", dim=c.num_attention_heads * c.attention_head_dim, num_heads=c.num_attention_heads,
                   ffn_dim=c.ffn_dim, freq_dim=c.freq_dim, num_layers=c.num_layers, in_dim=c.in_channels,
                   out_dim=c.out_channels, eps=c.eps, text_dim=c.text_dim, text_len=512)
     (folder / "config.json").write_text(json.dumps(config))
@@ -272,6 +272,14 @@ def test_both_layouts_load_the_same_model(checkpoint, tmp_path, monkeypatch):
         assert all(torch.equal(x[k], y[k]) for k in x)
     assert torch.equal(a.encode_text(["a red box"]), b.encode_text(["a red box"]))
     assert (a.shift, b.shift) == (3.0, None)
+
+
+def test_an_original_wan_that_takes_pictures_is_named(checkpoint, tmp_path, monkeypatch):
+    as_original(checkpoint, tmp_path / "original", monkeypatch)
+    file = tmp_path / "original" / "config.json"
+    file.write_text(file.read_text().replace("t2v", "i2v"))
+    with pytest.raises(ValueError, match="takes pictures; give a text-to-video model"):
+        load_wan(tmp_path / "original")
 
 
 def test_the_original_layout_in_shards_loads(checkpoint, tmp_path, monkeypatch):

@@ -249,22 +249,25 @@ class Interrupting:
 
 
 DIES_ONCE = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import torch
 torch.set_num_threads(1)
 import train
-step_prompts = train.step_prompts
-def dying(c, prompts, step):
+roll_out_groups = train.roll_out_groups  # called once a step
+def dying(policy, step, *rest):
     began = pathlib.Path(__file__ + os.environ["RANK"])
     if step == 1 and not began.exists():
-        began.touch()
+        checkpoint = pathlib.Path(policy.c.runs, policy.c.name, "checkpoints", "step_000001")
+        began.write_text(str(checkpoint.exists()))
         if os.environ["RANK"] == "1":
+            while not pathlib.Path(__file__ + "0").exists():
+                time.sleep(.01)
             os.kill(os.getpid(), signal.SIGKILL)
         signal.pause()  # as on a GPU, where NCCL would wait for the dead
         os._exit(1)
-    return step_prompts(c, prompts, step)
-train.step_prompts = dying
+    return roll_out_groups(policy, step, *rest)
+train.roll_out_groups = dying
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -294,9 +297,12 @@ def test_torchrun_restarts_after_a_killed_rank(nodes, arguments, tmp_path):
         codes = [agent.wait(timeout=300) for agent in agents]
     finally:
         for agent in agents:
-            agent.kill()
+            agent.terminate()  # it ends its processes first; after a kill they would stay
+        for agent in agents:
+            agent.wait(timeout=60)
     assert codes == [0] * nodes, (tmp_path / "log").read_text()[-6000:]
-    assert Path(f"{script}0").exists() and Path(f"{script}1").exists()
+    assert Path(f"{script}1").exists()
+    assert Path(f"{script}0").read_text() == "True", "a checkpoint was there to go on from"
     codes, _ = run_jobs([dict(args=[*base, "--name", "whole"], world=2)])
     assert codes == [[0, 0]]
     assert_same_end(tmp_path / "restarted", tmp_path / "whole")

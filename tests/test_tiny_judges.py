@@ -87,7 +87,7 @@ def words(text):
 
 
 def test_the_critic_twin_trains_resumes_and_exports(tmp_path):
-    """On the pictures of three clips, as the shipped depth model sees them; the tokens it learns are the digits'."""
+    """On the pictures of three clips, as the shipped depth model sees them."""
     folder = tmp_path / "critic"
     da3 = load_depth_anything(TINY / "depth_anything")
     pictures, digits = (torch.cat(parts) for parts in zip(*(critic_examples(da3, i, 0) for i in range(3))))

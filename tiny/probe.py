@@ -247,7 +247,7 @@ def reprojection(video, poses, gap=1, depths=48, window=5):
         best = best[best.isfinite()]
         total += float(best.sum())
         count += len(best)
-    return total / count if count else math.nan  # a single frame has no pair
+    return total / count if count else math.nan  # of a single frame, or where no pixel stays in view
 
 
 # ------------------------------------------------------------------------------------------- models, examined

@@ -11,10 +11,10 @@ RUN is the folder of --run, runs/tiny by default. Every training is one plain lo
 RUN/NAME/state.pt after a kill. Every two minutes it writes that file and a line of RUN/NAME/log.txt; vae, dit
 and depth also draw a sheet.png. A training's length is given in minutes, over all resumes, and the learning
 rate follows it. What is rendered for a training is made once and kept (RUN/data, RUN/web/clips.pt,
-RUN/critic/data.pt), and so are its weights; neither knows the code that made it. After a change to that code
-delete the training's folder, or give another --run: else the old clips are trained on, or, where the minutes
-are spent, nothing is. Pretraining is not World-R1's subject: the losses are the usual ones, each in the
-docstring of its function.
+RUN/critic/data.pt), and so are its weights. Other words or another seed are noticed, other code is not: after
+a change to it delete the training's folder, or give another --run; else the old clips are trained on, or,
+where the minutes are spent, nothing is. Pretraining is not World-R1's subject: the losses are the usual
+ones, each in the docstring of its function.
 """
 
 import contextlib

@@ -213,7 +213,7 @@ def validate(rewards, num=200, seed=0, levels=5):
 
 def print_agreement(row, other):
     """How two judges rank a clip's copies of all strengths: mean Spearman correlation of each way of being
-    bad."""
+    bad, over the clips where both judges give a number and tell the copies apart."""
     found = defaultdict(list)
     for kind, mine, theirs in zip(row["kinds"], row["grid"], other["grid"]):
         found[kind].append(scipy.stats.spearmanr(mine, theirs).statistic)
