@@ -93,6 +93,7 @@ CHOICES = {
     "window_3": "--window 3",
     "window_1_rectify": "--window 1 --rectify",
     "dance": "--sde dance",
+    "dance_4.5": "--sde dance --eta 4.5",  # as noisy at the window's steps as flow at its .7
     "cps": "--sde cps",
     "members_4": "--members 4 --groups 8",
     "members_16": "--members 16 --groups 2",

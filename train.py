@@ -78,7 +78,7 @@ class Config:
     members: int = option("rollout", 8, "videos a prompt (G); advantages compare them", least=2)
     steps: int = option("rollout", 10, "denoising steps of a rollout", least=2)
     guidance: float = option("rollout", 1.0, "of a rollout; 1 = off", least=0)
-    eta: float = option("rollout", .7, "noise level of the stochastic steps", least=0, most=1)
+    eta: float = option("rollout", .7, "noise level of the stochastic steps", least=0, most=100)
     sde: str = option("rollout", "flow", "kind of stochastic step", choices=SDE_KINDS)
     window: int = option("rollout", 2, "consecutive stochastic steps, the ones that are trained", least=1)
     noisy_steps: int = option("rollout", 5, "the window lies within the first so many steps", least=1)
@@ -283,6 +283,8 @@ def check(c, world):
             raise ValueError(f"{option_name} must be at most {most}, got {value}")
     if c.eta < .001:
         raise ValueError("--eta must be at least 0.001: without noise there is nothing to compare")
+    if c.sde == "cps" and c.eta > 1:  # an angle of a quarter turn; the others' noise has no bound
+        raise ValueError(f"--eta must be at most 1 with --sde cps, got {c.eta}")
     if not c.name.isprintable() or not c.name or c.name.startswith(".") or Path(c.name).name != c.name:
         raise ValueError(f"--name must name a folder in --runs, without '/' and not beginning with '.', "
                          f"got '{c.name}'")
