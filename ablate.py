@@ -34,7 +34,7 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
-from eval import REWARDS, VideoRow, failures, interval, judge_name, markdown, read_lines, read_summary
+from eval import REWARDS, VideoRow, failures, interval, judges_of, markdown, read_lines, read_summary
 from prompts import read_prompts
 from report import CHART_STYLE, GREY, NO_METADATA
 from rewards import TERMS
@@ -288,10 +288,7 @@ def check_scored(name, c, folder, num):
         prompts = read_prompts(c.prompts, split)[split][:given["--num"]]
 
         # what differs, by the options of the call
-        judges = {judge: judge_name(getattr(c, judge))
-                  for judge in ("depth_anything", "critic", "preference")}
-        differ = [judge for judge, name in (judges | dict(lpips=c.lpips)).items()
-                  if about.settings.get(judge, name) != name]
+        differ = [judge for judge, name in judges_of(c).items() if about.settings.get(judge, name) != name]
         for option, used in (("model", about.model), ("lora", about.lora)):
             if Path(used or "").resolve() != Path(given.get(f"--{option}") or "").resolve():
                 differ.append(option)

@@ -581,21 +581,24 @@ def summarise(a, rows, folder):
     means["vbench"] = vbench(a.videos or folder / "videos", folder)
     failed_terms = Counter(term for row in rows for term in row.get("failed_terms", ()))
     lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
-    settings = {name: judge_name(getattr(a, name)) for name in ("depth_anything", "critic", "preference")}
-    settings |= dict(lpips=a.lpips, views=a.views)
+    settings = judges_of(a) | dict(views=a.views)
     sizes = sorted({row["size"] for row in good})
     seed = None if a.videos else a.seed
     return Summary(len(good), len(rows) - len(good), sizes, seed, lpips, means, dict(failed_terms),
                    str(a.videos or a.model), a.lora, a.transport, settings)
 
 
-def judge_name(path):
-    """What a Summary calls a judge: a shipped twin by its folder's name, another by its whole path or hub id,
-    for `python -m tiny export` gives retrained twins the shipped ones' names."""
-    folder = Path(path).resolve()
-    if folder.parent == TINY.resolve():
-        return folder.name
-    return str(folder) if folder.is_dir() else str(path)
+def judges_of(options):
+    """-> {judge: what a Summary calls it}: a shipped twin by its folder's name, another by its whole path or
+    hub id, for `python -m tiny export` gives retrained twins the shipped ones' names."""
+    names = {}
+    for judge in ("depth_anything", "critic", "preference"):
+        path = getattr(options, judge)
+        folder = Path(path).resolve()
+        names[judge] = str(folder) if folder.is_dir() else str(path)
+        if folder.parent == TINY.resolve():
+            names[judge] = folder.name
+    return names | dict(lpips=options.lpips)
 
 
 def failures(about):
