@@ -581,7 +581,7 @@ def summarise(a, rows, folder):
     means["vbench"] = vbench(a.videos or folder / "videos", folder)
     failed_terms = Counter(term for row in rows for term in row.get("failed_terms", ()))
     lpips = "AlexNet" if a.lpips == "alex" else "random trunk (a stand-in)"
-    settings = judges_of(a) | dict(views=a.views)
+    settings = judges_of(a) | dict(views=a.views, frames_seen=a.frames_seen)
     sizes = sorted({row["size"] for row in good})
     seed = None if a.videos else a.seed
     return Summary(len(good), len(rows) - len(good), sizes, seed, lpips, means, dict(failed_terms),
@@ -621,7 +621,8 @@ def vbench(videos, out):
     try:
         import vbench as package
     except ImportError:
-        return "not measured: pip install vbench (it downloads its own models), then run this again"
+        return ("not measured: pip install vbench (it downloads its own models), then score again with "
+                "another --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dimensions = [*VBENCH, "dynamic_degree"]
     try:
@@ -799,7 +800,8 @@ def main(argv=None):
     metrics_parser = commands.add_parser("metrics", help="score a folder of mp4s, or a model's samples")
     add = metrics_parser.add_argument
     add("--videos", type=Path, help="folder of mp4s; else the model is sampled")
-    add("--prompts", help="file: one prompt a line, or jsonl (default: prompts.jsonl; the tiny model's own)")
+    add("--prompts", help="text or jsonl file, or a folder of splits (default: prompts.jsonl; of the tiny "
+                          "model its own)")
     add("--model", default=str(TINY / "wan"), help="folder (either layout) or hub id")
     add("--lora", help="adapter file or folder (forms: docs/real_size.md)")
     add("--split", default="test", choices=SPLITS)

@@ -13,8 +13,10 @@ The text encoder stands in texts.py. Left out: image-to-video branches (img_emb,
 residual VAE, tiling (decoding streams over time instead).
 """
 
+import dataclasses
 import functools
 import math
+import os
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -24,11 +26,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from safetensors.torch import save_file
 
 from fast import conv3d, padding_bias, rms_norm, upsampled_conv
 from texts import WAN, WAN_FILES, describe_text, encode_text, load_text, tokenizer_folder
 from weights import (Positive, Size, config_from, fill, fill_arguments, model_folder, on_meta, read_json,
-                     renamed, weight_files)
+                     renamed, weight_files, write_json, written_whole)
 
 # ============================================================================================================
 # Causal 3D VAE.  Stride 4x8x8 in (time, height, width), 16 channels.
@@ -811,3 +814,23 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
     encoder, tokenizer = load_text(folder, device, dtype) if text else (None, None)
     dit, vae = [fill(*part) for part in parts]
     return Wan(dit, vae, encoder, tokenizer, scheduler.flow_shift or scheduler.shift)
+
+
+def write_dit(folder, config, tensors):
+    """Writes a transformer folder as Diffusers has it. tensors: {a DiT parameter's name: tensor}."""
+    fixed = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024)
+    write_json(folder / "config.json",
+               {"_class_name": "WanTransformer3DModel", **dataclasses.asdict(config), **fixed})
+    with written_whole(folder / "diffusion_pytorch_model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+
+
+def write_wan_beside(path, folder, config, tensors):
+    """Writes a model folder that `load_wan` and, where `path` is in its layout, Diffusers read: a transformer
+    (`write_dit`), and links to all other parts of the model at `path` (folder or hub id)."""
+    write_dit(folder / "transformer", config, tensors)
+    for part in model_folder(path, WAN_FILES, WAN).glob("[!.]*"):
+        # the other model's transformer, in either layout
+        replaced = part.name in ("transformer", "config.json") or part.match("diffusion_pytorch_model*")
+        if not replaced and not os.path.lexists(folder / part.name):
+            (folder / part.name).symlink_to(part.resolve())

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lora import add_lora, lora_file, lora_off, lora_weights, merge_lora
-from model import load_wan
+from model import load_wan, write_wan_beside
 from run import digest
 from sample import generator, guided_velocity
 from texts import TextCache
@@ -194,16 +194,15 @@ class Policy:
         self.optimiser.zero_grad(set_to_none=True)
         return finite
 
-    def check_finite(self, everywhere=True):
+    def check_finite(self):
         """RuntimeError names a tensor that is not finite: such weights are not saved, exported or trained on.
-        everywhere: all processes call, and all of them raise."""
+        All processes call, and all of them raise."""
         bad = None
         for name, values in self.state().items():
             local = values.to_local() if isinstance(values, torch.distributed.tensor.DTensor) else values
             if not local.isfinite().all():
                 bad = name
-        found = self.processes.gather(bad) if everywhere else [bad]
-        for name in found:
+        for name in self.processes.gather(bad):
             if name is not None:
                 raise RuntimeError(f"{name} holds NaN or infinite values; "
                                    "start again from an earlier checkpoint with a smaller --lr")
@@ -244,11 +243,22 @@ class Policy:
         return out
 
     def export(self, folder):
-        """Writes the averaged LoRA for Diffusers (lora.safetensors) and ComfyUI (lora_comfyui.safetensors),
-        rank 0 alone."""
-        if self.c.full or self.processes.rank:
+        """Writes the averaged weights: LoRA for Diffusers (lora.safetensors) and ComfyUI
+        (lora_comfyui.safetensors); with --full a whole model, model/, as `load_wan` reads it. All processes
+        call, rank 0 writes."""
+        self.check_finite()
+        rank = self.processes.rank
+        if self.c.full:
+            tensors = {}
+            for name, values in self.average.items():
+                whole = values.full_tensor() if self.sharded else values  # which all processes gather
+                if rank == 0:
+                    tensors[name] = whole.cpu()
+            if rank == 0:
+                write_wan_beside(self.c.model, folder / "model", self.wan.dit.config, tensors)
             return
-        self.check_finite(everywhere=False)
+        if rank:
+            return
         for name, layout in (("lora", "diffusers"), ("lora_comfyui", "original")):
             with written_whole(folder / f"{name}.safetensors") as part:
                 tensors = lora_weights(self.wan.dit, self.average, layout, self.base)

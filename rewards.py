@@ -581,14 +581,15 @@ def add_reward_options(parser, views=9):
     add("--lpips", choices=("alex", "random"), default="random",
         help="trunk; random is a stand-in without downloads")
     add("--views", type=int, default=views, help="frames that are reconstructed, evenly spread")
+    add("--frames-seen", type=int, default=4, help="frames the preference model sees, from the first on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--offload", action="store_true", help="judges wait on the CPU; one at a time is on the device")
 
 
 def rewards_of(a):
     check_device(a.device)
-    return Rewards(a.depth_anything, a.critic, a.preference, a.lpips, a.views, device=a.device,
-                   offload=a.offload)
+    return Rewards(a.depth_anything, a.critic, a.preference, a.lpips, a.views, a.frames_seen,
+                   device=a.device, offload=a.offload)
 
 
 @as_command("rewards.py")

@@ -1,8 +1,9 @@
 """A run's machine room: processes, the run's folder, checkpoints, the clock and the log.
 
 runs/NAME/ holds config.json, metrics.jsonl (one line a step; what a clock or the machine decides is under
-"machine"), eval.jsonl, eval/, checkpoints/ and, at every evaluation and at the end, lora.safetensors. A run
-goes on from its newest whole checkpoint when it is started again, on any number of processes.
+"machine"), eval.jsonl, eval/, checkpoints/ and, at every evaluation and at the end, lora.safetensors (with
+--full model/ instead). A run goes on from its newest whole checkpoint when it is started again, on any number
+of processes.
 """
 
 import contextlib

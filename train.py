@@ -67,7 +67,7 @@ class Config:
     runs: str = option("what", "runs", "folder of runs")
     model: str = option("what", str(TINY / "wan"), "folder in either layout, or hub id")
     lora: str | None = option("what", None, "an adapter to start from; exports hold both")
-    prompts: str = option("what", str(TINY / "prompts.jsonl"), "file: jsonl, or one prompt a line")
+    prompts: str = option("what", str(TINY / "prompts.jsonl"), "text or jsonl file, or a folder of splits")
     train_prompts: int | None = option("what", None, "train on the first so many (default: on all)", least=1)
     frames: int | None = option("what", None, "of a video, 4k+1 (default: the model's)")
     height: int | None = option("what", None, "of a video, a multiple of 16 (default: the model's)")
@@ -123,7 +123,8 @@ class Config:
     updates: int = option("update", 1, "optimiser steps a rollout: its groups are split among them", least=1)
     ratio_norm: bool = option("update", False, "GRPO-Guard's normalised ratio")
     rectify: bool = option("update", False, "Flash-GRPO's weights: every step's gradient of one size")
-    full: bool = option("update", False, "train all weights instead of LoRA, in float32")
+    full: bool = option("update", False, "train all weights instead of LoRA, in float32, and export a model "
+                        "instead of an adapter")
     lora_rank: int = option("update", 32, "of LoRA's matrices", least=1)
     lora_alpha: float = option("update", 64.0, "LoRA counts alpha / rank times", least=1e-6)
     ema_decay: float = option("update", .9, "of the averaged weights, which are evaluated and exported",

@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import imageio.v2
 import numpy as np
@@ -12,12 +13,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import rewards
-from eval import (alarms, between, camera_errors, changes, epipolar_error, folder_videos, held_out, interval,
-                  main, measured_row, mvcs, new_folder, psnr, ssim, table, vbench)
+import splat
+from depth_anything import Reconstruction
+from eval import (BATCH, alarms, between, camera_errors, changes, epipolar_error, folder_videos, held_out, interval,
+                  main, measured_row, mvcs, new_folder, psnr, rerender, sampled_videos, ssim, table, vbench)
+from lora import add_lora, lora_weights
+from model import load_wan
 from noise_warp import camera_path
 from prompts import read_prompts
 from rewards import TERMS
-from sample import sample_videos, sampling_of, write_video
+from sample import generator, sample_videos, sampling_of, write_video
+from test_splat import scene as random_gaussians
 from tiny.world import corrupt, intrinsics, random_scene, render
 from weights import TINY
 
@@ -187,6 +193,22 @@ def test_held_out_frames_and_their_cameras_belong_together(index, middle):
     gaps, place, frames = held_out(torch.tensor(index))
     assert frames.tolist() == middle
     assert between(path[index], place)[gaps, 2, 3].tolist() == pytest.approx(middle)
+
+
+def test_a_rerender_gives_back_what_was_filmed():
+    """Of Gaussians, along a straight path: at the reconstructed frames, and at those midway between two."""
+    path = torch.eye(4).repeat(6, 1, 1)
+    path[:, 0, 3] = .1 * torch.arange(6)
+    path[:, 2, 3] = -1
+    K = torch.tensor([[20.0, 0, 12], [0, 20, 8], [0, 0, 1]]).repeat(6, 1, 1)
+    gaussians, index = random_gaussians(300), torch.tensor([0, 2, 3, 5])
+    video = splat.render(gaussians, path, K, 16, 24)[0].clamp(0, 1)
+    K_of_half = K[index] * torch.tensor([.5, .5, 1])[:, None]  # the reconstruction is of 8x12 pixels
+    rec = Reconstruction(torch.ones(4, 8, 12), None, path[index], K_of_half, gaussians, None, index)
+    seen, unseen = rerender(rec, video)
+    assert torch.equal(seen[1], video[index]) and torch.equal(unseen[1], video[[1, 4]])
+    assert psnr(*seen) > 60 and psnr(*unseen) > 60
+    assert psnr(video[:-1], video[1:]) < 40  # neighbours are no match
 
 
 def read_rows(out):
@@ -532,14 +554,28 @@ def test_the_tiny_model_is_sampled_for_its_own_prompts(judges, tmp_path):
     assert [file.name for file in (out / "videos").iterdir()] == ["0000.mp4"]
 
 
-def test_a_sample_does_not_depend_on_the_batch(checkpoint):
-    """Prompt k takes the seed's k-th noise, whichever batch it is in."""
-    from model import load_wan
-    wan, sampling = load_wan(checkpoint), sampling_of(checkpoint)
-    prompts = ["push_in a room", "pan_left a room", "fixed a room"]
-    together, _ = sample_videos(wan, prompts, sampling, 3, noise_ids=range(3))
-    alone, _ = sample_videos(wan, prompts[2:], sampling, 3, noise_ids=[2])
-    assert torch.allclose(together[2], alone[0], atol=1e-5)
+@torch.no_grad()
+def test_videos_are_sampled_as_they_were_asked_for(checkpoint, tmp_path):
+    """By adapter, seed and kind of noise; and prompt k from the seed's k-th noise, whichever batch it is in."""
+    rows = [dict(prompt=f"push_in room {k}", split="test") for k in range(BATCH + 1)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, adapted, sampling = load_wan(checkpoint), load_wan(checkpoint), sampling_of(checkpoint)
+    for name, p in add_lora(adapted.dit, 2, 2.0, generator("lora")).items():
+        p.normal_(std=.3, generator=generator(name))
+    save_file(lora_weights(adapted.dit), tmp_path / "lora.safetensors")
+
+    last, seen = f"{BATCH:04d}", []  # alone in the second batch
+    for wan, given in ((plain, {}), (plain, dict(seed=4)), (plain, dict(transport=False)),
+                       (adapted, dict(lora=tmp_path))):
+        a = dict(prompts=tmp_path / "p.jsonl", model=str(checkpoint), split="test", num=BATCH + 1, frames=None,
+                 height=None, width=None, device="cpu", lora=None, seed=3, transport=True) | given
+        prompts, load = sampled_videos(SimpleNamespace(**a), tmp_path / "videos")
+        assert prompts[last] == rows[BATCH]["prompt"]
+        (expected,), _ = sample_videos(wan, [prompts[last]], sampling, a["seed"], noise_ids=[BATCH],
+                                       transport=a["transport"])
+        seen.append(load(last))
+        assert torch.allclose(seen[-1], expected, atol=1e-3)
+    assert torch.pdist(torch.stack(seen).flatten(1)).min() > 1e-2
 
 
 def test_prompts_are_matched_by_id_or_by_order(tmp_path):

@@ -274,6 +274,20 @@ def test_both_layouts_load_the_same_model(checkpoint, tmp_path, monkeypatch):
     assert (a.shift, b.shift) == (3.0, None)
 
 
+def test_a_transformer_takes_the_place_of_an_originals(checkpoint, tmp_path, monkeypatch):
+    """As after a full training that began from the original layout. What is there already is left alone."""
+    as_original(checkpoint, tmp_path / "original", monkeypatch)
+    b = load_wan(tmp_path / "original")
+    tensors = {name: values + 1 for name, values in b.dit.state_dict().items()}
+    for _ in range(2):
+        model.write_wan_beside(tmp_path / "original", tmp_path / "new", b.dit.config, tensors)
+    a = load_wan(tmp_path / "new")
+    assert all(torch.equal(values, tensors[name]) for name, values in a.dit.state_dict().items())
+    for part in ("vae", "text_encoder"):
+        new, old = (getattr(wan, part).state_dict() for wan in (a, b))
+        assert all(torch.equal(new[name], old[name]) for name in old)
+
+
 def test_an_original_wan_that_takes_pictures_is_named(checkpoint, tmp_path, monkeypatch):
     as_original(checkpoint, tmp_path / "original", monkeypatch)
     file = tmp_path / "original" / "config.json"

@@ -1,3 +1,4 @@
+import diffusers
 import pytest
 import torch
 from runs import largest_difference, metrics, run_jobs, short_run, weights
@@ -7,7 +8,7 @@ from lora import add_lora, lora_weights, merge_lora
 from model import load_wan
 from policy import Policy
 from run import Processes
-from sample import generator
+from sample import generator, sampling_of
 from train import parse_arguments
 
 
@@ -85,12 +86,51 @@ def test_any_number_of_processes_exports_the_same_adapter(finished, other):
     assert largest_difference(load_file(finished / other / "lora.safetensors"), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("name, options", [("one", []), ("full", [*FULL, *SHARDED])])
+def test_a_run_goes_on_with_another_number_of_processes(finished, arguments, tmp_path, name, options):
+    """Two of three steps on two, the third on one."""
+    base = [*arguments, *options, "--runs", str(tmp_path), "--name", "moved"]
+    codes, err = run_jobs([dict(args=[*base, "--total-steps", "2"], world=2), dict(args=base)])
+    assert codes == [[0, 0], [0]], err[-3000:]
+    assert [row["step"] for row in metrics(tmp_path / "moved")] == [0, 1, 2]
+    assert largest_difference(weights(tmp_path / "moved"), weights(finished / name)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["full", "full, two", "full, sharded", "full, hybrid"])
+def test_a_full_run_exports_a_model_of_its_averaged_weights(finished, checkpoint, name):
+    """With the base's other parts: it loads as any model does, and Diffusers' pipeline takes it as well."""
+    folder = finished / name / "model"
+    wan, base, average = load_wan(folder), load_wan(checkpoint), weights(finished / name)
+    found = dict(wan.dit.named_parameters())
+    assert found.keys() == dict(base.dit.named_parameters()).keys()
+    assert all(torch.equal(values, average[f"average.{key}"]) for key, values in found.items())
+    assert not torch.equal(wan.dit.proj_out.weight, base.dit.proj_out.weight)
+    assert torch.equal(wan.vae.state_dict()["decoder.conv_in.weight"], base.vae.state_dict()["decoder.conv_in.weight"])
+    assert sampling_of(folder) == sampling_of(checkpoint) and wan.shift == base.shift
+    if name == "full":
+        theirs = diffusers.WanPipeline.from_pretrained(folder).transformer.state_dict()
+        assert all(torch.equal(theirs[key], values) for key, values in found.items())
+
+
 # --------------------------------------------------------------------------------------------- in one process
 
 @pytest.fixture
 def policy(arguments):
     c = parse_arguments([*arguments, "--guidance", "2", "--ema-every", "2", "--ema-decay", ".75"])
     return Policy(c, Processes("cpu"))
+
+
+def test_options_reach_the_adapter_the_optimiser_and_the_weights(arguments, tmp_path):
+    given = "--beta1 .8 --beta2 .95 --weight-decay .01 --lora-rank 3 --lora-alpha 6 --seed 5 --dtype bfloat16"
+    policy = Policy(parse_arguments([*arguments, "--runs", str(tmp_path), *given.split()]), Processes("cpu"))
+    group, = policy.optimiser.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((.8, .95), .01)
+    layer = policy.wan.dit.blocks[0].attn1.to_q
+    bound = layer.linear.in_features ** -.5
+    drawn = torch.empty(3, layer.linear.in_features).uniform_(-bound, bound, generator=generator(5, "lora"))
+    assert layer.scale == 2 and torch.equal(layer.lora_A, drawn)
+    assert layer.linear.weight.dtype == policy.embedding("push_in a box").dtype == torch.bfloat16
+    assert {p.dtype for p in policy.trained.values()} == {torch.float32}
 
 
 def some_gradients(policy, seed):

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import math
 import subprocess
@@ -14,8 +15,8 @@ from matplotlib.axes import Axes
 from critics import digit_score, lpips_distance
 from depth_anything import DA3Config, DepthAnything3
 from noise_warp import MOTIONS, camera_path
-from rewards import (TERMS, Clip, draw_clip, load_rewards, main, meta_views, motion_magnitude,
-                     native_intrinsics, preference_reward, trajectory_reward, trajectory_term)
+from rewards import (TERMS, Clip, add_reward_options, draw_clip, load_rewards, main, meta_views, motion_magnitude,
+                     native_intrinsics, preference_reward, rewards_of, trajectory_reward, trajectory_term)
 from sample import write_video
 from tiny.judges import write_depth
 from tiny.world import random_scene, render
@@ -498,6 +499,15 @@ def test_a_clip_is_drawn_whatever_failed(lost, batch, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- the command line
+
+def test_a_commands_judges_are_those_that_it_is_given():
+    parser = argparse.ArgumentParser()
+    add_reward_options(parser)
+    given = "--depth-anything a --critic b --preference c --lpips alex --views 3 --device cpu --offload"
+    made = rewards_of(parser.parse_args(given.split()))  # loads nothing
+    assert made.sources == dict(depth_anything="a", critic="b", preference="c", lpips="alex")
+    assert made.views == 3 and made.offload
+
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory):

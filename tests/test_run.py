@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import resource
 import shutil
@@ -18,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import largest_difference, metrics, newest_checkpoint, run_jobs, short_run, weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -36,21 +35,42 @@ def arguments(checkpoint, twins):
 
 
 def assert_same_end(folder, other):
-    """Two runs have the same metrics, and checkpoints that are equal to the bit."""
+    """Two runs have the same metrics; checkpoints, and what is exported, are equal to the bit."""
     assert metrics(folder) == metrics(other)
     assert largest_difference(weights(folder), weights(other)) == 0
+    exported = [load_file(run / "lora.safetensors") for run in (folder, other)]
+    assert largest_difference(*exported) == 0
 
 
 # -------------------------------------------------------------------------------------------- killed, resumed
 
-def test_killed_at_fourteen_moments_it_ends_the_same(arguments, whole, tmp_path):
-    """SIGKILL at random moments; started again each time. It ends as an uninterrupted run, to the bit."""
-    draw = random.Random(0)
+MOMENTS = [  # of a step: right after this call, where its first argument ends so
+    ("train", "update", ""),  # trained, not logged
+    ("train", "append_line", "metrics.jsonl"),  # logged, not saved
+    ("run.dcp", "save", ""),  # saved, without a manifest
+    ("run", "to_disk", "manifest.json"),  # whole, under its temporary name
+    ("run", "to_disk", "checkpoints"),  # renamed
+    ("run.shutil", "rmtree", "step_000001")]  # the oldest is gone
+DIES_AFTER = """
+import os, run, signal
+owner, name, word = {moment}
+owner = eval(owner)
+original = getattr(owner, name)
+def dies(*arguments, **options):
+    out = original(*arguments, **options)
+    if str(arguments[0]).endswith(word):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return out
+setattr(owner, name, dies)
+"""
+
+
+def test_killed_at_every_moment_of_a_step_it_ends_the_same(arguments, whole, tmp_path):
+    """SIGKILL wherever files change; started again each time. It ends as an uninterrupted run, to the bit."""
     killed = [*arguments, "--runs", str(tmp_path), "--total-steps", "5", "--name", "killed"]
-    jobs = [dict(args=killed, kill=draw.uniform(.3, 2.5)) for _ in range(14)]
+    jobs = [dict(args=killed, before=DIES_AFTER.replace("{moment}", repr(moment))) for moment in MOMENTS]
     codes, err = run_jobs([*jobs, dict(args=killed)])
-    assert codes[-1] == [0], err[-3000:]
-    assert codes.count([-9]) >= 3  # the moments were in the middle of something
+    assert codes == [*([-9] for _ in MOMENTS), [0]], err[-3000:]
     assert len(metrics(whole)) == 5
     assert_same_end(tmp_path / "killed", whole)
 

@@ -500,7 +500,7 @@ def test_a_damaged_model_as_a_user_meets_it(checkpoint, tmp_path):
 
 # ------------------------------------------------------------------------------------ every option has its effect
 
-def test_every_option_reaches_the_sample(checkpoint):
+def test_every_option_of_sampling_reaches_the_latents(checkpoint):
     wan, own = load_wan(checkpoint), S.sampling_of(checkpoint)
     ways = [dict(), dict(seed=1), dict(transport=False), dict(solver="euler"), dict(negative="a box"),
             dict(strength=3.0)]
@@ -510,6 +510,14 @@ def test_every_option_reaches_the_sample(checkpoint):
              for way in ways]
     assert torch.pdist(torch.stack(found)).min() > 1e-3
     assert torch.equal(S.noise_levels(wan, 4), S.sigmas(4, 3.0)), "the model's own shift"
+
+
+def test_every_option_of_the_command_reaches_the_video(checkpoint):
+    own, videos = S.sampling_of(checkpoint), []
+    for way in ("", "--seed 1", "--no-transport", "--released", "--strength 3", "--solver euler", "--negative box"):
+        a = S.parse_arguments(["push_in a red sphere", "--model", str(checkpoint), "--device", "cpu", *way.split()])
+        videos.append(S.videos_of_column(a, "none", own, None)[0].flatten())
+    assert torch.pdist(torch.stack(videos)).min() > 0  # two calls alike are equal to the bit
 
 
 def test_released_sampling_pushes_the_carried_noise_into_white(checkpoint):

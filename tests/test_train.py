@@ -15,7 +15,7 @@ from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Term, combine
 from run import Processes
-from sample import generator, log_prob, sigmas, transition
+from sample import generator, initial_noise, log_prob, sigmas, transition
 from train import Config, check, parse_arguments, step_prompts
 
 
@@ -185,6 +185,7 @@ def test_phases_alternate_and_every_prompt_comes_once_an_epoch():
     moving = [prompt for dynamic, rows in seen if dynamic for _, prompt in rows]
     assert sorted(moving[:5]) == sorted(moving[5:10]) == sorted(prompts["dynamic"])
     assert all(prompts["train"][index] == prompt for index, prompt in seen[0][1])
+    assert [step_prompts(dataclasses.replace(c, seed=1), prompts, step) for step in range(10)] != seen
 
 
 def roll_outs(c, chosen):
@@ -335,10 +336,49 @@ def test_a_step_of_failed_rewards_stops_the_run(arguments, tmp_path, capsys):
     evaluation = ["--eval-every", "1", "--eval-prompts", "2"]
     given = [*arguments, "--runs", str(tmp_path), "--name", "failed", "--frames", "1", *evaluation]
     assert train.main(given) == 2
-    assert "rewards failed, more than --max-masked" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "rewards failed, more than --max-masked" in error
+    assert "traj: ValueError: one frame shows no camera path" in error
     evaluated = json.loads((tmp_path / "failed" / "eval.jsonl").read_text())
     assert evaluated["masked"] == 2 and evaluated["total"] is None
     assert not list((tmp_path / "failed" / "checkpoints").iterdir())
+
+
+def test_a_run_goes_on_where_a_reward_fails(arguments, tmp_path, monkeypatch):
+    """One of four videos a step, all that --max-masked allows: counted, and the other group is trained on."""
+    calls = []
+
+    def flaky(judges, clip):
+        calls.append(True)
+        if len(calls) % 4 == 1:
+            raise ValueError("no")
+        return clip.video.mean()
+
+    monkeypatch.setitem(TERMS, "flaky", Term("flaky", "S_flaky", (), flaky, three_d=False))
+    given = "--groups 2 --total-steps 2 --meta 0 --recon 0 --traj 0 --flaky 3 --max-masked .25 --name x"
+    assert train.main([*arguments, "--runs", str(tmp_path), *given.split()]) == 0
+    for row in metrics(tmp_path / "x"):
+        assert (row["masked"], row["flat_groups"], row["skipped"]) == (1, 1, 0)
+        assert math.isfinite(row["total"]) and row["grad"][0] > 0
+
+
+def test_an_evaluation_is_of_the_averaged_weights_and_stands_once_in_its_log(arguments, tmp_path):
+    c = parse_arguments([*arguments, "--runs", str(tmp_path), "--meta", "0", "--recon", "0", "--traj", "0"])
+    policy, judges = Policy(c, Processes("cpu")), train.rewards_for(c)
+
+    def evaluated(step):
+        train.evaluate(policy, judges, ["push_in a hill"], tmp_path, step)
+        *before, last = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in before] == list(range(step))
+        return last | dict(step=0)
+
+    first = evaluated(0)
+    with torch.no_grad():
+        for name, p in policy.trained.items():
+            p += .1 * torch.randn(p.shape, generator=generator(name))
+    assert evaluated(1) == first
+    policy.average = {name: p.detach().clone() for name, p in policy.trained.items()}
+    assert evaluated(1) != first
 
 
 def test_a_masked_video_does_not_move_the_advantages_of_the_others():
@@ -366,14 +406,6 @@ def test_a_dynamic_phase_without_dynamic_prompts_is_an_error(arguments, tmp_path
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("option", ["--lr", "--kl", "--grad-clip", "--ema-decay", "--general-spread"])
-@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
-def test_numbers_that_would_ruin_the_weights_are_refused(option, value, arguments, tmp_path, capsys):
-    assert train.main([*arguments, "--runs", str(tmp_path), "--name", "x", option, value]) == 2
-    assert option in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "x").exists()
-
-
 def test_one_term_that_decides_alone_is_said(tmp_path, capsys):
     log = tmp_path / "metrics.jsonl"
 
@@ -394,8 +426,10 @@ def test_one_term_that_decides_alone_is_said(tmp_path, capsys):
 
 
 def test_every_step_logs_who_decided(arguments, tmp_path):
-    assert train.main([*arguments, "--runs", str(tmp_path), "--name", "x", "--rectify"]) == 0
+    given = ["--name", "x", "--rectify", "--train-prompts", "1"]
+    assert train.main([*arguments, "--runs", str(tmp_path), *given]) == 0
     main, _, dynamic = metrics(tmp_path / "x")
+    assert main["prompts"] == 4 * [0]
     assert sum(main[f"share_{name}"] for name in TERMS) == pytest.approx(1)
     assert dynamic["share_general"] == pytest.approx(1)
     assert "share_meta" not in dynamic
@@ -491,14 +525,6 @@ def test_what_a_node_lacks_is_said_by_its_first_process(monkeypatch):
         assert (line is not None) == said
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--name", "n" * 300], "at most 255 bytes"),
-    (["--device", ""], "--device")])
-def test_a_name_or_device_that_cannot_be_is_said(arguments, said):
-    with pytest.raises(ValueError, match=said):
-        check(parse_arguments(arguments), 1)
-
-
 # ----------------------------------------------------------------------------------------------- how it ends
 
 OUT_OF_MEMORY = ("out of memory; run fewer videos at once with a smaller --batch, or add --checkpointing or "
@@ -565,12 +591,31 @@ def test_the_loss_is_the_clipped_surrogate_plus_the_kl(switch, arguments, tmp_pa
     assert note["drift"] == pytest.approx(moved.max().item(), rel=1e-5) and note["drift"] > 1e-3
 
 
+@pytest.mark.parametrize("updates", ["1", "2"])
+def test_an_update_is_the_mean_over_its_groups_steps_and_members(updates, arguments, tmp_path):
+    """Rolled out video by video. The norm of the first gradient, by autograd of the mean of all losses."""
+    given = "--groups 2 --batch 1 --steps 4 --noisy-steps 3 --window 2 --updates".split()
+    c = parse_arguments([*arguments, "--runs", str(tmp_path), *given, updates])
+    policy, windows = Policy(c, Processes("cpu")), [range(0, 2), range(1, 3)]
+    chosen, (work,) = [(0, "push_in a hill"), (1, "pan_left a lake")], train.deal(c, 1)
+    batches = [batch for batch, _, _ in train.roll_out_groups(policy, 0, False, chosen, windows, work)]
+    for i, batch in enumerate(batches):
+        batch.advantages = torch.tensor([1.0 + i])
+    first = [batch for batch in batches if train.update_of(c, batch.group) == 0]
+    losses = [train.policy_loss(policy, batch, step)[0] for batch in first for step in batch.sde_steps]
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), list(policy.trained.values()))
+    _, norms, skipped = train.update(policy, batches, 0, 0)
+    assert norms[0] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4)
+    assert len(norms) == int(updates) and skipped == 0
+
+
 @pytest.mark.parametrize("standardised", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_advantages_are_of_the_sum_that_is_asked_for(standardised, pooled):
     draw, group_ids = torch.Generator().manual_seed(0), torch.arange(2).repeat_interleave(4)
     terms = {name: scale * torch.randn(8, generator=draw) for name, scale in zip(TERMS, (.1, 1, 10, .3))}
-    c = Config(standardise=standardised, pooled=pooled, weights=dict.fromkeys(TERMS, 1.0) | dict(recon=2.0))
+    twice = dict.fromkeys(TERMS, 1.0) | dict(recon=2.0)
+    c = Config(standardise=standardised, pooled=pooled, adv_clip=.9, weights=twice)  # their RMS is 1: it bites
     _, terms["total"] = combine(terms, c.weights)
 
     def scaled(x):
@@ -579,7 +624,8 @@ def test_advantages_are_of_the_sum_that_is_asked_for(standardised, pooled):
         return (x / (variance.mean() if pooled else variance).sqrt()).flatten()
 
     total = sum(c.weights[name] * (scaled(terms[name]) if standardised else terms[name]) for name in TERMS)
-    assert torch.allclose(train.step_advantages(c, terms, group_ids)[0], scaled(total), atol=1e-3)
+    expected = scaled(total).clamp(-.9, .9)
+    assert torch.allclose(train.step_advantages(c, terms, group_ids)[0], expected, atol=1e-3)
 
 
 def test_a_released_rollout_pushes_the_carried_noise_into_white(arguments, tmp_path):
@@ -590,6 +636,23 @@ def test_a_released_rollout_pushes_the_carried_noise_into_white(arguments, tmp_p
     carried, _ = train.first_noise(policy, path, whose, [0, 1])
     assert torch.equal(after_step(white, 0), released_push(white, carried)(white, 0))
     assert not torch.equal(after_step(white, 0), white)
+
+
+@pytest.mark.parametrize("switch", ["--no-shared", "--shared"])
+def test_a_rollout_begins_with_noise_that_its_path_carries(switch, arguments, tmp_path):
+    """Drawn by (seed, step, phase, prompt, member, purpose) and nothing else; shared, all have the first's."""
+    c = parse_arguments([*arguments, "--runs", str(tmp_path), "--seed", "3", "--degradation", ".6", switch])
+    policy, key = Policy(c, Processes("cpu")), (3, 4, "dynamic", 7)
+    (batch, _, _), = train.roll_out_groups(policy, 4, True, [(7, "move_left a hill")], [range(1)], [(0, range(2))])
+    noise, sde = ([generator(*key, member, purpose) for member in (0, 1)] for purpose in ("noise", "sde"))
+    carried = initial_noise(policy.wan, camera_path(["move_left"], 5), 32, 32, noise, True, .6)
+    if c.shared:
+        carried = carried[[0, 0]]
+    step, = batch.sde_steps
+    assert torch.equal(step.x, carried)
+    _, std = transition(step.x, step.x, *batch.levels[:2], c.eta, c.sde)
+    drawn = torch.stack([torch.randn(step.x.shape[1:], generator=g) for g in sde])
+    assert torch.allclose((step.x_next - step.mean) / std, drawn, atol=1e-4)
 
 
 def test_a_rollout_asks_for_the_path_at_its_strength(arguments, tmp_path):
@@ -608,9 +671,12 @@ def test_a_rollout_that_the_update_does_not_repeat_stops_the_run():
 
 def test_options_reach_the_rewards(checkpoint):
     given = "--traj-alpha 2 --traj-beta 3 --views 4 --frames-seen 3 --general-center 1 --general-spread 2 --recon .5"
-    made = train.rewards_for(parse_arguments(["--model", str(checkpoint), "--offload", *given.split()]))
+    models = "--depth-anything a --critic b --preference c --lpips alex"
+    options = [*given.split(), *models.split()]
+    made = train.rewards_for(parse_arguments(["--model", str(checkpoint), "--offload", *options]))
     assert (made.alpha, made.beta, made.views, made.frames_seen, made.center, made.spread) == (2, 3, 4, 3, 1, 2)
     assert made.offload and made.weights["recon"] == .5
+    assert made.sources == dict(depth_anything="a", critic="b", preference="c", lpips="alex")
 
 
 def test_a_common_window_is_one_for_all_groups():

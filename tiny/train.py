@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from fast import cpu_autocast
 from lora import add_lora, lora_weights
-from model import VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan
+from model import (VAE, CausalConv3d, DiT, DiTConfig, Downsample, Upsample, VAEConfig, Wan, load_wan,
+                   write_dit)
 from noise_warp import MOTIONS, camera_path, latent_noise
 from sample import contact_sheet, generator, psnr, sample
 from texts import TEXT_LENGTH
@@ -493,14 +494,11 @@ def train_dit(run, minutes, seed=0):
 def write_wan(folder, dit, vae, text_encoder, tokenizer, shift, sampling, dtype=torch.bfloat16):
     """Writes a model as a Diffusers WanPipeline folder. sampling: its defaults for sample.py (frames, steps,
     ...)."""
-    def write_model(name, cls, model, **fixed):
-        config = dataclasses.asdict(model.config)
-        write_json(folder / name / "config.json", {"_class_name": cls, **config, **fixed})
-        write_tensors(folder / name / "diffusion_pytorch_model.safetensors", model.state_dict(), dtype)
-
-    write_model("vae", "AutoencoderKLWan", vae)
-    write_model("transformer", "WanTransformer3DModel", dit, cross_attn_norm=True,
-                qk_norm="rms_norm_across_heads", rope_max_seq_len=1024)
+    write_json(folder / "vae" / "config.json",
+               {"_class_name": "AutoencoderKLWan", **dataclasses.asdict(vae.config)})
+    write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict(), dtype)
+    write_dit(folder / "transformer", dit.config,
+              {name: value.to(dtype).contiguous() for name, value in dit.state_dict().items()})
     text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", {
