@@ -261,8 +261,10 @@ def scorings(name, c, folder, num):
     return commands
 
 
-# What scoring has of its own: eval.py takes these from the model, or has its defaults.
-NOT_SCORED = ("height", "width", "strength", "traj_alpha", "traj_beta", "general_center", "general_spread")
+# What scoring has of its own: eval.py takes these from the model, or has its defaults; and it is given an
+# adapter, which a --full training does not export.
+NOT_SCORED = ("full", "height", "width", "strength", "traj_alpha", "traj_beta", "general_center",
+              "general_spread")
 
 
 def check_can_be_scored(c):

@@ -732,8 +732,8 @@ def read_summary(file):
 
 def unlike(about, base):
     """Why the videos of two Summaries cannot be compared one by one, in words: which settings of the judges,
-    or seed, differ. "" if none does."""
-    mine, theirs = (one.settings | dict(seed=one.seed) for one in (about, base))
+    or seed, differ. "" if none does. An older Summary does not say frames_seen, which was 4."""
+    mine, theirs = (dict(frames_seen=4) | one.settings | dict(seed=one.seed) for one in (about, base))
     return ", ".join(f"{name} {mine.get(name)} instead of {theirs.get(name)}"
                      for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name))
 

@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video (arXiv 2503.20314): causal 3D VAE, diffusion transformer, and the loading of both.
+"""Wan2.1 text-to-video (arXiv 2503.20314): causal 3D VAE, diffusion transformer, their files.
 
     wan = load_wan("tiny/wan")                # or a hub id, or a folder in either published layout
     x0 = wan.vae.encode(video)                # (B, F, 3, H, W) in [0, 1] -> (B, 16, T, h, w), T = 1 + (F-1)/4
@@ -16,7 +16,6 @@ residual VAE, tiling (decoding streams over time instead).
 import dataclasses
 import functools
 import math
-import os
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -826,11 +825,12 @@ def write_dit(folder, config, tensors):
 
 
 def write_wan_beside(path, folder, config, tensors):
-    """Writes a model folder that `load_wan` and, where `path` is in its layout, Diffusers read: a transformer
-    (`write_dit`), and links to all other parts of the model at `path` (folder or hub id)."""
+    """Writes a model folder that `load_wan` and, where the one at `path` is in its layout, Diffusers read: a
+    transformer (`write_dit`), and links to all other parts of the model at `path`."""
     write_dit(folder / "transformer", config, tensors)
-    for part in model_folder(path, WAN_FILES, WAN).glob("[!.]*"):
+    for part in path.glob("[!.]*"):
         # the other model's transformer, in either layout
         replaced = part.name in ("transformer", "config.json") or part.match("diffusion_pytorch_model*")
-        if not replaced and not os.path.lexists(folder / part.name):
+        if not replaced and not (folder / part.name).exists():
+            (folder / part.name).unlink(missing_ok=True)  # a link that leads nowhere: the base has moved
             (folder / part.name).symlink_to(part.resolve())

@@ -33,8 +33,8 @@ from lora import add_lora, lora_file, lora_off, lora_weights, merge_lora
 from model import load_wan, write_wan_beside
 from run import digest
 from sample import generator, guided_velocity
-from texts import TextCache
-from weights import written_whole
+from texts import WAN, WAN_FILES, TextCache
+from weights import model_folder, written_whole
 
 
 class Policy:
@@ -42,7 +42,7 @@ class Policy:
 
     .wan            the model, on this process's device
     .base           the adapter that training starts from, as `lora_weights` adds it to what is exported
-    .fingerprint    of the model before training
+    .fingerprint    of the model before training. .folder: its own, to which a full export links
     .reference_dit  with --full and --kl, a frozen copy from before training
     .trained        {name: parameter}; checkpoints use these names. .sharded: do processes hold parts of them?
     .average        {name: averaged weights}, which are evaluated and exported
@@ -60,6 +60,7 @@ class Policy:
             # rank 0's name for the encoder: on another node the same files have other times
             wan.text_cache.fingerprint = processes.gather(wan.text_cache.fingerprint)[0]
             self.fingerprint = fingerprint(wan.dit, c.lora)
+            self.folder = model_folder(c.model, WAN_FILES, WAN)  # the hub is not asked again at each export
         self.wan = wan
         dit = wan.dit
         # the adapter that training starts from: beside the weights, but where these are trained themselves
@@ -255,7 +256,7 @@ class Policy:
                 if rank == 0:
                     tensors[name] = whole.cpu()
             if rank == 0:
-                write_wan_beside(self.c.model, folder / "model", self.wan.dit.config, tensors)
+                write_wan_beside(self.folder, folder / "model", self.wan.dit.config, tensors)
             return
         if rank:
             return

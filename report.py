@@ -402,14 +402,17 @@ def report(run, device="cpu"):
     if unprintable:
         raise ValueError(f"{run} holds a results folder with a line break in its name, {unprintable[0]!r}; "
                          "rename it")
-    # changes are from the first: one that was not made with this run's adapter, if there is one
-    adapters = {name: read_summary(folder / "summary.json").lora for name, folder in results.items()}
-    names = sorted(results, key=lambda name: is_inside(adapters[name], run))
+    # changes are from the first: one that was not made with what this run exports, if there is one
+    about = {name: read_summary(folder / "summary.json") for name, folder in results.items()}
+    names = sorted(results, key=lambda name: (is_inside(about[name].lora, run)
+                                              or is_inside(about[name].model, run / "model")))
     results = {name: results[name] for name in names}
     tables = ["<h2>Results</h2>", html_tables(table(results))] if results else []
     body += ["<h2>Training</h2>", training_charts(rows)]
     body += ["<h2>Before and after</h2>", examples(run, config, device)]
-    body += [walkthrough_link(run), *tables]
+    if not config.full:  # which has no adapter to follow
+        body.append(walkthrough_link(run))
+    body += tables
     write_page(run / "report.html", config.name, "\n".join(body), PLAY)
     print(run / "report.html")
 

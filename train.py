@@ -672,8 +672,8 @@ def warn_of_one_term(file):
 # ------------------------------------------------------------------------------------------------- evaluation
 
 def evaluate(policy, rewards, prompts, folder, step):
-    """Scores the averaged weights into eval.jsonl, writes videos to eval/STEP, and exports the LoRA as it is
-    now."""
+    """Scores the averaged weights into eval.jsonl, writes videos to eval/STEP, and exports them as they are
+    now (`Policy.export`)."""
     videos = folder / "eval" / f"{step:06d}"
     with policy.averaged():
         rows = evaluation_rows(policy, rewards, prompts, videos)

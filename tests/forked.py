@@ -2,7 +2,6 @@
 
 Reads a job a line from stdin, as JSON, and prints a line with the exit codes of its processes. A job:
     {"args": [...], "world": 2}                               train.main(args) on 2 processes (default 1)
-    {"args": [...], "kill": 1.5}                              killed (SIGKILL) after so many seconds
     {"args": [...], "kill": "sigterm", "after": "a file"}     asked to stop once that file exists
     {"args": [...], "sampled": "a file"}                      a line there for each prompt an evaluation samples
     {"args": [...], "before": "source"}                       Python that is run first; it may patch train
@@ -79,17 +78,12 @@ def run(job):
             child(job, rank, world, port)
         children.append(pid)
 
-    kill = job.get("kill")
-    if kill == "sigterm":
+    if job.get("kill") == "sigterm":
         file = Path(job["after"])  # it exists in the middle of the run
         while not file.exists():
             time.sleep(.01)
         for pid in children:
             os.kill(pid, signal.SIGTERM)
-    elif kill is not None:
-        time.sleep(kill)
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 

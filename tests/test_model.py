@@ -275,12 +275,16 @@ def test_both_layouts_load_the_same_model(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_transformer_takes_the_place_of_an_originals(checkpoint, tmp_path, monkeypatch):
-    """As after a full training that began from the original layout. What is there already is left alone."""
+    """As after a full training that began from the original layout; written twice, a link being dead by then."""
     as_original(checkpoint, tmp_path / "original", monkeypatch)
     b = load_wan(tmp_path / "original")
     tensors = {name: values + 1 for name, values in b.dit.state_dict().items()}
     for _ in range(2):
         model.write_wan_beside(tmp_path / "original", tmp_path / "new", b.dit.config, tensors)
+        link = tmp_path / "new" / "google"
+        link.unlink()
+        link.symlink_to("nowhere")
+    model.write_wan_beside(tmp_path / "original", tmp_path / "new", b.dit.config, tensors)
     a = load_wan(tmp_path / "new")
     assert all(torch.equal(values, tensors[name]) for name, values in a.dit.state_dict().items())
     for part in ("vae", "text_encoder"):

@@ -503,10 +503,10 @@ def test_a_clip_is_drawn_whatever_failed(lost, batch, tmp_path, monkeypatch):
 def test_a_commands_judges_are_those_that_it_is_given():
     parser = argparse.ArgumentParser()
     add_reward_options(parser)
-    given = "--depth-anything a --critic b --preference c --lpips alex --views 3 --device cpu --offload"
+    given = "--depth-anything a --critic b --preference c --lpips alex --views 3 --frames-seen 2 --device cpu --offload"
     made = rewards_of(parser.parse_args(given.split()))  # loads nothing
     assert made.sources == dict(depth_anything="a", critic="b", preference="c", lpips="alex")
-    assert made.views == 3 and made.offload
+    assert (made.views, made.frames_seen) == (3, 2) and made.offload
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,8 @@ setattr(owner, name, dies)
 
 
 def test_killed_at_every_moment_of_a_step_it_ends_the_same(arguments, whole, tmp_path):
-    """SIGKILL wherever files change; started again each time. It ends as an uninterrupted run, to the bit."""
+    """SIGKILL wherever a step without an evaluation changes files; started again each time. It ends as an uninterrupted
+    run, to the bit."""
     killed = [*arguments, "--runs", str(tmp_path), "--total-steps", "5", "--name", "killed"]
     jobs = [dict(args=killed, before=DIES_AFTER.replace("{moment}", repr(moment))) for moment in MOMENTS]
     codes, err = run_jobs([*jobs, dict(args=killed)])
