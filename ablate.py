@@ -16,7 +16,6 @@ alone: `seed_noise` estimates that, and `seeds_apart` makes a threshold of it. A
 (bold) only where its interval does not contain 0 and the change exceeds the threshold.
 """
 
-import argparse
 import dataclasses
 import math
 import os
@@ -41,7 +40,7 @@ from rewards import TERMS
 from sample import check_writable
 from train import ROOT, Config, check
 from train import parse_arguments as training_arguments
-from weights import as_command, read_bytes, read_json, write_json, write_text, written_whole
+from weights import as_command, command_line, read_bytes, read_json, write_json, write_text, written_whole
 
 # ---------------------------------------------------------------------------------------------------- cells
 
@@ -656,8 +655,7 @@ def write_tables(out, pages, picture):
 
 @as_command("ablate.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", allow_abbrev=False, help="train and score cells")
     add = run_parser.add_argument

@@ -36,7 +36,7 @@ from sample import generator, sample_videos, sampling_of
 from tiny.world import random_scene, random_scenes, render, render_all
 from train import check as check_training
 from train import parse_arguments as training_arguments
-from weights import TINY, as_command
+from weights import TINY, as_command, command_line
 
 sys.path.append(str(Path(__file__).parent / "tests"))  # the oracles
 
@@ -429,8 +429,7 @@ def print_dress(preset, options=()):
 
 @as_command("bench.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, "all"), default="all", help="what to time")
     parser.add_argument("--repeat", type=int, default=7, help="timed turns; the median is shown")
     instead = parser.add_mutually_exclusive_group()

@@ -17,7 +17,6 @@ Left out: known cameras as input and ray-based poses (UNUSED: a checkpoint may h
 metric model, sky masks, drop-path, dropout.
 """
 
-import argparse
 import functools
 import math
 import re
@@ -33,8 +32,8 @@ import torch.nn.functional as F
 from noise_warp import draw_paths
 from sample import check_device, check_writable, evenly_spaced, psnr, read_video, write_video
 from splat import Gaussians, matrix_to_quaternion, quaternion_to_matrix, render, rotate_sh
-from weights import (TINY, Size, as_command, config_from, fill, match_tensors, model_folder, on_meta,
-                     open_tensors, read_json, weight_files, written_whole)
+from weights import (TINY, Size, as_command, command_line, config_from, fill, match_tensors, model_folder,
+                     on_meta, open_tensors, read_json, weight_files, written_whole)
 
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # ImageNet
 UNUSED = re.compile(r"model\.(cam_enc\.|head\.scratch\.(output_conv|refinenet)\d_aux\.)")  # branches left out
@@ -481,8 +480,8 @@ class DepthAnything3(nn.Module):
         # Evenly spread frames, so that the whole of the camera's path is seen.
         index = evenly_spaced(len(frames), count)
         images = preprocess(frames[index], self.config)
-        normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return Reconstruction(*self.network(normalised.to(device)), images=images.to(device), index=index)
+        seen = normalised(images).to(device)
+        return Reconstruction(*self.network(seen), images=images.to(device), index=index)
 
 
 def memory_estimate(config, views, height, width):
@@ -560,6 +559,11 @@ def preprocess(frames, config):
     H, W = frames.shape[2:]
     fitted = resize(frames.float().cpu(), *fitted_size(H, W, config))
     return resize(fitted, *processed_size(H, W, config))
+
+
+def normalised(images):
+    """Images (..., 3, H, W) in [0, 1] -> as the network takes them, by ImageNet's mean and std a channel."""
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -645,8 +649,7 @@ def write_pictures(out, rec, fps):
 
 @as_command("depth_anything.py")
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command_line(__doc__)
     parser.add_argument("video", help="an mp4")
     parser.add_argument("--model", default=TINY / "depth_anything", help="folder or hub id (default: tiny)")
     parser.add_argument("--views", type=int, help="frames to reconstruct, evenly spread (default: all)")

@@ -17,7 +17,6 @@ by the video's median depth.
 Definitions and sources are in each function's docstring. Left out: FVD and what needs reference videos.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import errno
@@ -51,7 +50,7 @@ from rewards import (MASKED, TERMS, add_reward_options, is_fault, motion_magnitu
                      paths_in_depths, rewards_of)
 from sample import (as_bytes, check_name, check_size, check_writable, psnr, read_video, sample_videos,
                     sampling_of, write_video)
-from weights import TINY, as_command, from_json, read_bytes, read_json, write_json
+from weights import TINY, as_command, command_line, from_json, read_bytes, read_json, write_json
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -794,8 +793,7 @@ def table(runs):
 
 @as_command("eval.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     metrics_parser = commands.add_parser("metrics", help="score a folder of mp4s, or a model's samples")
     add = metrics_parser.add_argument
@@ -812,7 +810,7 @@ def main(argv=None):
     add("--width", type=int, help="multiple of 16; default: the model's")
     add("--no-transport", dest="transport", action="store_false", help="noise that follows no camera path")
     add("--out", type=Path, default=Path("runs/metrics"), help="the results folder, which must be new")
-    add_reward_options(metrics_parser, views=9)
+    add_reward_options(metrics_parser)
 
     table_parser = commands.add_parser("table", help="the paper's tables from results folders")
     table_parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=FOLDER")

@@ -25,12 +25,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors.torch import save_file
 
 from fast import conv3d, padding_bias, rms_norm, upsampled_conv
 from texts import WAN, WAN_FILES, describe_text, encode_text, load_text, tokenizer_folder
 from weights import (Positive, Size, config_from, fill, fill_arguments, model_folder, on_meta, read_json,
-                     renamed, weight_files, write_json, written_whole)
+                     renamed, weight_files, write_json, write_safetensors)
 
 # ============================================================================================================
 # Causal 3D VAE.  Stride 4x8x8 in (time, height, width), 16 channels.
@@ -820,8 +819,7 @@ def write_dit(folder, config, tensors):
     fixed = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024)
     write_json(folder / "config.json",
                {"_class_name": "WanTransformer3DModel", **dataclasses.asdict(config), **fixed})
-    with written_whole(folder / "diffusion_pytorch_model.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
 
 
 def write_wan_beside(path, folder, config, tensors):

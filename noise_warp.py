@@ -15,7 +15,6 @@ radians, distances in units of the assumed scene depth (the plane the camera loo
 Left out: flow estimated from videos, per-object motion; the flow here is a camera's over a plane, exact.
 """
 
-import argparse
 import math
 import re
 import sys
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from prompts import usable_prompt
-from weights import written_whole
+from weights import as_command, command_line, written_whole
 
 PUSH = 0.35  # push_in / pull_out travel along z, in scene depths
 MOVE = 0.35  # move_left / move_right travel along x
@@ -463,30 +462,25 @@ def show(motions, file, frames=17, size=64):
         figure.savefig(part)
 
 
+@as_command("noise_warp.py")
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command_line(__doc__)
     parser.add_argument("prompt", help="a prompt, or motions such as push_in")
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--show", nargs="?", const="out/noise_warp.png", metavar="PNG",
                         help="write the picture")
-    options = parser.parse_args(argv)
-    try:
-        if not 1 <= options.frames <= 1000:
-            raise ValueError(f"--frames must be between 1 and 1000, got {options.frames}")
-        if options.show is not None and not options.show.endswith(".png"):
-            raise ValueError(f"--show must end in .png, got '{options.show}'")
-        motions = parse_motion(usable_prompt(options.prompt))
-        path = camera_path(motions, options.frames)
-        print("motions:", ", ".join(motions))
-        print("last pose:", *path[-1].tolist(), sep="\n")
-        if options.show:
-            show(motions, options.show, options.frames)
-            print(options.show)
-    except (ValueError, OSError) as error:
-        print(f"noise_warp.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    a = parser.parse_args(argv)
+    if not 1 <= a.frames <= 1000:
+        raise ValueError(f"--frames must be between 1 and 1000, got {a.frames}")
+    if a.show is not None and not a.show.endswith(".png"):
+        raise ValueError(f"--show must end in .png, got '{a.show}'")
+    motions = parse_motion(usable_prompt(a.prompt))
+    path = camera_path(motions, a.frames)
+    print("motions:", ", ".join(motions))
+    print("last pose:", *path[-1].tolist(), sep="\n")
+    if a.show:
+        show(motions, a.show, a.frames)
+        print(a.show)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import imageio.v3 as iio
 import torch
 
 import splat
-from report import PAGE, PLAY, STYLE, figure, html_table, inline, inline_video
+from report import PLAY, STYLE, figure, html_table, inline, inline_video, write_page
 from rewards import Clip
 from sample import as_bytes, write_video
 from weights import write_text, written_whole
@@ -203,8 +203,7 @@ def write_html(file, prompt, stages, made, seconds):
             f'<p class="note">{html.escape(made)}</p>', "<nav><ol>", *links, "</ol></nav>", "<main>",
             *(html_stage(i, stage, seconds) for i, stage in enumerate(stages, 1)), "</main>",
             '<p class="bar"><button id="play" aria-pressed="false">Play all</button></p>']
-    write_text(file, PAGE.format(title="One prompt through World-R1", style=STYLE + OWN_STYLE,
-                                 body="\n".join(body), script=PLAY + TURN))
+    write_page(file, "One prompt through World-R1", "\n".join(body), PLAY + TURN, STYLE + OWN_STYLE)
 
 
 def write_picture(folder, name, content, seconds):

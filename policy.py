@@ -24,17 +24,16 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed.tensor
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lora import add_lora, lora_file, lora_off, lora_weights, merge_lora
 from model import load_wan, write_wan_beside
 from run import digest
 from sample import generator, guided_velocity
 from texts import WAN, WAN_FILES, TextCache
-from weights import model_folder, written_whole
+from weights import model_folder, write_safetensors
 
 
 class Policy:
@@ -89,7 +88,7 @@ class Policy:
                 block.compile()
 
         self.trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
-        self.sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.trained.values())
+        self.sharded = any(isinstance(p, DTensor) for p in self.trained.values())
         self.optimiser = torch.optim.AdamW(self.trained.values(), lr=c.lr, betas=(c.beta1, c.beta2),
                                            weight_decay=c.weight_decay, eps=1e-8)
         for p in self.trained.values():  # from the start, so that a checkpoint always has the same tensors
@@ -200,7 +199,7 @@ class Policy:
         All processes call, and all of them raise."""
         bad = None
         for name, values in self.state().items():
-            local = values.to_local() if isinstance(values, torch.distributed.tensor.DTensor) else values
+            local = values.to_local() if isinstance(values, DTensor) else values
             if not local.isfinite().all():
                 bad = name
         for name in self.processes.gather(bad):
@@ -261,9 +260,8 @@ class Policy:
         if rank:
             return
         for name, layout in (("lora", "diffusers"), ("lora_comfyui", "original")):
-            with written_whole(folder / f"{name}.safetensors") as part:
-                tensors = lora_weights(self.wan.dit, self.average, layout, self.base)
-                save_file(tensors, part, metadata={"format": "pt"})
+            tensors = lora_weights(self.wan.dit, self.average, layout, self.base)
+            write_safetensors(folder / f"{name}.safetensors", tensors)
 
 
 def fingerprint(dit, lora):

@@ -12,7 +12,6 @@ paper's user study.
 Plain HTML, CSS and a little script: both work from a file, without network, in light and dark, by keyboard.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -45,7 +44,7 @@ from rewards import TERMS, paths_in_depths
 from run import in_words, missing_steps
 from sample import as_bytes, check_device, read_video, write_video
 from train import Config, rewards_for
-from weights import as_command, config_from, read_bytes, read_json, write_json, write_text
+from weights import as_command, command_line, config_from, read_bytes, read_json, write_json, write_text
 
 STYLE = """
 :root {
@@ -104,8 +103,8 @@ PAGE = """<!doctype html>
 """
 
 
-def write_page(file, title, body, script):
-    write_text(file, PAGE.format(title=html.escape(title), style=STYLE, body=body, script=script))
+def write_page(file, title, body, script, style=STYLE):
+    write_text(file, PAGE.format(title=html.escape(title), style=style, body=body, script=script))
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -716,8 +715,7 @@ def fleiss_kappa(items):
 
 @as_command("report.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="one self-contained page of a training run")
     run_parser.add_argument("run", type=Path, help="its folder")

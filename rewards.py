@@ -29,7 +29,6 @@ number. What the paper does not state (alpha, beta, the meta-view's offset, the 
 argument here. Left out: reward servers, and rewards of single latents.
 """
 
-import argparse
 import contextlib
 import functools
 import math
@@ -49,7 +48,7 @@ from depth_anything import Reconstruction, load_depth_anything
 from noise_warp import camera_path, draw_paths, parse_motion, relative_to_first, rotation_angle
 from prompts import usable_prompt
 from sample import as_bytes, check_device, check_writable, evenly_spaced, read_video
-from weights import TINY, as_command, is_out_of_memory, written_whole
+from weights import TINY, as_command, command_line, is_out_of_memory, written_whole
 
 
 # --------------------------------------------------------------------------------------------- what is scored
@@ -571,7 +570,7 @@ def draw_clip(file, clip, columns=6):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-def add_reward_options(parser, views=9):
+def add_reward_options(parser):
     """The options of every command that scores videos; `rewards_of` makes a Rewards of them."""
     add = parser.add_argument
     add("--depth-anything", default=TINY / "depth_anything",
@@ -580,7 +579,7 @@ def add_reward_options(parser, views=9):
     add("--preference", default=TINY / "hpsv3", help="folder or hub id, e.g. MizzenAI/HPSv3")
     add("--lpips", choices=("alex", "random"), default="random",
         help="trunk; random is a stand-in without downloads")
-    add("--views", type=int, default=views, help="frames that are reconstructed, evenly spread")
+    add("--views", type=int, default=9, help="frames that are reconstructed, evenly spread")
     add("--frames-seen", type=int, default=4, help="frames the preference model sees, from the first on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--offload", action="store_true", help="judges wait on the CPU; one at a time is on the device")
@@ -594,8 +593,7 @@ def rewards_of(a):
 
 @as_command("rewards.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("video", help="an mp4")
     parser.add_argument("prompt", help="what the video was asked to show, camera words included")
     parser.add_argument("--out", type=Path, help="the picture, a PNG (default: beside the video)")

@@ -28,7 +28,6 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from prompts import SPLITS
 from weights import config_from, read_bytes, read_json, to_disk, write_json, write_text
@@ -67,6 +66,19 @@ class Processes:
         out = [None] * self.world
         dist.all_gather_object(out, value)
         return out
+
+    def on_rank_0(self, call):
+        """-> call() of rank 0, on every rank; its ValueError or RuntimeError is raised on all of them."""
+        found = error = None
+        if self.rank == 0:
+            try:
+                found = call()
+            except (ValueError, RuntimeError) as e:
+                error = e
+        found, error = self.gather((found, error))[0]
+        if error:
+            raise error
+        return found
 
     def wait(self):
         """Until every process has come here."""
@@ -137,7 +149,7 @@ def open_run(c, processes):
     ValueError if it holds something else than this run (`check_run`)."""
     folder = Path(c.runs) / c.name
     check_run(c, folder)
-    lock(folder, processes)
+    processes.on_rank_0(lambda: acquire_lock(folder, processes))
     return folder
 
 
@@ -190,20 +202,14 @@ def check_run(c, folder, base=None):
 def begin_run(c, folder, policy):
     """Makes a run's folder, if it is new, and writes its configuration. ValueError as from `check_run`:
     another may have begun it while the model was loaded."""
-    processes, error = policy.processes, None
-    if processes.rank == 0:
+    def begin():
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    lock(folder, processes)
-    if processes.rank == 0:
-        try:
-            check_run(c, folder, policy.fingerprint)
-            kept = dict(prompts_sha256=prompts_digest(c.prompts), base_sha256=policy.fingerprint)
-            write_json(folder / "config.json", dataclasses.asdict(c) | kept)
-        except ValueError as e:
-            error = str(e)
-    error = processes.gather(error)[0]
-    if error:
-        raise ValueError(error)
+        acquire_lock(folder, policy.processes)
+        check_run(c, folder, policy.fingerprint)
+        kept = dict(prompts_sha256=prompts_digest(c.prompts), base_sha256=policy.fingerprint)
+        write_json(folder / "config.json", dataclasses.asdict(c) | kept)
+
+    policy.processes.on_rank_0(begin)
 
 
 def prompts_digest(path):
@@ -218,25 +224,19 @@ def prompts_digest(path):
     return sums[0]
 
 
-def lock(folder, processes):
-    """Rank 0 locks a run's folder, if there is one; ValueError on all if another run holds it."""
-    error = None
-    if processes.rank == 0 and folder.exists() and processes.lock is None:
-        error = acquire_lock(folder, processes)
-    error = processes.gather(error)[0]
-    if error:
-        raise ValueError(error)
-
-
 def acquire_lock(folder, processes):
-    """Locks the run's folder until this process ends, however it ends. -> who holds it, if another does."""
+    """Locks the run's folder, if it is there, until this process ends, however it ends. ValueError if another
+    run holds it."""
+    if processes.lock is not None or not folder.exists():
+        return
     processes.lock = open(folder / ".lock", "a+")
     try:
         fcntl.flock(processes.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         processes.lock.seek(0)
         holder = processes.lock.read().strip() or "another process"
-        return f"{folder} is being trained by {holder}; wait for it, stop it, or choose another --name"
+        raise ValueError(f"{folder} is being trained by {holder}; wait for it, stop it, or choose another "
+                         "--name") from None
     except OSError as e:
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
@@ -449,20 +449,12 @@ class PlainReader(dcp.FileSystemReader):
 
 def load_checkpoint(policy, folder):
     """Loads the newest whole checkpoint in place. -> steps done, 0 if there is none."""
-    found = error = None
-    if policy.processes.rank == 0:
-        try:
-            found = newest_whole(folder)
-        except RuntimeError as e:
-            error = str(e)
-    found, error = policy.processes.gather((found, error))[0]
-    if error:
-        raise RuntimeError(error)
+    found = policy.processes.on_rank_0(lambda: newest_whole(folder))
     if found is None:
         return 0
     try:
         dcp.load(policy.state(), storage_reader=PlainReader(found), no_dist=policy.processes.world == 1)
-    except CheckpointException as e:  # a BaseException, whose text has many lines
+    except dcp.CheckpointException as e:  # a BaseException, whose text has many lines
         raise RuntimeError(f"{found} cannot be loaded ({reason_of(e)}); if that is for good, move it away to "
                            "go on from the one before") from None
     policy.check_finite()

@@ -11,7 +11,6 @@ and standard deviation are computed: sampling, log-probabilities and KL all read
 Left out: schedulers other than these, image or video input, tiling.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import math
@@ -31,7 +30,7 @@ from lora import lora_file, merge_lora, read_lora
 from model import load_wan
 from noise_warp import camera_path, latent_noise, parse_motion, relative_to_first, released_push
 from prompts import usable_prompt
-from weights import TINY, as_command, config_from, read_json, written_whole
+from weights import TINY, as_command, command_line, config_from, read_json, written_whole
 
 
 def generator(*key):
@@ -404,7 +403,7 @@ def evenly_spaced(frames, columns=6):
     return torch.linspace(0, frames - 1, min(columns, frames)).round().long()
 
 
-def contact_sheet(path, videos, columns=6, width=1152):
+def contact_sheet(path, videos, columns=6):
     """PNG with one row per video (F, 3, H, W) in [0, 1], `columns` frames each, small frames
     enlarged."""
     import imageio.v3 as iio
@@ -413,7 +412,7 @@ def contact_sheet(path, videos, columns=6, width=1152):
         pick = evenly_spaced(len(video), columns)
         rows.append(torch.cat(list(video[pick].float().cpu()), -1))  # (3, H, columns * W)
     sheet = as_bytes(torch.cat(rows, 1))
-    scale = max(1, width // sheet.shape[1])
+    scale = max(1, 1152 // sheet.shape[1])
     with written_whole(path) as part:
         part.write_bytes(iio.imwrite("<bytes>", sheet.repeat(scale, 0).repeat(scale, 1), extension=".png"))
 
@@ -545,8 +544,7 @@ def read_path(file, frames):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("prompt")
     add("--model", default=str(TINY / "wan"), help="folder (either layout) or hub id")

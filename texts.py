@@ -107,11 +107,8 @@ def load_text(path, device="cpu", dtype=torch.float32):
     config, file, files, rename = describe_text(folder)
     import transformers
 
-    def build():
-        return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
-
     # Tensors are matched and the tokenizer is read before 11 GB of weights are.
-    encoder = on_meta(build, files, file)
+    encoder = on_meta(lambda: transformers.UMT5EncoderModel(transformers.UMT5Config(**config)), files, file)
     arguments = fill_arguments(encoder, files, rename, device, dtype)
     tokenizer = _tokenizer(tokenizer_folder(folder), encoder.config.vocab_size)
     return fill(*arguments), tokenizer

@@ -24,7 +24,6 @@ import os
 import signal
 import sys
 import traceback
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ from run import (Clock, Processes, append_line, drop_lines, end_alone, mean_of, 
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
                     evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
                     sampling_of, transition, unchanged, write_video)
-from weights import TINY, is_out_of_memory, write_text
+from weights import TINY, command_line, is_out_of_memory, write_text
 
 ROOT = Path(__file__).parent
 
@@ -201,8 +200,7 @@ PRESETS = {  # what was compared of "ours" in the tiny one: docs/learning_proof.
 def parse_arguments(argv=None):
     """-> Config: a preset's values, over them the options given. "none" stands for None where that is
     allowed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     # An option for each field of Config, and for each term's weight. SUPPRESS: what is not given is absent,
     # so that it cannot hide the preset's value.
@@ -212,8 +210,7 @@ def parse_arguments(argv=None):
             continue
         name = f.metadata["section"]
         sections[name] = sections.get(name) or parser.add_argument_group(name)
-        kind = option_type(f.type)
-        reading = dict(type=kind, choices=f.metadata["choices"])
+        reading = dict(type=option_type(f.type), choices=f.metadata["choices"])
         if f.type is bool:
             reading = dict(action=argparse.BooleanOptionalAction)
         sections[name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -256,9 +253,9 @@ def rewards_for(c, device="cpu"):
 
 def option_type(annotation):
     """float -> float; float | None -> a reader of floats and of the word none."""
-    if not isinstance(annotation, types.UnionType):
+    if isinstance(annotation, type):
         return annotation
-    kind = next(t for t in typing.get_args(annotation) if t is not type(None))
+    kind, _ = typing.get_args(annotation)
 
     def read(text):
         return None if text == "none" else kind(text)

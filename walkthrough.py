@@ -11,7 +11,6 @@ pictures come from that run, except the video of an adapter that is trained alre
 Left out: several groups, several processes; of the dynamic phase there is the schedule alone.
 """
 
-import argparse
 import dataclasses
 import inspect
 import shlex
@@ -44,7 +43,7 @@ from texts import clean_prompt, encode_text, load_text
 from train import (Config, check, generator_of, learning_rate, parse_arguments, policy_loss,
                    rewards_for, roll_out_groups, sampling_for, step_advantages, step_prompts, step_window,
                    without_masked)
-from weights import TINY, as_command, open_tensors
+from weights import TINY, as_command, command_line, open_tensors
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -633,8 +632,7 @@ STAGES = (words_to_path, path_to_flow, flow_to_noise, text_and_transformer, samp
 
 def options_of(argv):
     """-> this file's own options, and training's Config."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, allow_abbrev=False)
     parser.add_argument("prompt")
     parser.add_argument("--out", type=Path, default=Path("out") / "walkthrough.html", help="the page")
     parser.add_argument("--markdown", type=Path, metavar="FOLDER", help="write walkthrough.md there instead")

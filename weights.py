@@ -14,6 +14,7 @@ only regular files in it are opened. Weights are safetensors, or a .pth of plain
 out: writing shards.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -29,6 +30,7 @@ import msgspec
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 TINY = Path(__file__).parent / "tiny"  # the shipped twins
@@ -81,6 +83,12 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8")
 
 
+def write_safetensors(path, tensors):
+    """Writes {name: tensor}."""
+    with written_whole(path) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+
+
 # ------------------------------------------------------------------------------------------------- commands
 
 def is_out_of_memory(error):
@@ -110,6 +118,12 @@ def as_command(name):
         return command
 
     return decorated
+
+
+def command_line(doc, **options):
+    """-> an argument parser, whose --help begins with a file's docstring as it is written there."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw, **options)
 
 
 # ---------------------------------------------------------------------------------------------- JSON, checked

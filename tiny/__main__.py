@@ -25,7 +25,7 @@ from depth_anything import load_depth_anything
 from rewards import add_reward_options, rewards_of
 from sample import LIMITS, check_limits, check_writable, contact_sheet
 from tiny import judges, probe, train, validity, world
-from weights import TINY, as_command, write_text
+from weights import TINY, as_command, command_line, write_text
 
 # ----------------------------------------------------------------------------------------------- the commands
 
@@ -73,8 +73,7 @@ def export(run, out):
 # ------------------------------------------------------------------------------------------- the command line
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(prog="tiny", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, prog="tiny")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, function, text, run=True, seed=True, num=None):

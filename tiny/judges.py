@@ -27,7 +27,7 @@ from tqdm import tqdm
 import splat
 from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, HPSv3, Preference, as_pictures, digit_score,
                      published_key)
-from depth_anything import MEAN, STD, DA3Config, DepthAnything3, checkpoint_key
+from depth_anything import DA3Config, DepthAnything3, checkpoint_key, normalised
 from eval import rerender
 from fast import cpu_autocast
 from noise_warp import FOV, camera_path, relative_to_first, rotation_angle
@@ -106,10 +106,6 @@ def depth_sample(rng, vae, index, seed, views):
         noise = torch.randn(seen.shape, generator=generator(seed, index, "noisy clip"))
         seen = (seen + .05 * noise).clamp(0, 1)
     return seen, clip["depth"], scene
-
-
-def normalised(images):
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def geometry_losses(depth, confidence, true_depth, pose, K, true_pose):

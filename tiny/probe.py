@@ -278,8 +278,7 @@ def noise_motions(prompt, kind):
         return ["fixed"]
     if kind == "opposite":
         turned = {"left": "right", "right": "left", "push_in": "pull_out", "pull_out": "push_in"}
-        pattern = "|".join(sorted(turned, key=len, reverse=True))
-        opposite = [re.sub(pattern, lambda word: turned[word[0]], motion) for motion in motions]
+        opposite = [re.sub("|".join(turned), lambda word: turned[word[0]], motion) for motion in motions]
         for motion, other in zip(motions, opposite):
             if motion == other != "fixed":
                 raise ValueError(f"no motion is known to be the opposite of {motion}: see noise_motions")

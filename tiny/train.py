@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -40,7 +40,7 @@ from sample import contact_sheet, generator, psnr, sample
 from texts import TEXT_LENGTH
 from tiny.world import (BEHAVIOURS, COLOURS, SHAPES, caption, corrupt, random_motions, random_scene,
                         random_scenes, render, render_all)
-from weights import TINY, read_json, write_json, written_whole
+from weights import TINY, read_json, write_json, write_safetensors, written_whole
 
 # ----------------------------------------------------------------------------------- training, what is common
 
@@ -65,9 +65,7 @@ def state_of(file):
 
 def write_tensors(path, tensors, dtype=torch.bfloat16):
     """Writes {name: tensor} as a safetensors file in the dtype that the twins are shipped in."""
-    tensors = {name: value.to(dtype).contiguous() for name, value in tensors.items()}
-    with written_whole(path) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+    write_safetensors(path, {name: value.to(dtype).contiguous() for name, value in tensors.items()})
 
 
 def append_log(run, **values):
