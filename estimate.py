@@ -60,8 +60,8 @@ def activations(config, tokens, rank, bytes_a_number, layers):
 def forward_bytes(config, tokens, bytes_a_number):
     """Bytes of a forward pass without gradients: the larger working set, attention's or feed-forward's.
 
-    3.3 and 6, 2 and 1.3: numbers a token and channel in float32 and in the model's dtype, compared with
-    what is allocated by the same `bench.py --check-memory`.
+    3.3 and 2 are numbers a token and channel in float32, 6 and 1.3 in the model's dtype. `bench.py
+    --check-memory` compares them, too, with what is allocated.
     """
     D, s = config.num_attention_heads * config.attention_head_dim, bytes_a_number / 4
     return 4 * tokens * D * max(3.3 + 6 * s, 2 + 1.3 * s + 2 * s * config.ffn_dim / D)

@@ -462,9 +462,10 @@ def test_seeds_of_a_cell_are_of_one_training(results, tmp_path, capsys):
     assert "full/seed_2.json is of the options {'total_steps': 48}, and the seed before it of {}" in capsys.readouterr().err
 
 
-def test_what_scoring_would_not_know_is_refused(tmp_path, capsys):
-    assert main(["run", "full", "--strength", "2", "--out", str(tmp_path / "results")]) == 2
-    assert "--strength is for training alone, and the videos would be scored without it" in capsys.readouterr().err
+@pytest.mark.parametrize("option, value", [("--strength", ["2"]), ("--full", [])])
+def test_what_scoring_would_not_know_is_refused(option, value, tmp_path, capsys):
+    assert main(["run", "full", option, *value, "--out", str(tmp_path / "results")]) == 2
+    assert f"{option} is for training alone, and the videos would be scored without it" in capsys.readouterr().err
 
 
 def test_the_picture_shows_every_cell(tables):

@@ -371,6 +371,18 @@ def test_report_is_one_file_with_everything_in_it(reported):
     assert text.count("<video") == 2 * 2 * 2  # two prompts, before and after, input and re-render
 
 
+def test_a_full_runs_changes_are_from_what_it_did_not_make(reported, tmp_path):
+    """It exports a model in place of an adapter, so there is none to follow through the method either."""
+    run = shutil.copytree(reported.parent, tmp_path / "run")
+    for file, new in (("config.json", dict(full=True)), ("untrained/summary.json", dict(lora=None, model="tiny/wan")),
+                      ("after/summary.json", dict(lora=None, model=str(run / "model")))):
+        write_json(run / file, json.loads((run / file).read_text()) | new)
+    assert main(["run", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "<td>+0.500 [+0.500, +0.500] (100% of 1)</td>" in text
+    assert "walkthrough.py" not in text
+
+
 def test_report_in_a_browser(reported, browser):
     browser.get(reported.as_uri())
     wait(browser, "[...document.querySelectorAll('video')].every(v => v.readyState >= 2)")

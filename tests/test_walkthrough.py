@@ -21,7 +21,7 @@ from noise_warp import camera_path, latent_noise, parse_motion, path_flow
 from pages import html_picture, place
 from rewards import TERMS
 from run import Processes
-from sample import sigmas
+from sample import euler, sigmas
 from train import Config, parse_arguments, train
 from walkthrough import STAGES, before_and_after, best_and_worst, dynamic_phase, main, noise_statistics, options_of, walk
 
@@ -160,7 +160,10 @@ def test_numbers_on_the_page_are_those_of_the_methods_functions(page, w):
     assert rows[1]["flow, in pixels"] == "8 × 2 × 32 × 32, float32"
     assert rows[1]["longest step from frame to frame, in pixels"] == f"{flow.norm(dim=1).max():.4g}"
 
+    # the rollout begins with the noise that is shown, and goes from there to its window by the model before training
     transitions = w.batch.sde_steps
+    at_window = euler(w.policy.reference_velocity(PROMPT), w.noise, w.levels[:transitions[0].index + 1])
+    assert torch.allclose(transitions[0].x, at_window.expand(3, -1, -1, -1, -1), atol=1e-5)
     assert rows[2]["noise"] == "1 × 4 × 3 × 4 × 4, float32"
     assert rows[3]["parameters: trained"] == f"{sum(p.numel() for p in w.policy.trained.values()):,}"
     assert rows[3]["their grid"] == "3 × 2 × 2"
