@@ -178,8 +178,8 @@ def rotation_angle(A, B):
 
 # --------------------------------------------------------------------------------------------------- the flow
 
-# Nothing is known of the scene before it is made, so it is taken for one plane at depth 1. Then every pixel's
-# way from frame to frame follows from the cameras alone, by the homography of that plane (paper, eq. 6):
+# The scene is not known before it is made, so it is one plane at depth 1; by its homography the cameras tell
+# each pixel's way (paper, eq. 6; the release sets the plane anew at depth 1 of every camera: orbits differ):
 #     flow(p) = project(E_{f+1}^-1 X) - p,    X the point where pixel p's ray from camera E_f meets the plane
 
 def path_flow(path, height, width, depth=1.0, fov=FOV):
@@ -380,7 +380,7 @@ def latent_noise(path, frames, height, width, samples=1, generator=None, channel
 def released_push(base, transported, strength=.35, steps=8, kernel=9):
     """The way World-R1's released code uses the transported noise: sampling starts from the white `base`, and
     after each of the first steps the low-passed difference is pushed in. -> push(x, step) for `sample(...,
-    after_step=)`.
+    after_step=)`. strength: the release's of the 1.3B; its 14B has .40, for which there is no option here.
 
     delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the
     mean and std that x had; w falls linearly to a tenth of its first value, and sums to 1. All statistics

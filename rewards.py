@@ -26,7 +26,7 @@ A model of its own is named in the table's line, and takes
 
 A video is scored alone: no score depends on the batch it came in. What fails is NaN, counted, and never a
 number. What the paper does not state (alpha, beta, the meta-view's offset, the number of frames) is a named
-argument here. Left out: reward servers, and rewards of single latents.
+argument here; alpha = beta = 5 are ours (plain: 1). Left out: reward servers, and rewards of single latents.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ def meta_views(rec, side=.35, up=.2):
 
     Offsets are fractions of the median depth d: position = p_mid +- side d x_mid - up d y_mid; the target is
     the median of the Gaussians' means, coordinate by coordinate. Far enough aside that a flat card is seen to
-    be flat, near enough that the scene still fills the view.
+    be flat, near enough that the scene still fills the view; the paper's is "far off" the path, stepped back.
     """
     middle = rec.camera_to_world[len(rec.camera_to_world) // 2]
     d = rec.depth.median()

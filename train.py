@@ -157,7 +157,7 @@ class Config:
 # Where a value comes from: the paper; the release, World-R1's published configuration; Flow-GRPO (arXiv
 # 2505.05470) and its Fast variant; Flash-GRPO (arXiv 2605.15980); or ours.
 REAL = dict(
-    model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", prompts=str(ROOT / "prompts.jsonl"),  # paper
+    model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", prompts=str(ROOT / "prompts.jsonl"),  # paper; prompts: ours
     groups=48, members=8,  # paper
     steps=10,  # Flow-GRPO: the paper too samples with fewer steps in training, how many is not stated
     guidance=5.0,  # release
@@ -166,8 +166,8 @@ REAL = dict(
     shared=True,  # Flow-GRPO-Fast: one deterministic path, on which members branch
     common_window=True,  # ours: else some process has a window at the first step, and all wait for it
     depth_anything="depth-anything/DA3-GIANT", critic="Qwen/Qwen3-VL-4B-Instruct",  # release
-    preference="MizzenAI/HPSv3", lpips="alex",  # paper
-    views=21, frames_seen=8,  # ours: every fourth frame; K of Eq. 10 is not stated
+    preference="MizzenAI/HPSv3", lpips="alex",  # paper; the trunk: release
+    views=21, frames_seen=8,  # ours: every fourth of 81 frames; K of Eq. 10 is not stated
     standardise=False,  # paper: the plain sum
     lr=1e-4, clip=1e-3, kl=.004, updates=1,  # release, like Config's AdamW, LoRA, adv_clip and EMA
     total_steps=600, eval_every=50, eval_prompts=32,  # ours; 100 main and 50 dynamic steps: release
@@ -183,7 +183,7 @@ PRESETS = {  # what was compared of "ours" in the tiny one: docs/learning_proof.
     "small": REAL,
     "large": dict(REAL, model="Wan-AI/Wan2.1-T2V-14B-Diffusers",  # paper
                   parallel="fsdp", shard_size=8),  # ours: a copy of the weights a node
-    "release": dict(  # as published, but for HPSv3 in place of HPSv2.1, and for step noise where it has none
+    "release": dict(  # its sampling and update; rewards, paths, SDE noise and 48 groups are not the release's
         REAL, members=2, steps=50, window=24, noisy_steps=24, shared=False, released=True),
     "node": dict(  # one node of 8 GPUs, in a day or two
         REAL, frames=49,  # paper: of its re-render tables

@@ -238,7 +238,7 @@ def path_to_flow(w):
         "flow(p) = project(E<sub>f+1</sub><sup>−1</sup> X) − p, &ensp; "
         "X: where the ray of p from E<sub>f</sub> meets the plane",
         "p: a pixel; project: to where the next camera sees a point.",
-        "World-R1, eq. 6",
+        "World-R1, eq. 6 (in the release the plane faces each frame's camera anew)",
         [path_flow],
         {"path": w.path, "flow, in pixels": flow,
          "longest step from frame to frame, in pixels": flow.norm(dim=1).max().item()},
@@ -479,7 +479,7 @@ def four_rewards(w):
         "The S lie in [0, 1], R_gen in [−1, 1]; λ: its weight. t, Q: where the cameras asked for stand and "
         f"look; t̂, Q̂: those found; s: the scale that fits best; α = {w.c.traj_alpha:g}, "
         f"β = {w.c.traj_beta:g}. The paper adds the terms with weight 1; the weights of this run: stage 10.",
-        "World-R1, eq. 8 to 10; rewards.py",
+        "World-R1, eq. 8 and 9 (the scale s, α and β are ours); rewards.py",
         [term.function for term in TERMS.values()],
         {"S_meta sees": "2 renders; not the prompt, the path or the video",
          "S_recon sees": f"{w.c.views} frames and their renders; not the prompt or the path; a still video "
@@ -641,8 +641,8 @@ def options_of(argv):
     given = {option.partition("=")[0] for option in others}
     for option in ("--groups", "--updates", "--batch", "--released"):
         if option in given:
-            raise ValueError("the page follows one group, all members at once, through one update, with the "
-                             f"paper's transport; leave out {option}")
+            raise ValueError("the page follows one group, all members at once, through one update, and noise "
+                             f"transported at the start; leave out {option}")
     a.prompt = usable_prompt(a.prompt)
     c = parse_arguments(["--preset", "tiny", *others])
     shipped = TINY / "world_r1"

@@ -289,8 +289,8 @@ def test_an_own_model_gets_no_adapter_of_the_tiny_one(given):
 @pytest.mark.parametrize("options, sentence", (
     (["  "], "the prompt is empty"),
     ([PROMPT, "--meta", "0"], "give none of them weight 0"),
-    ([PROMPT, "--groups", "4"], "the page follows one group, all members at once, through one update, with the "
-                                "paper's transport; leave out --groups"),
+    ([PROMPT, "--groups", "4"], "the page follows one group, all members at once, through one update, and noise "
+                                "transported at the start; leave out --groups"),
     ([PROMPT, "--batch=1"], "leave out --batch"),
     ([PROMPT, "--released"], "leave out --released"),
     ([PROMPT, "--frames", "8"], "--frames must be 4k+1"),
