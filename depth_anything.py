@@ -418,13 +418,13 @@ def gaussians_of(raw, depth, camera_to_world, K):
 
 @dataclass
 class Reconstruction:
-    depth: torch.Tensor  # (F, h, w) z-depth at the processed size
-    confidence: torch.Tensor  # (F, h, w), at least 1
-    camera_to_world: torch.Tensor  # (F, 4, 4)
-    intrinsics: torch.Tensor  # (F, 3, 3) in pixels of the processed size
+    depth: torch.Tensor  # (V, h, w) z-depth at the processed size, of the V views that were reconstructed
+    confidence: torch.Tensor  # (V, h, w), at least 1
+    camera_to_world: torch.Tensor  # (V, 4, 4)
+    intrinsics: torch.Tensor  # (V, 3, 3) in pixels of the processed size
     gaussians: Gaussians | None
-    images: torch.Tensor  # (F, 3, h, w) in [0, 1], what the model saw
-    index: torch.Tensor  # (F,) which of the input frames were used
+    images: torch.Tensor  # (V, 3, h, w) in [0, 1], what the model saw
+    index: torch.Tensor  # (V,) which of the input's frames they are
 
 
 class DepthAnything3(nn.Module):

@@ -43,11 +43,12 @@ from tqdm import tqdm
 import splat
 from lora import merge_lora
 from critics import lpips_distance
+from estimate import dit_config
 from model import load_wan
 from noise_warp import camera_path, parse_motion, relative_to_first, rotation_angle
 from prompts import SPLITS, read_prompts, read_rows
 from rewards import (MASKED, TERMS, add_reward_options, is_fault, motion_magnitude, native_intrinsics,
-                     paths_in_depths, rewards_of)
+                     paths_in_depths, rewards_of, tiny_twins)
 from sample import (as_bytes, check_name, check_size, check_writable, psnr, read_video, sample_videos,
                     sampling_of, write_video)
 from weights import TINY, as_command, command_line, from_json, read_bytes, read_json, write_json
@@ -391,7 +392,7 @@ def folder_videos(folder, prompt_file):
     return {name: matched.get(name) for name in names}, load
 
 
-BATCH = 10  # videos that are sampled at once
+BATCH = 10  # small videos that are sampled at once
 
 
 def sampled_videos(a, folder):
@@ -413,18 +414,21 @@ def sampled_videos(a, folder):
     if a.lora:
         merge_lora(wan.dit, a.lora, apart=True)
 
+    # large videos one by one: many at once would be no faster, and take tens of gigabytes
+    batch = BATCH if sampling.frames * sampling.height * sampling.width < 10 ** 6 else 1
+
     @functools.lru_cache(maxsize=1)
     def sampled_batch(start):
-        noise_ids = range(start, min(start + BATCH, len(prompts)))
-        videos, _ = sample_videos(wan, prompts[start:start + BATCH], sampling, a.seed, noise_ids=noise_ids,
+        noise_ids = range(start, min(start + batch, len(prompts)))
+        videos, _ = sample_videos(wan, prompts[start:start + batch], sampling, a.seed, noise_ids=noise_ids,
                                   transport=a.transport)
         for k, video in zip(noise_ids, videos):
             write_video(folder / f"{k:04d}.mp4", video, sampling.fps)
         return videos
 
     def load(name):
-        number, place = divmod(int(name), BATCH)
-        return sampled_batch(number * BATCH)[place]
+        number, place = divmod(int(name), batch)
+        return sampled_batch(number * batch)[place]
 
     return {f"{k:04d}": prompt for k, prompt in enumerate(prompts)}, load
 
@@ -465,8 +469,8 @@ OF_SAMPLING = ("model", "lora", "split", "num", "seed", "frames", "height", "wid
 
 
 def check(a, default):
-    """Raises ValueError with one sentence for the first argument that cannot work. default: the options
-    before the command line changed them."""
+    """Raises ValueError with one sentence for the first argument that cannot work. default(name): an option's
+    value where the command line gives none."""
     idle = [name for name in OF_SAMPLING if getattr(a, name) != default(name)]
     if a.videos and idle:
         option = "no-transport" if idle[0] == "transport" else idle[0]
@@ -474,6 +478,10 @@ def check(a, default):
     if a.num < 1:
         raise ValueError(f"--num must be at least 1, got {a.num}")
     check_size(a.frames, a.height, a.width)
+    twins = tiny_twins(a)
+    if twins and dit_config(a.model):
+        raise ValueError(f"--{twins[0].replace('_', '-')} is a tiny twin, which knows rooms of 64x64 alone; "
+                         f"for {a.model} give the released judges (docs/real_size.md, Training)")
     if a.frames == 1:
         raise ValueError("--frames must be at least 5: one frame shows no camera path")
     if a.videos and not a.prompts:
@@ -620,8 +628,7 @@ def vbench(videos, out):
     try:
         import vbench as package
     except ImportError:
-        return ("not measured: pip install vbench (it downloads its own models), then score again with "
-                "another --out")
+        return "not measured: no vbench package, which needs an environment of its own (docs/real_size.md)"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dimensions = [*VBENCH, "dynamic_degree"]
     try:
@@ -733,8 +740,8 @@ def unlike(about, base):
     """Why the videos of two Summaries cannot be compared one by one, in words: which settings of the judges,
     or seed, differ. "" if none does. An older Summary does not say frames_seen, which was 4."""
     mine, theirs = (dict(frames_seen=4) | one.settings | dict(seed=one.seed) for one in (about, base))
-    return ", ".join(f"{name} {mine.get(name)} instead of {theirs.get(name)}"
-                     for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name))
+    names = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
+    return ", ".join(f"{name} {mine.get(name)} instead of {theirs.get(name)}" for name in names)
 
 
 def table(runs):
@@ -780,10 +787,12 @@ def table(runs):
     parts.append(markdown("VBench (%)", VBENCH_COLUMNS, rows + paper_rows(VBENCH_COLUMNS)))
 
     # what was measured
-    sources = [f"{label}: {about.videos} videos of {', '.join(about.sizes)}, {failures(about)}, "
-               + ("given as files" if about.seed is None else f"seed {about.seed}")
-               + f", LPIPS {about.lpips}" + ", noise not transported" * (not about.transport)
-               for label, about in found.items()]
+    sources = []
+    for label, about in found.items():
+        origin = "given as files" if about.seed is None else f"seed {about.seed}"
+        noise = "" if about.transport else ", noise not transported"
+        sources.append(f"{label}: {about.videos} videos of {', '.join(about.sizes)}, {failures(about)}, "
+                       f"{origin}, LPIPS {about.lpips}{noise}")
     parts.append(f"Mean and bootstrap 95 % interval over videos. {'; '.join(sources)}. The paper's rows are "
                  "its own numbers, on its own models and videos: not comparable in value.")
     return "\n\n".join(parts)

@@ -59,7 +59,7 @@ class Batch:
     levels: torch.Tensor  # noise levels sigma (steps + 1,)
     sde_steps: list  # of SDEStep, one a step of the window
     terms: dict = field(default_factory=dict)  # reward term -> (B,); NaN = masked
-    motion: list = field(default_factory=list)  # B x motion magnitude, watched beside the rewards
+    motion: list = field(default_factory=list)  # B floats, `rewards.motion_magnitude`: no term, only logged
     advantages: torch.Tensor | None = None  # (B,)
 
 
@@ -135,8 +135,9 @@ def rollout_passes(c, windows, work):
     """-> how many forward passes `train.roll_out_groups` makes of a process's work."""
     if not c.shared:
         return c.steps * len(work)
-    before = sum(windows[g][0] for g in {g for g, _ in work})
-    return before + sum(c.steps - windows[g][0] for g, _ in work)
+    groups = {group for group, _ in work}
+    before_windows = sum(windows[group][0] for group in groups)  # once for all of a group's batches
+    return before_windows + sum(c.steps - windows[group][0] for group, _ in work)
 
 
 # ------------------------------------------------------------------------------------------------- advantages
@@ -168,8 +169,9 @@ def advantages(rewards, group_ids, clip=5.0, pooled=False):
     """Group-relative advantages (N,) of rewards (N,): standardised, clipped to +-clip, 0 for a masked sample
     (NaN).
 
-    --kl and --adv-clip are meant for a std of 1. A baseline that keeps the rewards' own size, such as RLOO's,
-    needs other values, and must count a group's members without the masked ones.
+    For leave-one-out (RLOO): r - mean of the others = n / (n - 1) (r - mean of the group), where n counts the
+    members that are not masked. It keeps the rewards' own size, and --kl and --adv-clip are meant for a std
+    of 1, so it needs other values of them.
     """
     return standardise(rewards, group_ids, pooled, 1e-4).clamp(-clip, clip).nan_to_num(0)  # 1e-4: Flow-GRPO
 
@@ -197,9 +199,10 @@ def variance_shares(terms, weights, group_ids):
 
 # ------------------------------------------------------------------------------------------------------- loss
 
-def surrogate(logp, logp_old, advantages, clip):
-    """Clipped policy surrogate, a scalar to minimise: mean of max(-A rho, -A clip(rho, 1-clip, 1+clip))."""
-    ratio = (logp - logp_old).exp()
+def surrogate(log_ratio, advantages, clip):
+    """Clipped policy surrogate, a scalar to minimise: mean of max(-A rho, -A clip(rho, 1-clip, 1+clip)) with
+    rho = exp(log_ratio)."""
+    ratio = log_ratio.exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(plain, clipped).mean()
@@ -213,28 +216,28 @@ def kl(mean, mean_ref, std):
 def normalise_log_ratio(log_ratio, mean, mean_old, std):
     """GRPO-Guard's RatioNorm: std (log rho + |mean - mean_old|^2 / (2 std^2)), (B,).
 
-    Under the old policy log rho has mean -|mean - mean_old|^2 / (2 std^2), below 0: one side of the clip acts
-    more often. Its spread goes with |mean - mean_old| / std: the clip acts more at some steps than at others.
-    Adding the first back centres it; multiplying by std takes the step's std out of the second.
+    Under the old policy log rho has mean -|mean - mean_old|^2 / (2 std^2), below 0, so one side of the clip
+    would act more often: adding that square back centres log rho. Its spread goes with
+    |mean - mean_old| / std, so the clip would act more where std is small: multiplying by std undoes that.
     """
     return (log_ratio + kl(mean, mean_old, std)) * std
 
 
-def rectification(levels, noisy_steps, eta=.7, kind="flow"):
-    """Weights (noisy_steps,) of the surrogate at each of the first steps, mean 1: all of them then teach
-    alike.
+def rectification(levels, count, eta=.7, kind="flow"):
+    """Weights (count,) of the surrogate at the first `count` steps, of mean 1: with them the gradients of
+    all these steps are of one size.
 
-    A step x' = mean + std noise moves the policy by d log p / dv = (x' - mean) / std^2 . d mean / dv, which
-    is of size |d mean / dv| / std. That differs from step to step, and the gradient with it (Flash-GRPO,
-    arXiv 2605.15980); the weight is its inverse. `transition` is linear in v, so the slope of its mean is
-    read off two calls, for every kind alike. For flow and dance, with D = sigma - sigma_next and their s,
+    A step x' = mean + std noise moves the policy by d log p / dv = (x' - mean) / std^2 . d mean / dv. As x' -
+    mean is of size std, this is of size |d mean / dv| / std. It differs from step to step (Flash-GRPO, arXiv
+    2605.15980); the weight is its inverse. `transition` is linear in v, so the slope of its mean is read off
+    two calls, for every kind alike. For flow and dance, with D = sigma - sigma_next and their s,
         |d mean / dv| / std = sqrt(D) / s + s sqrt(D) (1 - sigma) / (2 sigma).
     """
     zero, one = torch.zeros(1), torch.ones(1)
-    strengths = []
-    for sigma, sigma_next in zip(levels[:noisy_steps], levels[1:]):
+    sizes = []
+    for sigma, sigma_next in zip(levels[:count], levels[1:]):
         mean, std = transition(zero, zero, sigma, sigma_next, eta, kind)
-        moved, _ = transition(zero, one, sigma, sigma_next, eta, kind)
-        strengths.append((moved - mean).abs() / std)
-    weights = 1 / torch.cat(strengths)
+        mean_of_one, _ = transition(zero, one, sigma, sigma_next, eta, kind)
+        sizes.append((mean_of_one - mean).abs() / std)
+    weights = 1 / torch.cat(sizes)
     return weights / weights.mean()

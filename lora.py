@@ -233,7 +233,8 @@ def match_adapter(dit, path, shapes):
         for kind, key in keys.items():
             if kind == "alpha" and shapes[key] in ((), (1,)):
                 continue
-            if shapes[key] != expected.get(kind) or pair and len(shape) == 1:
+            of_vector = pair and len(shape) == 1  # a bias or a norm's weight, which has no A and B
+            if shapes[key] != expected.get(kind) or of_vector:
                 raise ValueError(f"{path}: '{key}' of shape {shapes[key]} fits no layer of this model; "
                                  f"{name} has shape {shape}")
     return matched

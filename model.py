@@ -561,7 +561,7 @@ class DiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim ** .5)
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.checkpointing = False
-        # The adapter file, if any, that `merge_lora` took more from than LoRA pairs: `add_lora` then refuses.
+        # The adapter file, if any, of which `merge_lora` added more than LoRA pairs: `add_lora` then refuses.
         self.merged_differences = None
         for layer in self.modules():
             if isinstance(layer, nn.Linear):

@@ -33,8 +33,9 @@ PAN = math.radians(20)  # pan_left / pan_right turn about y
 ORBIT = math.radians(30)  # orbit_left / orbit_right turn about the point at depth 1
 FOV = math.radians(60)  # assumed horizontal field of view, of every frame: no motion zooms
 
-# A further word also needs a pattern in _MOTION and a line in _TRAVEL (docs/exercises.md, 9). The shipped
-# prompts and twins know these eleven.
+# A further word also needs a pattern in _MOTION, whose two groups make its name (verb, direction), a line in
+# _TRAVEL, and a branch in _segment if it is more than a move along x and z and a turn about y
+# (docs/exercises.md, 9). The shipped prompts and twins know these eleven.
 MOTIONS = ("push_in", "pull_out", "move_left", "move_right", "orbit_left", "orbit_right",
            "pan_left", "pan_right", "pull_left", "pull_right", "fixed")
 
@@ -75,8 +76,8 @@ def parse_motion(prompt):
 
     # A motion is the camera's even in a sentence that does not name it ("dancers move left"); warn if another
     # sentence does.
-    elsewhere = [match for sentence in sentences for match in _MOTION.findall(sentence)
-                 if of_camera and sentence not in of_camera]
+    others = [sentence for sentence in sentences if of_camera and sentence not in of_camera]
+    elsewhere = [match for sentence in others for match in _MOTION.findall(sentence)]
     if elsewhere:
         words = " ".join(word for word in elsewhere[0] if word)
         warnings.warn(f"'{words}' is taken for a camera motion, though its sentence does not name the "
@@ -313,8 +314,8 @@ def _transported_frames(flow, samples, channels, generator):
     for step in flow.float():
         # Who goes where; the copies of one source share its density.
         source, target, remainder, fresh = _pairs(step, offset)
-        copies = torch.bincount(source, minlength=cells)
-        share = density[source] / copies[source]  # (P,)
+        copies = torch.bincount(source, minlength=cells)  # (cells,), the n above
+        share = density[source] / copies[source]  # (P,), the s_p above
 
         # The noise: split, merged, and fresh where nothing arrives.
         values = _split(noise, source, copies, samples, channels, generator)
@@ -364,17 +365,17 @@ def latent_noise(path, frames, height, width, samples=1, generator=None, channel
         raise ValueError(f"degradation must be in [0, 1], got {degradation}")
 
     flow = path_flow(path[::4], height * multiple, width * multiple)
-    latents = torch.empty(samples, channels, len(flow) + 1, height, width)
-    for f, noise in enumerate(_transported_frames(flow, samples, channels, generator)):
-        patches = noise.view(height, multiple, width, multiple, samples, channels)
+    noise = torch.empty(samples, channels, len(flow) + 1, height, width)
+    for f, fine in enumerate(_transported_frames(flow, samples, channels, generator)):
+        patches = fine.view(height, multiple, width, multiple, samples, channels)
         # the mean of multiple^2 values has std 1 / multiple
-        latents[:, :, f] = (patches.mean((1, 3)) * multiple).permute(2, 3, 0, 1)
+        noise[:, :, f] = (patches.mean((1, 3)) * multiple).permute(2, 3, 0, 1)
     if degradation:
-        fresh = white_noise(latents[0, 0].numel(), samples, channels, generator)
+        fresh = white_noise(noise[0, 0].numel(), samples, channels, generator)
         fresh = fresh.view(-1, height, width, samples, channels).permute(3, 4, 0, 1, 2)
-        latents = (1 - degradation) * latents + degradation * fresh
-        latents = latents / math.hypot(1 - degradation, degradation)
-    return latents
+        noise = (1 - degradation) * noise + degradation * fresh
+        noise = noise / math.hypot(1 - degradation, degradation)
+    return noise
 
 
 def released_push(base, transported, strength=.35, steps=8, kernel=9):
@@ -384,8 +385,9 @@ def released_push(base, transported, strength=.35, steps=8, kernel=9):
 
     delta = blur_kernel(transported - base) / its std;  x <- x + strength w_i std(x) delta, then back to the
     mean and std that x had; w falls linearly to a tenth of its first value, and sums to 1. All statistics
-    are per sample. Euler's steps, and so a rollout's, keep the pushes. UniPC's corrector begins at the state
-    before a step: there, as in the release, a push acts through the model's next prediction alone.
+    are per sample. After an Euler step, and so in a rollout, sampling goes on from the pushed state. UniPC's
+    corrector goes back to the state before the step: there, as in the release, a push acts only through what
+    the model predicts at the pushed state.
     """
     if base.shape != transported.shape or base.dim() != 5:
         raise ValueError("base and transported noise must both be (B, C, T, h, w), "

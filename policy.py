@@ -41,7 +41,8 @@ class Policy:
 
     .wan            the model, on this process's device
     .base           the adapter that training starts from, as `lora_weights` adds it to what is exported
-    .fingerprint    of the model before training. .folder: its own, to which a full export links
+    .fingerprint    of the model before training; a resumed run must have the same
+    .folder         that model's files, to which a full export links
     .reference_dit  with --full and --kl, a frozen copy from before training
     .trained        {name: parameter}; checkpoints use these names. .sharded: do processes hold parts of them?
     .average        {name: averaged weights}, which are evaluated and exported
@@ -56,13 +57,14 @@ class Policy:
         if wan is None:
             wan = load_wan(c.model, processes.device, dtype, text=False)
             wan.text_cache = TextCache(c.model, Path(c.runs) / ".texts", processes.device, dtype)
-            # rank 0's name for the encoder: on another node the same files have other times
+            # rank 0's for all: it holds the files' times, which differ between nodes, and names what is kept
             wan.text_cache.fingerprint = processes.gather(wan.text_cache.fingerprint)[0]
             self.fingerprint = fingerprint(wan.dit, c.lora)
             self.folder = model_folder(c.model, WAN_FILES, WAN)  # the hub is not asked again at each export
         self.wan = wan
         dit = wan.dit
-        # the adapter that training starts from: beside the weights, but where these are trained themselves
+        # the adapter that training starts from: beside the frozen weights, so that bfloat16 does not round it
+        # away; with --full, which trains the weights in float32, added into them
         self.base = merge_lora(dit, c.lora, apart=not c.full) if c.lora else {}
 
         # what is trained, and the reference that the KL compares with: the model without LoRA, or a frozen
@@ -117,13 +119,13 @@ class Policy:
             negative = self.embedding("")
 
         # Repeating and trimming the text takes time, and a rollout asks at every step with the same number of
-        # videos, so what is made for a number is kept.
+        # videos, so the velocity made for that number is kept.
         @functools.cache
-        def for_videos(count):
+        def velocity_of_batch(count):
             repeated = None if negative is None else negative.expand(count, -1, -1)
             return guided_velocity(wan, text.expand(count, -1, -1), repeated, guidance)
 
-        return lambda x, sigma: for_videos(len(x))(x, sigma)
+        return lambda x, sigma: velocity_of_batch(len(x))(x, sigma)
 
     def reference_velocity(self, prompt):
         """-> velocity(x, sigma), without gradients, of the model before training (Wan with --lora's adapter):
@@ -204,8 +206,8 @@ class Policy:
                 bad = name
         for name in self.processes.gather(bad):
             if name is not None:
-                raise RuntimeError(f"{name} holds NaN or infinite values; "
-                                   "start again from an earlier checkpoint with a smaller --lr")
+                raise RuntimeError(f"{name} holds NaN or infinite values; begin another run (--name) with a "
+                                   "smaller --lr, from an adapter of this one: --lora, docs/real_size.md")
 
     @torch.no_grad()
     def update_average(self, step):
@@ -220,7 +222,7 @@ class Policy:
     def set_weights(self, values):
         for name, p in self.trained.items():
             p.copy_(values[name])
-        if self.sharded:  # FSDP keeps the root's weights whole after a forward pass alone: those of before
+        if self.sharded:  # after a forward pass alone FSDP keeps the root's weights gathered: the old ones
             self.wan.dit.reshard()
 
     @contextlib.contextmanager
@@ -267,12 +269,12 @@ class Policy:
 def fingerprint(dit, lora):
     """-> SHA-256 (hex) of the first numbers of every weight, and of an adapter's file: another model, or one
     that was trained further, differs nearly everywhere."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     if lora:
-        found.update(digest(lora_file(lora)).encode())
+        sha256.update(digest(lora_file(lora)).encode())
     for p in dit.parameters():
-        found.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def shard(dit, processes, size=None):
@@ -283,7 +285,7 @@ def shard(dit, processes, size=None):
         shape = (processes.world // size, size)
     names = "copies", "shards"
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names[-len(shape):])
-    if processes.timeout:  # a group that the mesh has made has torch's own
+    if processes.timeout:  # the mesh's own groups start with torch's
         for name in mesh.mesh_dim_names:
             mesh.get_group(name).set_timeout(processes.timeout)
     lora = {p for name, p in dit.named_parameters() if "lora_" in name}

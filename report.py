@@ -376,8 +376,8 @@ def walkthrough_link(run):
             f"<code>{html.escape(command)}</code></p>")
 
 
-def report(run, device="cpu"):
-    """A training run's folder -> its report.html; its examples' judges work on the device."""
+def report(run, device="cpu", with_examples=True):
+    """A training run's folder -> its report.html; judges look at its examples on the device, for minutes."""
     # what train.py has written; what an older version did not write has its default
     log = run / "metrics.jsonl"
     rows = read_lines(log, LogRow, growing=True) if log.exists() else []
@@ -408,7 +408,8 @@ def report(run, device="cpu"):
     results = {name: results[name] for name in names}
     tables = ["<h2>Results</h2>", html_tables(table(results))] if results else []
     body += ["<h2>Training</h2>", training_charts(rows)]
-    body += ["<h2>Before and after</h2>", examples(run, config, device)]
+    if with_examples:
+        body += ["<h2>Before and after</h2>", examples(run, config, device)]
     if not config.full:  # which has no adapter to follow
         body.append(walkthrough_link(run))
     body += tables
@@ -720,6 +721,8 @@ def main(argv=None):
     run_parser = commands.add_parser("run", help="one self-contained page of a training run")
     run_parser.add_argument("run", type=Path, help="its folder")
     run_parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run_parser.add_argument("--no-examples", dest="examples", action="store_false",
+                            help="curves and tables alone: no judge is loaded")
     study_parser = commands.add_parser("study", help="a blind pairwise study page")
     for side in ("--a", "--b"):
         study_parser.add_argument(side, type=Path, required=True, help="folder of mp4s; both share names")
@@ -730,7 +733,7 @@ def main(argv=None):
     a = parser.parse_args(argv)
     if a.command == "run":
         check_device(a.device)
-        report(a.run, a.device)
+        report(a.run, a.device, a.examples)
     elif a.command == "study":
         make_study(a.a, a.b, a.out)
     else:

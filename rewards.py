@@ -16,6 +16,8 @@ One Depth Anything 3 reconstruction of a video (3D Gaussians and cameras) serves
 function (judges, clip) -> float and a line of the table: the judges are a `Rewards`, whose attributes are the
 loaded models (.depth_anything, .critic, ...), the clip is one video with what was asked of it, on the CPU.
 The term's name becomes an option of train.py, so it must not be one already (a CLIP score cannot be "clip").
+With three_d=False it also counts in the dynamic phase, beside R_gen. Keep it near [0, 1]: where terms are
+summed plainly (--no-standardise, the paper's way), one of a wider range would decide alone.
 A model of its own is named in the table's line, and takes
     in `Rewards`    a path (__init__, .sources), and a cached_property of its name that loads it to self.home:
                     an nn.Module, or what holds one as .model, so that --offload can move it; its input goes
@@ -79,7 +81,7 @@ class Clip:
         rec = self.reconstruction
         if rec is None:
             return
-        for part in [rec] if rec.gaussians is None else [rec, rec.gaussians]:
+        for part in filter(None, (rec, rec.gaussians)):  # not every model makes Gaussians
             for name, value in vars(part).items():
                 if isinstance(value, torch.Tensor) and name != "index":
                     setattr(part, name, value.to(device))
@@ -103,7 +105,8 @@ def reconstruct(judges, clip):
     for name, values in parts.items():
         if not values.isfinite().all():
             raise ValueError(f"the reconstruction's {name} holds NaN or infinite values")
-    if (rec.depth <= 0).all() or rec.gaussians is not None and not (rec.gaussians.opacities > 0).any():
+    invisible = rec.gaussians is not None and not (rec.gaussians.opacities > 0).any()
+    if (rec.depth <= 0).all() or invisible:
         raise ValueError("the reconstruction is empty")
     return rec
 
@@ -204,7 +207,7 @@ def trajectory_reward(path, recovered, alpha=5.0, beta=5.0, depth=1.0):
 
 
 def trajectory_term(judges, clip):
-    """S_traj of a clip, at the frames that were reconstructed."""
+    """S_traj of a clip as the table of terms takes it: `trajectory_reward` at the reconstructed frames."""
     rec = clip.reconstruction
     if len(clip.path) != len(clip.video):
         raise ValueError(f"the path has {len(clip.path)} cameras, the video {len(clip.video)} frames")
@@ -277,9 +280,9 @@ MASKED = (ValueError, ArithmeticError, RuntimeError)
 
 
 def is_fault(error):
-    """Of one of MASKED: is it the machine's or the program's after all?"""
-    by_name = (torch.AcceleratorError, NotImplementedError, RecursionError)
-    return isinstance(error, by_name) or is_out_of_memory(error)
+    """Is an error, though of a class in MASKED, the machine's or the program's fault?"""
+    faults = (torch.AcceleratorError, NotImplementedError, RecursionError)
+    return isinstance(error, faults) or is_out_of_memory(error)
 
 
 class Rewards:
@@ -360,7 +363,7 @@ class Rewards:
         if renders and self.device.type == "cuda":
             splat.compile_gsplat()
         for name in sorted({model for term in asked for model in term.models}):
-            getattr(self, name)
+            getattr(self, name)  # a cached_property: to read it is to load the model
         return self
 
     @contextlib.contextmanager
@@ -385,7 +388,7 @@ class Rewards:
         """A failure inside the block becomes the terms' NaN with its reason, never a number, and does not
         stop the others. With offload the clip's reconstruction is on the device inside the block alone, and
         only for terms that look at it."""
-        moves = self.offload and "depth_anything" in terms[0].models
+        moves = self.offload and any("depth_anything" in term.models for term in terms)
         try:
             if moves:
                 clip.to(self.device)
@@ -583,6 +586,12 @@ def add_reward_options(parser):
     add("--frames-seen", type=int, default=4, help="frames the preference model sees, from the first on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--offload", action="store_true", help="judges wait on the CPU; one at a time is on the device")
+
+
+def tiny_twins(options):
+    """-> those of the options for judges that name a tiny twin, which knows rooms of 64x64 alone."""
+    judges = ("depth_anything", "critic", "preference")
+    return [judge for judge in judges if Path(getattr(options, judge)).resolve().parent == TINY.resolve()]
 
 
 def rewards_of(a):

@@ -132,7 +132,7 @@ def end_alone(status):
 
 # options that may differ when a run is resumed (another --batch changes only the last bits of sums)
 MAY_CHANGE = {"runs", "name", "total_steps", "save_every", "keep", "wandb", "device", "eval_every", "timeout",
-              "shard_size", "offload", "batch", "checkpointing"}
+              "shard_size", "offload", "batch", "checkpointing", "max_masked", "max_skipped"}
 
 
 class ConfigJson(TypedDict, total=False):
@@ -153,9 +153,9 @@ def open_run(c, processes):
     return folder
 
 
-def check_run(c, folder, base=None):
+def check_run(c, folder, fingerprint=None):
     """ValueError if a folder holds what is no run, another configuration, other prompts, another model
-    (base: its `Policy.fingerprint`), or more steps than are asked for, or has lost its checkpoints."""
+    (fingerprint: its `Policy.fingerprint`), or more steps than are asked for, or has lost its checkpoints."""
     # is it a run's folder, and not one that is ahead of what is asked for?
     config, checkpoints = folder / "config.json", checkpoints_of(folder / "checkpoints")
     if checkpoints and not config.exists():
@@ -187,7 +187,7 @@ def check_run(c, folder, base=None):
         if before.get("prompts_sha256", prompts_digest(c.prompts)) != prompts_digest(c.prompts):
             raise ValueError(f"{c.prompts} has changed since {folder} was started with it, so --prompts would"
                              " draw others; put the old contents back, or choose another --name")
-        if base and before.get("base_sha256", base) != base:
+        if fingerprint and before.get("base_sha256", fingerprint) != fingerprint:
             raise ValueError(f"the weights of --model {c.model} or --lora {c.lora} have changed since "
                              f"{folder} was started; put the old ones back, or choose another --name")
         # a run that was killed before its first checkpoint may begin again; a damaged one (damaged_step_...)
@@ -294,18 +294,20 @@ def drop_lines(file, steps):
 
 
 def wandb_log(c, folder):
-    """-> log(row) to Weights & Biases."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--wandb needs the wandb package: pip install wandb") from None
+    """-> log(row) to Weights & Biases: its numbers, of `machine` too, and of its gradients' norms the first."""
+    import wandb  # train.check has seen that it is there
     # a run is its folder: of the same name elsewhere it is another one
     own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     run = wandb.init(project="nanoworld-r1", name=c.name, id=f"{c.name}-{own}", resume="allow", dir=folder,
                      config=dataclasses.asdict(c))
 
-    def log(row):
-        run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+    def log(row, prefix=""):
+        machine = row.get("machine", {})
+        seconds = {f"seconds/{phase}": value for phase, value in machine.get("seconds", {}).items()}
+        norms = dict(grad=row["grad"][0]) if row.get("grad") else {}  # of the step's first update
+        numbers = {prefix + name: value for name, value in (row | machine | seconds | norms).items()
+                   if isinstance(value, (int, float)) and name != "step"}
+        run.log(numbers, step=row["step"])
 
     return log
 
@@ -422,8 +424,8 @@ PLAIN_NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProp
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Makes nothing but what a checkpoint's .metadata is made of: a pickle from elsewhere could run code.
-    Our checkpoints hold tensors alone: what is declared as bytes, torch would unpickle without a check."""
+    """Makes nothing but what the .metadata of a checkpoint of tensors is made of: a pickle from elsewhere
+    could run code. What is declared as bytes is refused too: torch would unpickle it without a check."""
 
     def find_class(self, module, name):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -473,7 +475,7 @@ def resume(c, folder, policy):
         if gaps:
             print(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
                   "the rest of the run is whole", file=sys.stderr)
-        for norm in [norm for row in rows for norm in row.get("grad", [])]:
+        for norm in itertools.chain(*(row.get("grad", []) for row in rows)):
             skipped = skipped + 1 if norm is None else 0  # None: not finite, so the update was left out
     return steps_done, policy.processes.gather(skipped)[0]  # rank 0's count, for it alone has the log
 
@@ -517,8 +519,8 @@ def metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norm
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    gathered = processes.gather((notes, clock.seconds, peak))
-    notes = [note for others, _, _ in gathered for note in others]
+    everyones_notes, everyones_seconds, peaks = zip(*processes.gather((notes, clock.seconds, peak)))
+    notes = list(itertools.chain(*everyones_notes))
     row = dict(step=step, phase="dynamic" if dynamic else "main", prompts=indices)
 
     # rewards and advantages: means, and how far members of a group are apart
@@ -541,8 +543,7 @@ def metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norm
     row["skipped"] = row["grad"].count(None)
 
     # what only the machine decides: the slowest process's seconds, the largest one's memory
-    phases = dict.fromkeys(phase for _, seconds, _ in gathered for phase in seconds)
-    seconds = {phase: max(others.get(phase, 0.0) for _, others, _ in gathered) for phase in phases}
-    peak = max(peak for _, _, peak in gathered)
-    row["machine"] = dict(seconds=seconds, peak_bytes=peak, processes=processes.world)
+    phases = dict.fromkeys(itertools.chain(*everyones_seconds))
+    slowest = {phase: max(seconds.get(phase, 0.0) for seconds in everyones_seconds) for phase in phases}
+    row["machine"] = dict(seconds=slowest, peak_bytes=max(peaks), processes=processes.world)
     return row

@@ -2,7 +2,7 @@
 
     python sample.py "push_in a red sphere on a checkered green floor, yellow walls"
     python sample.py "push_in a red sphere ..." --lora tiny/web tiny/world_r1      base beside trained
-    python sample.py "Camera orbit left. A lighthouse ..." --model Wan-AI/Wan2.1-T2V-1.3B --device cuda
+    python sample.py "Camera orbit left. A hill ..." --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --device cuda
 
 Rectified flow: x = (1 - sigma) x0 + sigma eps, the model predicts v = eps - x0. ODE solvers: Euler, and UniPC
 (order 2, B2; arXiv 2302.04867), Wan's default. `transition` is the one place where a stochastic step's mean
@@ -199,9 +199,9 @@ def unipc(velocity, x, levels, after_step=unchanged):
         if m_prev is None and m_next is None:
             change = m0
         elif m_next is None:
-            change = m0 + .5 / rho * (m_prev - m0)
+            change = m0 + .5 / rho * (m_prev - m0)  # r_1 = 1/2: what UniPC takes for a single difference
         elif m_prev is None:
-            change = m0 + .5 * (m_next - m0)
+            change = m0 + .5 * (m_next - m0)  # r_2 = 1/2, likewise
         else:
             # solve [[1, 1], [rho, 1]] r = b with b = (phi_2, 2 phi_3) / phi_1 at z = -h, where
             # phi_1 = (e^z - 1) / z, phi_2 = (phi_1 - 1) / z and phi_3 = (phi_2 - 1/2) / z
@@ -254,7 +254,7 @@ def guided_velocity(wan, text, negative=None, guidance=1.0):
 
 @torch.no_grad()
 def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unipc", negative="",
-           progress=False, after_step=None):
+           progress=False, after_step=unchanged):
     """Noise (B, C, T, h, w), N(0, 1) per element -> latents of the same shape, float32, for B prompts.
 
     shift: of the schedule (`noise_levels`). after_step(x, i) may change the latents after step
@@ -272,7 +272,7 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
     velocity = guided_velocity(wan, wan.encode_text(prompts), unconditional, guidance)
 
     with tqdm(total=steps, desc="sample", unit="step", disable=not progress) as bar:
-        def counted(x, sigma):
+        def solver_velocity(x, sigma):
             if solver == "unipc":  # Diffusers' UniPC, and so the release, tells the model whole time steps
                 sigma = (1000 * sigma).floor() / 1000
             v = velocity(x, sigma)
@@ -280,7 +280,7 @@ def sample(wan, prompts, noise, steps=50, guidance=5.0, shift=None, solver="unip
             return v
 
         x = noise.float().to(wan.device)
-        return SOLVERS[solver](counted, x, levels, after_step or unchanged)
+        return SOLVERS[solver](solver_velocity, x, levels, after_step)
 
 
 # --------------------------------------------------------------------------------- noise -> latents -> videos
@@ -304,9 +304,9 @@ def sample_latents(wan, prompts, sampling, seed=0, noise_ids=None, paths=None, s
                    transport=True, released=False, solver="unipc", negative="", progress=False):
     """One sample a prompt. -> latents (B, C, T, h, w), and the camera paths [(F, 4, 4)] that were asked for.
 
-    noise_ids: of each prompt the number that keys its noise, beside the seed (default: 0, 1, 2, ...); with
-    numbers of their own, samples do not depend on the batch. paths: instead of the prompts' own camera paths,
-    which are scaled by strength.
+    noise_ids: a number for each prompt, which keys its noise beside the seed (default: its place in the
+    batch; so give numbers where a sample must not depend on its batch). paths: instead of the prompts' own
+    camera paths, which alone are scaled by strength.
     released: as World-R1's released code uses transport, white noise with the transported pushed in over the
     first steps.
     """
@@ -326,10 +326,10 @@ def sample_latents(wan, prompts, sampling, seed=0, noise_ids=None, paths=None, s
 
     # noise -> latents
     if released:
-        noise = noise_of("white", False)
-        after_step = released_push(noise, noise_of("noise", True))
+        noise = noise_of("white", transport=False)
+        after_step = released_push(noise, noise_of("noise", transport=True))
     else:
-        noise, after_step = noise_of("noise", transport), None
+        noise, after_step = noise_of("noise", transport), unchanged
     latents = sample(wan, prompts, noise, sampling.steps, sampling.guidance, sampling.shift, solver, negative,
                      progress, after_step)
     return latents, paths
@@ -398,9 +398,10 @@ def read_video(path):
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, fps
 
 
-def evenly_spaced(frames, columns=6):
-    """-> the indices of `columns` of so many frames, from the first to the last."""
-    return torch.linspace(0, frames - 1, min(columns, frames)).round().long()
+def evenly_spaced(frames, count=6):
+    """-> the indices (count,) of evenly spaced frames, from the first to the last of `frames`; of fewer than
+    count, all."""
+    return torch.linspace(0, frames - 1, min(count, frames)).round().long()
 
 
 def contact_sheet(path, videos, columns=6):
@@ -468,8 +469,8 @@ def check_device(device):
     """ValueError if there is no such device."""
     try:
         kind = torch.device(device)
-    except RuntimeError:
-        kind = torch.device("meta")
+    except RuntimeError:  # no device's name
+        kind = torch.device("meta")  # neither of the two below, so it is refused there
     gpus = torch.cuda.device_count()
     if kind.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got '{device}'")
@@ -592,8 +593,8 @@ def make_videos(a):
     """Writes the videos and their contact sheet, and prints their files."""
     # Whatever can be wrong is found before the weights are read, or at least before the first step.
     check(a)
-    own = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
-    sampling = sampling_of(a.model, **own)
+    given = {field.name: getattr(a, field.name, None) for field in dataclasses.fields(Sampling)}
+    sampling = sampling_of(a.model, **given)
     paths = [read_path(a.path, sampling.frames)] * a.num if a.path is not None else None
     columns = [videos_of_column(a, lora, sampling, paths) for lora in a.lora]
 

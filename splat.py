@@ -249,7 +249,7 @@ def project(means, scales, rotations, pose, K, height, width):
 def colour(harmonics, means, position):
     """View-dependent colour (N, 3) of SH coefficients (N, 3, K) seen from `position`, not negative."""
     basis = sh_basis(F.normalize(means - position, dim=-1))[:, :harmonics.shape[-1]]
-    return (torch.einsum("nck,nk->nc", harmonics, basis) + .5).clamp_min(0)
+    return (torch.einsum("nck,nk->nc", harmonics, basis) + .5).clamp_min(0)  # 3DGS: no light is mid-grey
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from weights import (fill, fill_arguments, model_folder, on_meta, open_tensors, 
                      weight_files, written_whole)
 
 
-WAN = "a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B"
+WAN = "a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"]
 ORIGINAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
 TEXT_LENGTH = 512  # tokens the text is padded to; it matters, as cross-attention sees the padding

@@ -14,10 +14,14 @@ which is R_gen alone (periodic decoupling). Processes share a step by batches of
 random draw is keyed by (seed, step, phase, prompt, member, purpose): the same run on 1, 2 or 8 processes
 makes the same videos. The method's parts are in noise_warp.py, sample.py, rewards.py and grpo.py; policy.py
 holds model and optimiser, run.py processes, checkpoints and the log.
+
+Letters in shapes: F frames of H x W pixels, V of them reconstructed; T = 1 + (F - 1) / 4 latent frames of C
+channels and h x w = H/8 x W/8; G members of a group, B of them in a batch; N = groups x G, a step's videos.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import math
 import os
@@ -31,7 +35,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from estimate import estimate_line
+from estimate import dit_config, estimate_line
 from eval import ALONE_SHARE, ALONE_STEPS, alarms, decided_alone, unrewarded
 from grpo import (Batch, advantages, deal, draw_window, kl, normalise_log_ratio, possible_windows,
                   rectification, rollout, rollout_passes, standardise, surrogate, update_of,
@@ -40,7 +44,7 @@ from lora import lora_file
 from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
-from rewards import TERMS, Rewards, combine, motion_magnitude
+from rewards import TERMS, Rewards, combine, motion_magnitude, tiny_twins
 from run import (Clock, Processes, append_line, drop_lines, end_alone, mean_of, metrics_row, open_run,
                  read_log, resume, save_checkpoint, wandb_log)
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
@@ -83,8 +87,8 @@ class Config:
     noisy_steps: int = option("rollout", 5, "the window lies within the first so many steps", least=1)
     shared: bool = option("rollout", False, "members share the steps before the window")
     common_window: bool = option("rollout", False, "one window for all groups of a step: no process waits")
-    strength: float = option("rollout", 1.0, "of the camera path, asked for and transporting",
-                             least=0, most=10)
+    strength: float = option("rollout", 1.0, "scales the camera path that the noise follows and S_traj asks "
+                             "for", least=0, most=10)
     degradation: float | None = option("rollout", None, "fresh noise mixed in (default: the model's)",
                                        least=0, most=1)
     released: bool = option("rollout", False, "transport as the release does: pushed in step by step")
@@ -314,6 +318,8 @@ def check(c, world):
     possible_windows(c.steps, c.window, c.noisy_steps)
     if c.lora:
         lora_file(c.lora)
+    if c.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs the wandb package: pip install wandb")
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -327,6 +333,9 @@ def train(c, processes):
     if c.dynamic_steps and not prompts["dynamic"]:
         raise ValueError(f"{c.prompts} holds no dynamic prompts for the dynamic phase; "
                          "add some (split dynamic), or leave the phase out: --dynamic-steps 0")
+    if processes.rank == 0:  # a near miss ("zoom in") is warned of now, not when its prompt's turn comes
+        still = sum(parse_motion(prompt) == ["fixed"] for prompt in prompts["train"])
+        tqdm.write(f"{still} of {len(prompts['train'])} training prompts ask for a camera that stands still")
     rewards = rewards_for(c, processes.device).load()
     folder = open_run(c, processes)
     policy = Policy(c, processes)
@@ -341,15 +350,16 @@ def train(c, processes):
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(True))
     log = wandb_log(c, folder) if c.wandb and processes.rank == 0 else None
     if steps_done == 0 and c.eval_every:
-        evaluate(policy, rewards, validation, folder, 0)
+        evaluate(policy, rewards, validation, folder, 0, log)
 
     # Processes share a step by batches of a group's members. All of its videos stand in a row, group by
     # group; group_ids says which group each is of.
-    work = deal(c, processes.world)
-    mine = work[processes.rank]  # [(group, members)]
+    everyones_work = deal(c, processes.world)
+    mine = everyones_work[processes.rank]  # [(group, members)]
     group_ids = torch.arange(c.groups).repeat_interleave(c.members)  # (groups x G,)
     bar = tqdm(total=c.total_steps, initial=steps_done, desc=c.name, unit="step",
                disable=processes.rank > 0)
+    stopping = False
     for step in range(steps_done, c.total_steps):
         clock = Clock()
 
@@ -362,7 +372,7 @@ def train(c, processes):
         # the video is dropped: the update needs the window's latents alone.
         windows = [step_window(c, step, dynamic, key) for key in keys_of(chosen)]
         batches = []
-        failed = {}  # term -> why it was masked
+        reasons = {}  # term -> why it was masked
         for batch, videos, path in roll_out_groups(policy, step, dynamic, chosen, windows, mine):
             clock.lap("rollout")
             bar.set_postfix_str(f"rewards {len(batches) + 1}/{len(mine)}")
@@ -370,19 +380,19 @@ def train(c, processes):
             batch.terms = rewards.terms(videos, [batch.prompt] * B, [path] * B, dynamic)  # {term: (B,)}
             batch.motion = [motion_magnitude(video) for video in videos]
             batches.append(batch)
-            failed |= rewards.reasons
+            reasons |= rewards.reasons
             clock.lap("reward")
             left = len(batches) < len(mine)
             bar.set_postfix_str(f"rollout {len(batches) + 1}/{len(mine)}" if left else "wait")
-        # a forward pass of sharded weights needs all processes: who has fewer of them makes up for it
-        passes = [rollout_passes(c, windows, share) for share in work]
+        # every process must take part in each forward pass of sharded weights: one with fewer makes idle ones
+        passes = [rollout_passes(c, windows, work) for work in everyones_work]
         policy.keep_pace(max(passes) - passes[processes.rank])
         clock.lap("rollout")
 
         # Gather: a group's members may be on several processes (--batch), and stds may be pooled over groups,
         # so every process needs all terms: a few numbers a video.
         terms, motion = gather_scores(processes, batches)  # {term: (groups x G,)}, (groups x G,)
-        stop_if_masked(c, processes, failed, terms["total"], step)
+        stop_if_masked(c, processes, reasons, terms["total"], step)
 
         # Advantages: how much better than its group each video is. A masked video's is 0: only the KL still
         # holds it.
@@ -408,7 +418,7 @@ def train(c, processes):
         done = step + 1
         if c.eval_every and done % c.eval_every == 0:
             bar.set_postfix_str("evaluate")
-            evaluate(policy, rewards, validation, folder, done)
+            evaluate(policy, rewards, validation, folder, done, log)
         stopping = any(processes.gather(bool(stop_asked)))
         if done % c.save_every == 0 or done == c.total_steps or stopping:
             bar.set_postfix_str("save")
@@ -416,9 +426,9 @@ def train(c, processes):
         bar.update()
         bar.set_postfix_str(f"R {row['total']:.3f}" if row["total"] is not None else "")
         if stopping:
-            return False
-    policy.export(folder)
-    return True
+            break
+    policy.export(folder)  # also where it was asked to stop: what has been learnt so far
+    return not stopping
 
 
 # ---------------------------------------------------------------------------- the steps of the loop, in order
@@ -431,7 +441,7 @@ def step_prompts(c, prompts, step):
     """
     cycle, within = divmod(step, c.main_steps + c.dynamic_steps)
     dynamic = within >= c.main_steps
-    rows = prompts["dynamic" if dynamic else "train"]
+    split = prompts["dynamic" if dynamic else "train"]
     # steps of the same phase before this one
     if dynamic:
         before = cycle * c.dynamic_steps + within - c.main_steps
@@ -439,10 +449,10 @@ def step_prompts(c, prompts, step):
         before = cycle * c.main_steps + within
     chosen = []
     for k in range(before * c.groups, (before + 1) * c.groups):  # the phase's k-th prompt
-        epoch, place = divmod(k, len(rows))
-        order = torch.randperm(len(rows), generator=generator((c.seed, dynamic), epoch, "order"))
+        epoch, place = divmod(k, len(split))
+        order = torch.randperm(len(split), generator=generator((c.seed, dynamic), epoch, "order"))
         index = int(order[place])
-        chosen.append((index, rows[index]))
+        chosen.append((index, split[index]))
     return dynamic, chosen
 
 
@@ -455,15 +465,15 @@ def prompts_of_run(c, prompts, steps_done):
 
 
 def keys_of(chosen):
-    """-> what keys each group's draws: its prompt's index; where a step has a prompt twice, the second group
-    draws for itself."""
+    """-> what keys each group's random draws: its prompt's index, and where earlier groups of the step have
+    that prompt too, also their number, so that no two groups draw alike."""
     indices = [index for index, _ in chosen]
-    times = [indices[:g].count(index) for g, index in enumerate(indices)]
-    return [(index, count) if count else index for index, count in zip(indices, times)]
+    earlier = [indices[:g].count(index) for g, index in enumerate(indices)]
+    return [(index, count) if count else index for index, count in zip(indices, earlier)]
 
 
 def generator_of(c, step, dynamic, key, purpose, *member):
-    """-> the generator of one draw of a step's group, which nothing else depends on."""
+    """-> the generator of one random draw of a group: no other draw depends on it, nor it on them."""
     phase = "dynamic" if dynamic else "train"
     return generator(c.seed, step, phase, key, *member, purpose)
 
@@ -482,8 +492,8 @@ def roll_out_groups(policy, step, dynamic, chosen, windows, work):
     c, wan = policy.c, policy.wan
     levels = noise_levels(wan, c.steps, sampling_for(c).shift)
     keys = keys_of(chosen)
-    # batches of one group are neighbours in `work`: what its members share is made once
-    for g, batches in itertools.groupby(work, key=lambda batch: batch[0]):
+    # a group's parts are neighbours in `work`: what its members share is made once
+    for g, parts in itertools.groupby(work, key=lambda part: part[0]):
         _, prompt = chosen[g]
         group_key = step, dynamic, keys[g]  # keys all random draws of the group
         velocity, window = policy.velocity(prompt), windows[g]
@@ -493,9 +503,9 @@ def roll_out_groups(policy, step, dynamic, chosen, windows, work):
         # they are all alike: the ODE is solved once, and each member goes on from a copy.
         first = window[0] if c.shared else 0
         if c.shared:
-            noise, after_step = first_noise(policy, path, group_key, [0])
+            noise, after_step = first_noise(policy, path, group_key, [0])  # member 0's, for all
             at_window = euler(velocity, noise, levels[:first + 1], after_step)  # (1, C, T, h, w)
-        for _, members in batches:
+        for _, members in parts:
             if c.shared:
                 x = at_window.repeat_interleave(len(members), 0)
             else:
@@ -530,23 +540,22 @@ def first_noise(policy, path, group_key, members):
 def gather_scores(processes, batches):
     """-> {term: (groups x G,)} and a list of groups x G motion magnitudes: all the step's videos, in order of
     group and member, the same on every process."""
-    mine = {(batch.group, batch.members[0]): (batch.terms, batch.motion) for batch in batches}
-    everyone = {place: scores for part in processes.gather(mine) for place, scores in part.items()}
-    ordered = [everyone[place] for place in sorted(everyone)]  # [(terms, motion)], one a batch
-    names = ordered[0][0]
-    terms = {name: torch.cat([of_batch[name] for of_batch, _ in ordered]) for name in names}
-    motion = [value for _, of_batch in ordered for value in of_batch]
-    return terms, motion
+    mine = [(batch.group, batch.members[0], batch.terms, batch.motion) for batch in batches]
+    everyones = itertools.chain(*processes.gather(mine))
+    # a batch's group and first member say where it stands
+    _, _, terms_of, motion_of = zip(*sorted(everyones, key=lambda row: row[:2]))  # one entry a batch
+    terms = {name: torch.cat([of_batch[name] for of_batch in terms_of]) for name in terms_of[0]}
+    return terms, list(itertools.chain(*motion_of))
 
 
-def stop_if_masked(c, processes, failed, total, step):
+def stop_if_masked(c, processes, reasons, total, step):
     """A failed reward is masked, never a number; too many of them are a fault that training must not hide."""
     masked = int(total.isnan().sum())
     if masked > c.max_masked * len(total):
-        everywhere = {name: why for part in processes.gather(failed) for name, why in part.items()}
-        reasons = "; ".join(f"{name}: {why}" for name, why in everywhere.items())
+        everyones = {name: why for part in processes.gather(reasons) for name, why in part.items()}
+        said = "; ".join(f"{name}: {why}" for name, why in everyones.items())
         raise RuntimeError(f"step {step}: {masked} of {len(total)} rewards failed, more than --max-masked "
-                           f"{c.max_masked} allows ({reasons})")
+                           f"{c.max_masked} allows ({said})")
 
 
 def step_advantages(c, terms, group_ids, dynamic=False):
@@ -559,8 +568,9 @@ def step_advantages(c, terms, group_ids, dynamic=False):
     compared = without_masked(terms)
     if c.standardise:
         compared = {name: standardise(values, group_ids, c.pooled) for name, values in compared.items()}
-    _, total = combine(compared, c.weights, dynamic)
-    return advantages(total, group_ids, c.adv_clip, c.pooled), variance_shares(compared, c.weights, group_ids)
+    _, summed = combine(compared, c.weights, dynamic)  # the log's total only without --standardise
+    A = advantages(summed, group_ids, c.adv_clip, c.pooled)
+    return A, variance_shares(compared, c.weights, group_ids)
 
 
 def without_masked(terms):
@@ -572,12 +582,12 @@ def without_masked(terms):
 
 def update(policy, batches, step, skipped):
     """Takes c.updates optimiser steps, among which the groups are split. -> statistics of every loss, norm of
-    every gradient, and how many updates in a row were now left out (`skipped` of them before)."""
+    every gradient, and how many updates in a row have been left out by now (`skipped`: before this step)."""
     c = policy.c
     notes, norms = [], []
-    for part in range(c.updates):
+    for number in range(c.updates):
         for batch in batches:
-            if update_of(c, batch.group) != part:
+            if update_of(c, batch.group) != number:
                 continue
             for sde_step in batch.sde_steps:
                 loss, note = policy_loss(policy, batch, sde_step)
@@ -593,7 +603,7 @@ def update(policy, batches, step, skipped):
                 notes.append(note)
             policy.collect_gradients()
         # before a step's first update nothing has changed since its rollout
-        if part == 0:
+        if number == 0:
             stop_if_drifted(c, notes)
         # a step whose gradient is not finite is left out and counted; too many in a row stop the run
         norms.append(policy.sum_gradients())
@@ -601,7 +611,8 @@ def update(policy, batches, step, skipped):
         skipped = 0 if taken else skipped + 1
         if skipped > c.max_skipped:
             raise RuntimeError(f"step {step}: {skipped} gradients in a row were not finite, more than "
-                               f"--max-skipped {c.max_skipped}; a smaller --lr may help")
+                               f"--max-skipped {c.max_skipped}; begin another run (--name) with a smaller "
+                               "--lr, from an adapter of this one: --lora, docs/real_size.md")
     return notes, norms, skipped
 
 
@@ -619,41 +630,45 @@ def policy_loss(policy, batch, sde_step):
     v = policy.velocity(batch.prompt)(x, sigma)
     mean, std = transition(x, v, sigma, sigma_next, c.eta, c.sde)
     log_ratio = log_prob(x_next, mean, std) - sde_step.logp  # (B,)
-    drift = (2 * kl(mean.detach(), sde_step.mean, std)).sqrt().max().item()  # of the mean, RMS in std
+    # how far each member's mean has moved since the rollout: RMS, in stds (`kl` is half the square of it)
+    drift = (2 * kl(mean.detach(), sde_step.mean, std)).sqrt().max().item()
     if c.ratio_norm:
         log_ratio = normalise_log_ratio(log_ratio, mean, sde_step.mean, std)
-    loss = surrogate(log_ratio, torch.zeros_like(log_ratio), A, c.clip)  # of rho = exp(log_ratio - 0)
+    loss = surrogate(log_ratio, A, c.clip)
     if c.rectify:
-        # of mean 1 over all steps that can be in a window; over this one's alone, all would weigh alike
-        count = possible_windows(c.steps, c.window, c.noisy_steps)[-1].stop
-        loss = loss * rectification(batch.levels, count, c.eta, c.sde)[sde_step.index].to(loss.device)
+        # of mean 1 over every step that some window can hold: over this window's steps alone, the weight of a
+        # window of one step would always be 1
+        last_window = possible_windows(c.steps, c.window, c.noisy_steps)[-1]
+        weights = rectification(batch.levels, last_window.stop, c.eta, c.sde)
+        loss = loss * weights[sde_step.index].to(loss.device)
 
     # KL to the model before training, whose step from x has the same std
-    distance = torch.zeros(())
+    kl_to_reference = torch.tensor(math.nan)  # without --kl it is not known
     if c.kl:
         v_reference = policy.reference_velocity(batch.prompt)(x, sigma)
         mean_reference, _ = transition(x, v_reference, sigma, sigma_next, c.eta, c.sde)
-        distance = kl(mean, mean_reference, std).mean()
-        loss = loss + c.kl * distance
+        kl_to_reference = kl(mean, mean_reference, std).mean()
+        loss = loss + c.kl * kl_to_reference
 
     ratio = log_ratio.detach().exp()
     clipped = ((ratio - 1).abs() > c.clip).float().mean().item()
     return loss, dict(ratio=ratio.mean().item(), ratio_max=ratio.max().item(), drift=drift, clipped=clipped,
-                      kl=distance.item(), loss=loss.item())
+                      kl=kl_to_reference.item(), loss=loss.item())
 
 
 def stop_if_drifted(c, notes):
     """Before the first update nothing has changed since the rollout, so every ratio must be 1, and every
     step's mean where it was. Means are compared: a log-ratio, averaged over all elements, hardly moves."""
     drift = max((note["drift"] for note in notes), default=0.0)
-    if drift > (1e-4 if c.dtype == "float32" else 1e-2) * max(1, c.guidance):  # which magnifies rounding
+    rounding = 1e-4 if c.dtype == "float32" else 1e-2  # in standard deviations, as the drift
+    if drift > rounding * max(1, c.guidance):  # guidance magnifies it
         raise RuntimeError(f"before the first update means have moved by {drift:.1e} standard deviations: "
                            "rollout and update run the model differently")
 
 
 def learning_rate(c, step):
-    """lr, and over the last `decay` share of total_steps a line down to 0, which would be the step after the
-    last."""
+    """lr; over the last `decay` share of the run it falls in a line, which would be at 0 one step after the
+    last. max: without decay the line spans that one step alone."""
     return c.lr * min(1.0, (c.total_steps - step) / max(c.decay * c.total_steps, 1))
 
 
@@ -668,9 +683,10 @@ def warn_of_one_term(file):
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
-def evaluate(policy, rewards, prompts, folder, step):
+def evaluate(policy, rewards, prompts, folder, step, log=None):
     """Scores the averaged weights into eval.jsonl, writes videos to eval/STEP, and exports them as they are
-    now (`Policy.export`)."""
+    now (`Policy.export`), an adapter to eval/STEP, too. step: how many are done; metrics.jsonl counts from 0,
+    so its row is step - 1."""
     videos = folder / "eval" / f"{step:06d}"
     with policy.averaged():
         rows = evaluation_rows(policy, rewards, prompts, videos)
@@ -686,13 +702,17 @@ def evaluate(policy, rewards, prompts, folder, step):
             tqdm.write(sentence)
         if "epipolar" not in row:
             tqdm.write("no epipolar error: it needs OpenCV, pip install opencv-python-headless")
+        if log:
+            log(row, "eval/")
     policy.export(folder)
+    if not policy.c.full:
+        policy.export(videos)  # stays there: the last adapter need not be the best
 
 
 @torch.no_grad()
 def evaluation_rows(policy, rewards, prompts, folder, shown=8):
-    """ODE samples with the model's own defaults and transported noise, one fixed seed. -> of each, the terms
-    and what no reward knows.
+    """Samples the prompts by the ODE at the model's own settings, from transported noise that the run's seed
+    keys. -> of each prompt a row: the terms, and what is measured beside them (`eval.unrewarded`).
 
     Processes share the prompts by batches; the first `shown` are written as videos.
     """
@@ -700,23 +720,23 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
     sampling = sampling_for(c)
     size = c.batch or c.members
     rows, sheet = [], {}
-    for start in range(0, len(prompts), size * processes.world):
-        start += size * processes.rank
+    for first in range(0, len(prompts), size * processes.world):
+        start = first + size * processes.rank
         part = prompts[start:start + size]
         if not part:
             policy.keep_pace(sampling.steps)
             continue
-        # a prompt's noise is a member's of the one seed, so it is the same at every evaluation and world size
-        members = range(start, start + len(part))
-        latents, paths = sample_latents(policy.wan, part, sampling, c.seed, members, strength=c.strength)
+        # a prompt's number alone keys its noise: the same at every evaluation, on any number of processes
+        numbers = range(start, start + len(part))
+        latents, paths = sample_latents(policy.wan, part, sampling, c.seed, numbers, strength=c.strength)
         videos = decode_videos(policy.wan, latents)
         terms = rewards.terms(videos, part, paths)
-        for i, (k, video) in enumerate(zip(members, videos)):
+        for i, (k, video) in enumerate(zip(numbers, videos)):
             row = {name: float(values[i]) for name, values in terms.items()}
             rows.append((k, row | unrewarded(video)))
             if k < shown:
                 write_video(folder / f"{k:02d}.mp4", video, sampling.fps)
-                sheet[k] = video[evenly_spaced(len(video))]
+                sheet[k] = video[evenly_spaced(len(video))].half()  # every process gathers it
 
     # all processes' rows, in the order of the prompts
     sheet = {k: frames for part in processes.gather(sheet) for k, frames in part.items()}
@@ -728,7 +748,8 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
 
 
 def ending(error, rank, world):
-    """What a process ends with after an error. -> exit status, and its line, None where another says it."""
+    """-> the exit status of a process after an error, and the line that it prints: None where another process
+    prints it."""
     status, reason = 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         status, reason = 130, "interrupted; start it again to go on from its newest checkpoint"
@@ -750,9 +771,16 @@ def main(argv=None):
     try:
         c = parse_arguments(argv)
         check(c, world)
+        if world > 1 and dit_config(c.model) and not torch.cuda.is_available():
+            raise ValueError(f"{world} processes would train Wan on CPUs, for PyTorch finds no GPU; nvidia-smi "
+                             f"must show CUDA {torch.version.cuda}, for which it was made, or a newer one")
         needs = estimate_line(c, world) if rank == 0 else None
         if needs:
             print(needs)
+            twins = tiny_twins(c)
+            if twins:
+                print(f"{', '.join(twins)}: tiny twins, which know rooms of 64x64 alone; give a --preset of "
+                      "the real size, or the released judges (docs/real_size.md)")
         processes = Processes(c.device, c.timeout)
         finished = train(c, processes)
     except (ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as e:

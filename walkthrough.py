@@ -529,7 +529,8 @@ def loss_and_gradient(w):
     numbers = {}
     for t, before, after in zip(w.batch.sde_steps, w.notes, w.notes_after):
         for name in ("clipped", "kl", "loss"):
-            numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
+            if not math.isnan(before[name]):  # kl is, with --kl 0
+                numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
     counted = w.batch.advantages != 0  # a masked video has no say
     followed = (w.log_ratios * w.batch.advantages > 0)[:, counted].float().mean().item()
     squares = dict.fromkeys(range(len(w.policy.wan.dit.blocks)), 0.0)

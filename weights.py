@@ -191,7 +191,8 @@ def model_folder(path, wanted, expected="the folder of the model, or its hub id 
         return Path(snapshot_download(str(path), allow_patterns=wanted, etag_timeout=3))
     except Exception as e:
         raise ValueError(f"'{path}' is neither a folder nor a hub id that can be fetched ({_reason(e)}); "
-                         f"download it first: hf download {path} --local-dir {Path(path).name}") from None
+                         f"download it into this folder: hf download {path} --local-dir {path}"
+                         + "".join(f" --include '{pattern}'" for pattern in wanted)) from None
 
 
 @dataclass

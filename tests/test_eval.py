@@ -578,6 +578,18 @@ def test_videos_are_sampled_as_they_were_asked_for(checkpoint, tmp_path):
     assert torch.pdist(torch.stack(seen).flatten(1)).min() > 1e-2
 
 
+def test_large_videos_are_sampled_one_by_one(checkpoint, tmp_path):
+    rows = [dict(prompt=f"push_in {k} hills", split="test") for k in range(2)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a = SimpleNamespace(prompts=tmp_path / "p.jsonl", model=str(checkpoint), split="test", num=2, frames=5, height=448,
+                        width=448, device="cpu", lora=None, seed=0, transport=True)
+    for width, sampled in ((448, ["0000.mp4"]), (32, ["0000.mp4", "0001.mp4"])):
+        a.width = width
+        _, load = sampled_videos(a, tmp_path / str(width))
+        load("0000")
+        assert sorted(file.name for file in (tmp_path / str(width)).iterdir()) == sampled
+
+
 def test_prompts_are_matched_by_id_or_by_order(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.mp4").write_bytes(b"")
@@ -694,6 +706,8 @@ def test_a_damaged_row_is_named(line, scored, tmp_path, capsys):
     (["metrics", "--videos", "{tmp}", "--prompts", "{tmp}/p.txt"], "holds no mp4"),
     (["metrics", "--prompts", "{tmp}/p.txt", "--split", "dynamic"], "holds no dynamic prompt"),
     (["metrics", "--frames", "6"], "--frames must be 4k+1"),
+    (["metrics", "--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "--depth-anything is a tiny twin"),
+    (["metrics", "--model", "Wan-AI/Wan2.1-T2V-14B", "--depth-anything", "x"], "--critic is a tiny twin"),
     (["table", "--runs", "a={tmp}"], "holds no summary.json"),
     (["table", "--runs", "{tmp}"], "--runs takes LABEL=FOLDER"),
 ))

@@ -88,27 +88,30 @@ def padded_text(real, length=20):
     return text
 
 
-def test_trimmed_text_is_exact():
+@pytest.mark.parametrize("real, length, kept", [
+    (7, 20, 8),
+    (63, 80, 65)])  # 64 keys are avoided
+def test_trimmed_text_is_exact(real, length, kept):
     dit = randomise(DiT(DiTConfig(**DIT)))
     x = torch.randn(2, DIT["in_channels"], 3, 4, 6)
     t = torch.tensor([900.0, 40.0])
-    text = padded_text(real=7)
+    text = padded_text(real, length)
     short, padding = trim_text(text)
-    assert (short.shape[1], padding) == (8, 13)
+    assert (short.shape[1], padding) == (kept, length - kept + 1)
 
     # Backward too: with respect to the latents and to the text that both see.
-    def fast(x, kept):
-        return dit(x, t, torch.cat([kept, short[:, 7:]], 1), padding)
+    def fast(x, words):
+        return dit(x, t, torch.cat([words, short[:, real:]], 1), padding)
 
-    def plain(x, kept):
-        return dit(x, t, torch.cat([kept, text[:, 7:]], 1))
+    def plain(x, words):
+        return dit(x, t, torch.cat([words, text[:, real:]], 1))
 
-    inputs = (x.requires_grad_(), text[:, :7].clone().requires_grad_())
+    inputs = (x.requires_grad_(), text[:, :real].clone().requires_grad_())
     assert_same(fast, plain, inputs, 1e-4)
     with torch.no_grad():
         assert relative(fast(*inputs), plain(*inputs)) < 1e-5
         # Dropping the padding is not the same.
-        assert relative(dit(x, t, short[:, :7]), dit(x, t, text)) > 1e-3
+        assert relative(dit(x, t, short[:, :real]), dit(x, t, text)) > 1e-3
 
 
 @pytest.mark.parametrize("real", [19, 20])

@@ -513,6 +513,17 @@ def test_examples_are_scored_against_the_training_s_path(twins, tmp_path):
         assert f"S_traj {expected:.3f}" in example(tmp_path / "0.mp4", "x", prompt, judges, strength)
 
 
+def test_a_report_without_examples_needs_no_judge(reported, tmp_path):
+    shutil.copytree(reported.parent, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    write_json(tmp_path / "run" / "config.json", config | dict(critic="nowhere"))
+    assert main(["run", str(tmp_path / "run")]) == 2
+    assert main(["run", str(tmp_path / "run"), "--no-examples"]) == 0
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<video" not in text
+    assert "motion magnitude" in text and "20.250" in text
+
+
 def test_a_walkthrough_in_the_run_is_linked(tmp_path):
     write_json(tmp_path / "config.json", dict(name="x"))
     write_lines(tmp_path / "metrics.jsonl", [dict(step=0, total=1.0)])

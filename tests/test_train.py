@@ -3,10 +3,12 @@ import json
 import math
 import shlex
 import shutil
+import sys
 
 import pytest
 import torch
 from runs import largest_difference, metrics, run_jobs, short_run, weights
+from safetensors.torch import load_file
 
 import train
 from grpo import rectification
@@ -308,10 +310,88 @@ def test_evaluation_writes_videos_curves_and_an_adapter(arguments, tmp_path):
     asked = (folder / "eval" / "000002" / "prompts.txt").read_text().splitlines()
     assert asked == read_prompts(train.TINY / "prompts.jsonl")["test"][-3:]  # eval.py scores the first
     assert (folder / "lora_comfyui.safetensors").exists()
+    kept, first, last = (load_file(file / "lora.safetensors")
+                         for file in (folder / "eval" / "000002", folder / "eval" / "000000", folder))
+    assert largest_difference(kept, last) == 0 < largest_difference(kept, first)
     row = metrics(folder)[1]
     assert len(row["grad"]) == 2
     assert row["ratio_max"] != 1
     assert row["three_d"] == pytest.approx(sum_3d(row), abs=1e-5)
+
+
+WANDB = """
+import json
+rows = open("{rows}", "a")
+
+class Run:
+    def log(self, row, step):
+        print(json.dumps([step, row]), file=rows, flush=True)
+
+def init(**options):
+    print(json.dumps(options["config"]["name"]), file=rows, flush=True)
+    return Run()
+"""
+
+
+def test_weights_and_biases_get_the_numbers_of_steps_and_evaluations(arguments, tmp_path, monkeypatch):
+    """A stand-in for the wandb package, which writes down what it is given."""
+    (tmp_path / "wandb.py").write_text(WANDB.replace("{rows}", str(tmp_path / "rows")))
+    monkeypatch.syspath_prepend(tmp_path)
+    given = "--meta 0 --recon 0 --traj 0 --kl 0 --total-steps 1 --eval-every 1 --eval-prompts 1 --wandb --name w"
+    assert train.main([*arguments, "--runs", str(tmp_path), *given.split()]) == 0
+    del sys.modules["wandb"]
+    name, *rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert name == "w"
+    assert [step for step, _ in rows] == [0, 0, 1]  # an evaluation, a step, an evaluation
+    before, row, after = (row for _, row in rows)
+    assert before.keys() == after.keys() and all(key.startswith("eval/") for key in before)
+    evaluated = [json.loads(line) for line in (tmp_path / "w" / "eval.jsonl").read_text().splitlines()]
+    assert [one["eval/general"] for one in (before, after)] == [one["general"] for one in evaluated]
+    [logged] = metrics(tmp_path / "w")
+    assert row["general"] == logged["general"] and row["grad"] == logged["grad"][0]
+    assert row["seconds/rollout"] > 0 and row["peak_bytes"] > 0
+    assert logged["kl"] is None and "kl" not in row  # without --kl it is not known
+
+
+def test_a_package_that_is_missing_is_said_before_any_work(arguments, tmp_path, capsys):
+    assert train.main([*arguments, "--runs", str(tmp_path), "--name", "w", "--wandb"]) == 2
+    assert "--wandb needs the wandb package: pip install wandb" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A folder whose config is the 1.3B model's, without weights."""
+    (tmp_path / "wan" / "transformer").mkdir(parents=True)
+    (tmp_path / "wan" / "transformer" / "config.json").write_text('{"num_layers": 30, "ffn_dim": 8960}')
+    return str(tmp_path / "wan")
+
+
+def test_the_real_model_before_tiny_judges_is_said(released, tmp_path, capsys):
+    assert train.main(["--model", released, "--runs", str(tmp_path), "--name", "x", "--device", "cpu"]) == 2
+    assert "depth_anything, critic, preference: tiny twins, which know rooms of 64x64" in capsys.readouterr().out
+    assert train.main(["--preset", "gpu", "--model", released, "--runs", str(tmp_path), "--name", "x",
+                       "--device", "cpu"]) == 2
+    assert "tiny twins" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_real_model_is_not_trained_on_many_cpus(released, tmp_path):
+    job = dict(args=["--preset", "node", "--model", released, "--runs", str(tmp_path), "--name", "x"], world=2)
+    codes, err = run_jobs([job])
+    assert codes == [[2, 2]]
+    assert err.count("2 processes would train Wan on CPUs, for PyTorch finds no GPU") == 1
+
+
+def test_words_that_are_no_camera_s_are_said_before_training(arguments, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=prompt, split=split)) + "\n" for prompt, split in (
+        ("push_in a hill", "train"), ("A hill", "train"), ("Zoom in on a hill", "train"), ("A lake", "test"))))
+    given = ["--prompts", str(tmp_path / "p.jsonl"), "--runs", str(tmp_path), "--name", "x", "--dynamic-steps", "0",
+             "--depth-anything", str(tmp_path / "nowhere")]  # it ends where the judges are loaded
+    codes, err = run_jobs([dict(args=[*arguments, *given], before="import sys; sys.stdout = sys.stderr")])
+    assert codes == [[2]]
+    assert "'Zoom in' is not a camera motion here" in err
+    assert "2 of 3 training prompts ask for a camera that stands still" in err
 
 
 def test_a_fifth_reward_is_a_function_and_a_line_of_the_table(arguments, tmp_path, monkeypatch):
