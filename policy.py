@@ -207,7 +207,7 @@ class Policy:
         for name in self.processes.gather(bad):
             if name is not None:
                 raise RuntimeError(f"{name} holds NaN or infinite values; begin another run (--name) with a "
-                                   "smaller --lr, from an adapter of this one: --lora, docs/real_size.md")
+                                   "smaller --lr, from what this one exported (--lora, with --full --model)")
 
     @torch.no_grad()
     def update_average(self, step):

@@ -1,7 +1,7 @@
 """A run's machine room: processes, the run's folder, checkpoints, the clock and the log.
 
 runs/NAME/ holds config.json, metrics.jsonl (one line a step; what a clock or the machine decides is under
-"machine"), eval.jsonl, eval/, checkpoints/ and, at every evaluation and at the end, lora.safetensors (with
+"machine"), eval.jsonl, eval/, checkpoints/ and, at every evaluation and where it ends, lora.safetensors (with
 --full model/ instead). A run goes on from its newest whole checkpoint when it is started again, on any number
 of processes.
 """
@@ -294,7 +294,7 @@ def drop_lines(file, steps):
 
 
 def wandb_log(c, folder):
-    """-> log(row) to Weights & Biases: its numbers, of `machine` too, and of its gradients' norms the first."""
+    """-> log(row, prefix) to Weights & Biases: numbers, also `machine`'s and the first gradient's norm."""
     import wandb  # train.check has seen that it is there
     # a run is its folder: of the same name elsewhere it is another one
     own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]

@@ -236,7 +236,7 @@ def guided_velocity(wan, text, negative=None, guidance=1.0):
     text, negative: (B, L, D) from wan.encode_text. Without guidance (g = 1) the model runs once per sample.
     """
     guided = guidance != 1
-    # of the zero tokens behind the text one is kept, which counts `padding` times: the same result, faster
+    # of the zero tokens behind the text the last one kept counts `padding` times: the same result, faster
     text, padding = trim_text(torch.cat([text, negative]) if guided else text)
 
     def velocity(x, sigma):

@@ -473,7 +473,7 @@ def keys_of(chosen):
 
 
 def generator_of(c, step, dynamic, key, purpose, *member):
-    """-> the generator of one random draw of a group: no other draw depends on it, nor it on them."""
+    """-> the generator of one random draw of a group: no other draw depends on it, nor it on another."""
     phase = "dynamic" if dynamic else "train"
     return generator(c.seed, step, phase, key, *member, purpose)
 
@@ -612,7 +612,7 @@ def update(policy, batches, step, skipped):
         if skipped > c.max_skipped:
             raise RuntimeError(f"step {step}: {skipped} gradients in a row were not finite, more than "
                                f"--max-skipped {c.max_skipped}; begin another run (--name) with a smaller "
-                               "--lr, from an adapter of this one: --lora, docs/real_size.md")
+                               "--lr, from what this one exported (--lora, with --full --model)")
     return notes, norms, skipped
 
 
@@ -703,7 +703,7 @@ def evaluate(policy, rewards, prompts, folder, step, log=None):
         if "epipolar" not in row:
             tqdm.write("no epipolar error: it needs OpenCV, pip install opencv-python-headless")
         if log:
-            log(row, "eval/")
+            log(row | dict(step=max(step - 1, 0)), "eval/")  # a resumed wandb run refuses its last step
     policy.export(folder)
     if not policy.c.full:
         policy.export(videos)  # stays there: the last adapter need not be the best
@@ -772,8 +772,9 @@ def main(argv=None):
         c = parse_arguments(argv)
         check(c, world)
         if world > 1 and dit_config(c.model) and not torch.cuda.is_available():
-            raise ValueError(f"{world} processes would train Wan on CPUs, for PyTorch finds no GPU; nvidia-smi "
-                             f"must show CUDA {torch.version.cuda}, for which it was made, or a newer one")
+            raise ValueError(f"{world} processes would train Wan on CPUs, for PyTorch finds no GPU; it was "
+                             f"made for CUDA {torch.version.cuda} (None: without), and nvidia-smi must show "
+                             "that or a newer one")
         needs = estimate_line(c, world) if rank == 0 else None
         if needs:
             print(needs)

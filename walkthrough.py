@@ -479,7 +479,7 @@ def four_rewards(w):
         "The S lie in [0, 1], R_gen in [−1, 1]; λ: its weight. t, Q: where the cameras asked for stand and "
         f"look; t̂, Q̂: those found; s: the scale that fits best; α = {w.c.traj_alpha:g}, "
         f"β = {w.c.traj_beta:g}. The paper adds the terms with weight 1; the weights of this run: stage 10.",
-        "World-R1, eq. 8 and 9 (the scale s, α and β are ours); rewards.py",
+        "World-R1, eq. 8 to 10 (the scale s, α and β are ours); rewards.py",
         [term.function for term in TERMS.values()],
         {"S_meta sees": "2 renders; not the prompt, the path or the video",
          "S_recon sees": f"{w.c.views} frames and their renders; not the prompt or the path; a still video "
@@ -529,7 +529,7 @@ def loss_and_gradient(w):
     numbers = {}
     for t, before, after in zip(w.batch.sde_steps, w.notes, w.notes_after):
         for name in ("clipped", "kl", "loss"):
-            if not math.isnan(before[name]):  # kl is, with --kl 0
+            if name != "kl" or w.c.kl:  # without --kl it is not known
                 numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
     counted = w.batch.advantages != 0  # a masked video has no say
     followed = (w.log_ratios * w.batch.advantages > 0)[:, counted].float().mean().item()

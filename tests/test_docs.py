@@ -293,18 +293,12 @@ def test_the_table_of_savings_is_what_bench_estimates():
         check_row(names, row, estimated("node", None, row[1].strip("`").split()))
 
 
-if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(updated(page.read_text(), page.parent))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_diffusers_takes_our_noise_and_adapter_as_the_page_says(tmp_path):
     """The page's own lines, for the tiny model."""
     language, block = next(found for found in BLOCK.findall((ROOT / "docs/real_size.md").read_text())
                            if found[0] == "python")
-    tiny = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(ROOT / "tiny/wan"), "runs/n1": str(ROOT / "tiny/world_r1"),
-            "torch.bfloat16": "torch.float32", '"cuda"': '"cpu"', "49, 60, 104": "17, 8, 8", "49": "17",
+    tiny = {"49, 60, 104": "17, 8, 8", "49": "17", "torch.bfloat16": "torch.float32", '"cuda"': '"cpu"',
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(ROOT / "tiny/wan"), "runs/n1": str(ROOT / "tiny/world_r1"),
             "latents=noise": "latents=noise, num_inference_steps=2",
             "lighthouse.mp4": str(tmp_path / "lighthouse.mp4")}
     for real, twin in tiny.items():
@@ -313,3 +307,8 @@ def test_diffusers_takes_our_noise_and_adapter_as_the_page_says(tmp_path):
     exec(block, {})
     video, fps = read_video(tmp_path / "lighthouse.mp4")
     assert video.shape == (17, 3, 64, 64) and fps == 16
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(updated(page.read_text(), page.parent))

@@ -342,7 +342,7 @@ def test_weights_and_biases_get_the_numbers_of_steps_and_evaluations(arguments, 
     del sys.modules["wandb"]
     name, *rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert name == "w"
-    assert [step for step, _ in rows] == [0, 0, 1]  # an evaluation, a step, an evaluation
+    assert [step for step, _ in rows] == [0, 0, 0]  # an evaluation, a step, an evaluation after it
     before, row, after = (row for _, row in rows)
     assert before.keys() == after.keys() and all(key.startswith("eval/") for key in before)
     evaluated = [json.loads(line) for line in (tmp_path / "w" / "eval.jsonl").read_text().splitlines()]
@@ -353,7 +353,8 @@ def test_weights_and_biases_get_the_numbers_of_steps_and_evaluations(arguments, 
     assert logged["kl"] is None and "kl" not in row  # without --kl it is not known
 
 
-def test_a_package_that_is_missing_is_said_before_any_work(arguments, tmp_path, capsys):
+def test_a_package_that_is_missing_is_said_before_any_work(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert train.main([*arguments, "--runs", str(tmp_path), "--name", "w", "--wandb"]) == 2
     assert "--wandb needs the wandb package: pip install wandb" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -371,7 +372,7 @@ def test_the_real_model_before_tiny_judges_is_said(released, tmp_path, capsys):
     assert train.main(["--model", released, "--runs", str(tmp_path), "--name", "x", "--device", "cpu"]) == 2
     assert "depth_anything, critic, preference: tiny twins, which know rooms of 64x64" in capsys.readouterr().out
     assert train.main(["--preset", "gpu", "--model", released, "--runs", str(tmp_path), "--name", "x",
-                       "--device", "cpu"]) == 2
+                       "--device", "cpu", "--critic", str(tmp_path / "nowhere")]) == 2  # the first that is loaded
     assert "tiny twins" not in capsys.readouterr().out
 
 
