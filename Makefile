@@ -10,8 +10,9 @@ sample: .venv/sample
 	$(BIN)/python sample.py $(PROMPT)
 	$(BIN)/python sample.py $(PROMPT) --lora tiny/web tiny/world_r1 --out out/base_and_trained.mp4
 
+# Two workers of one thread, each with a file of tests at a time.
 test: .venv/test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # On one CUDA GPU: figures go to results/gpu.json. At first gsplat compiles its kernels (nvcc, .venv's ninja).
 test-gpu: .venv/test

@@ -152,6 +152,7 @@ def videos_scored(rows):
 def probe_scored(file):
     """The table that the probe has printed -> Scored."""
     lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
+    # Between a line's first two bars is the row's name.
     header, _, row = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
     readings = {name: [float(number) for number in re.findall(r"[\d.]+", cell)]
                 for name, cell in zip(header, row, strict=True)}
@@ -168,7 +169,7 @@ def run(a, rest):
             raise ValueError(f"--{option} must be at least {least}, got {getattr(a, option)}")
     files = {}
     for name in a.cells:
-        seed = a.seed if CELLS[name].trained else 0  # nothing is drawn
+        seed = a.seed if CELLS[name].trained else 0  # without training it changes nothing
         options = [*rest, *CELLS[name].training.split(), "--name", f"{name}-{seed}", "--seed", str(seed)]
         c = training_arguments(options)
         check(c, a.processes)
@@ -182,11 +183,11 @@ def run(a, rest):
         if file.exists():
             print(f"{file} is there already and is never replaced: skipped")
         else:
-            write_json(file, dataclasses.asdict(measured(a, name, options)))
+            write_json(file, dataclasses.asdict(train_and_score(a, name, options)))
             print(file)
 
 
-def measured(a, name, options):
+def train_and_score(a, name, options):
     """-> the Result of a cell, trained with these options of train.py and scored."""
     c = training_arguments(options)
     folder = Path(c.runs) / c.name
@@ -198,7 +199,7 @@ def measured(a, name, options):
 
     minutes, seconds, curve = {}, {}, {}
     if CELLS[name].trained:
-        minutes["training"], seconds, curve = trained(a, c, folder, options)
+        minutes["training"], seconds, curve = train_to_end(a, c, folder, options)
 
     # as many scorings at a time as processes, the longest first
     commands = scorings(name, c, folder, a.num)
@@ -211,7 +212,9 @@ def measured(a, name, options):
 
     # each set, and all videos again by how many objects move: a caption says " that " once for each of them,
     # as in "a red box that spins"
-    probe = {"probe": probe_scored(folder / "probe.txt")} if commands.pop("probe", None) else {}
+    probe = {}
+    if commands.pop("probe", None):  # the other ways, which are left, have a row for every video
+        probe["probe"] = probe_scored(folder / "probe.txt")
     rows = {way: read_lines(folder / way / "metrics.jsonl", dict) for way in commands}
     failed = {way: failures(read_summary(folder / way / "summary.json")) for way in commands}
     everyone = rows["test"] + rows["dynamic"]
@@ -221,7 +224,7 @@ def measured(a, name, options):
     return Result(config, commit, machine, minutes, seconds, failed, scored | probe, curve)
 
 
-def trained(a, c, folder, options):
+def train_to_end(a, c, folder, options):
     """Trains a run to its end. -> its minutes; {part of a step: mean seconds}; its curve. The times leave out
     evaluations."""
     together = []
@@ -289,7 +292,7 @@ def check_scored(name, c, folder, num):
         prompts = read_prompts(c.prompts, split)[split][:given["--num"]]
 
         # what differs, by the options of the call
-        differ = [judge for judge, name in judges_of(c).items() if about.settings.get(judge, name) != name]
+        differ = [judge for judge, used in judges_of(c).items() if about.settings.get(judge, used) != used]
         for option, used in (("model", about.model), ("lora", about.lora)):
             if Path(used or "").resolve() != Path(given.get(f"--{option}") or "").resolve():
                 differ.append(option)
@@ -492,7 +495,7 @@ def seeds_apart(found, name, column, against=None, chosen=slice(None)):
     deviation, freedom = seed_noise(found, column, chosen)
     if not freedom:
         return math.inf
-    trainings = 1 + CELLS[against or CELLS[name].against].trained
+    trainings = 2 if CELLS[against or CELLS[name].against].trained else 1
     seeds = len(changes_by_seed(found, name, column, against))
     return float(scipy.stats.t.ppf(.975, freedom)) * deviation * math.sqrt(trainings / seeds)
 
@@ -507,15 +510,15 @@ def change_shown(found, name, column, against=None, chosen=slice(None)):
     if each.shape[1] == 1:
         return f"{mean:+.2g}"
 
-    def shown(number):
+    def signed(number):
         return f"{round(number, 12):+.3g}"  # a sum that is 0 but for rounding is 0
 
-    text = shown(mean)
+    text = signed(mean)
     if is_off_zero(each, seeds_apart(found, name, column, against, chosen)):
         text = f"**{text}**"
-    text += f"<br>[{shown(low)}, {shown(high)}]"
+    text += f"<br>[{signed(low)}, {signed(high)}]"
     if len(each) > 1:
-        text += "<br>" + ", ".join(shown(interval(seed)[0]) for seed in each)
+        text += "<br>" + ", ".join(signed(interval(seed)[0]) for seed in each)
     return text
 
 
@@ -560,12 +563,13 @@ def paper_table(found, table):
                if way == "test" and metric in PAPER_METRICS}
     rows = []
     for name in [name for name in cells_of(found, table) if CELLS[name].paper]:
-        theirs, other = (dict(zip(PAPER_METRICS, CELLS[cell].paper)) for cell in (name, CELLS[name].against))
+        theirs = dict(zip(PAPER_METRICS, CELLS[name].paper))
+        theirs_against = dict(zip(PAPER_METRICS, CELLS[CELLS[name].against].paper))
         row = [name]
         for title, metric in columns.items():
             text = ""
             if theirs.get(metric) is not None:
-                change = theirs[metric] - other[metric]
+                change = theirs[metric] - theirs_against[metric]
                 each = changes_by_seed(found, name, COLUMNS[title])
                 verdict = "open"
                 if is_off_zero(each, seeds_apart(found, name, COLUMNS[title])):
@@ -577,8 +581,9 @@ def paper_table(found, table):
 
 
 def subsets_table(found):
-    """What cells change from the base, on those prompts alone that an objection leaves. One is that an
-    earlier run's length was chosen on 24 test prompts, probably the first of these."""
+    """What cells change from the base, on the prompts that remain after each of two objections: an earlier
+    run's length was chosen on 24 test prompts, probably the first of these; and a model may have learned the
+    camera's words alone, which shows on prompts that the base obeys already."""
     obeyed = over_seeds(found["base"], COLUMNS["S_traj"]) >= .8
     subsets = {"all": np.ones_like(obeyed), "from the 25th on": np.arange(len(obeyed)) >= 24,
                "base obeys the camera (S_traj at least .8)": obeyed}

@@ -311,12 +311,12 @@ def check_memory(sizes=MEMORY_SIZES, rank=32):
             tokens = videos * T * h * w // 4  # patches of 1 x 2 x 2
 
             @torch.no_grad()
-            def forward():
-                dit(x, t, text)
+            def forward(x=x):
+                dit(x, t[:len(x)], text[:len(x)])
 
-            def backward():
+            def backward(x=x):
                 dit.zero_grad()
-                dit(x, t, text).square().mean().backward()
+                dit(x, t[:len(x)], text[:len(x)]).square().mean().backward()
 
             # what the estimate says of each kind of pass
             L, size = config.num_layers, dtype.itemsize
@@ -327,7 +327,7 @@ def check_memory(sizes=MEMORY_SIZES, rank=32):
             for kind, predicted in passes.items():
                 dit.checkpointing = kind == "checkpointed"
                 call = forward if kind == "forward" else backward
-                call()  # warms up
+                call(x[:1, :, :1, :2, :2])  # one patch warms up
                 dit.zero_grad()
                 allocated = allocated_peak(call)
                 rows.append((name, dtype, kind, predicted, allocated))
@@ -394,13 +394,15 @@ def print_rehearsal(preset, gpus=None, options=()):
     print_row("Depth Anything 3, its own", f"{depth / 1e9:.1f}", f"{depth_flops / 1e15:.2f}")
 
     # What is beside the policy: the judges, but for those that are offloaded; a gather in flight.
-    weights, _ = phases["weights, optimiser"]
-    resident = {name: memory.get(name, 0) for name in JUDGES}
-    beside = sum(resident.values()) + memory["gathered blocks"] / 2
+    held = {name: memory.get(name, 0) for name in JUDGES}
+    beside = sum(held.values()) + memory["gathered blocks"] / 2
     working = {name: memory.get(f"work: {name}", 0) for name in JUDGES}
-    if working[DEPTH]:
-        working[DEPTH] = depth - resident[DEPTH]
-    peak = beside + max(max(peak for peak, _ in phases.values()), weights + max(working.values()))
+    if working[DEPTH]:  # traced, with its weights: those that are in `beside` already are taken off
+        working[DEPTH] = depth - held[DEPTH]
+    # The policy is at work, or only its weights are there and a judge is.
+    weights, _ = phases["weights, optimiser"]
+    policy_at_work = max(size for size, _ in phases.values())
+    peak = beside + max(policy_at_work, weights + max(working.values()))
     print(f"\n{peak / 1e9:.1f} GB with the judges and a gather in flight (by the estimate: "
           f"{memory['peak'] / 1e9:.1f})")
     check_fits(peak, f"weights and work of {preset}")

@@ -32,8 +32,8 @@ CRITIC_PROMPT = (
     "holes, walls that bend or come apart. Answer with one digit from 0 (the scene has collapsed) to 9 "
     "(solid, as if it had been filmed from here).")
 REWARD_TOKEN = "<|Reward|>"  # HPSv3 reads its score at this token
-CRITIC, PREFERENCE = "Qwen/Qwen3-VL-4B-Instruct", "MizzenAI/HPSv3"  # what is expected, for the errors
-PREFERENCE_BASE = "Qwen/Qwen2-VL-7B-Instruct"
+CRITIC, PREFERENCE = "Qwen/Qwen3-VL-4B-Instruct", "MizzenAI/HPSv3"  # hub ids, which errors name
+PREFERENCE_BASE = "Qwen/Qwen2-VL-7B-Instruct"  # its config and processor are HPSv3's
 
 
 # -------------------------------------------------------------------------------- pictures and chat templates
@@ -186,11 +186,12 @@ def published_instruction():
         raise ValueError("HPSv3's prompt is part of the model: "
                          "pip install --no-deps hpsv3 (only its text is read)")
     file = Path(spec.origin).parent / "dataset" / "data_collator_qwen.py"
-    texts = {}
+    constants = {}  # of that module, by name
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            texts |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
-    return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            constants |= dict.fromkeys(names, node.value.value)
+    return constants["INSTRUCTION"] + constants["prompt_with_special_token"]
 
 
 @dataclass
@@ -268,7 +269,7 @@ class Preference:
         prompts = [as_text(prompt, self.processor.tokenizer) for prompt in prompts]
         texts = [self.instruction.replace("{text_prompt}", prompt) for prompt in prompts]
         batch = chat_batch(self.processor, pictures, texts)
-        batch.pop("mm_token_type_ids", None)
+        batch.pop("mm_token_type_ids", None)  # for image positions, which `hidden` leaves out
         return batch
 
     @torch.no_grad()

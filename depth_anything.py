@@ -399,8 +399,9 @@ def gaussians_of(raw, depth, camera_to_world, K):
     length = depth[..., None] + depth_offset  # (V, H, W, 1)
     means = t[:, None, None] + ray * length
 
-    # The unit of scales is a tenth of the sum of a pixel's two sides at that distance.
-    pixel = .1 * (K_inv[:, :2, :2] / size[:2]).sum((1, 2))
+    # As published, scales lie between 1e-5 and 30 units; a unit is a tenth of the sum of a pixel's two sides
+    # at that distance.
+    pixel = .1 * (K_inv[:, :2, :2] / size[:2]).sum((1, 2))  # (V,), at distance 1
     scales = (1e-5 + (30 - 1e-5) * scale.sigmoid()) * length * pixel[:, None, None, None]
 
     # From camera to world axes. As published, the quaternion is rolled by one before it is read scalar last,
@@ -408,7 +409,8 @@ def gaussians_of(raw, depth, camera_to_world, K):
     # but the weights were trained with it.
     q = quaternion / (quaternion.norm(dim=-1, keepdim=True) + 1e-8)
     rotations = matrix_to_quaternion(R[:, None, None] @ quaternion_to_matrix(q[..., [3, 0, 1, 2]]))
-    damping = torch.tensor([1.0] + [.025] * 3 + [.00625] * 5, device=raw.device)  # by degree
+    # Degrees 1 and 2 are damped by .1 / 4^degree, as published.
+    damping = torch.tensor([1.0] + [.025] * 3 + [.00625] * 5, device=raw.device)
     harmonics = rotate_sh(harmonics.unflatten(-1, (3, 9)) * damping, R)  # (V, H, W, 3, 9)
     parts = (means, scales, rotations, harmonics, opacity.sigmoid().squeeze(-1))
     return Gaussians(*(part.flatten(0, 2) for part in parts))
@@ -498,13 +500,14 @@ def memory_estimate(config, views, height, width):
 
 def free_memory(device):
     """Bytes that can be had now; infinite where nobody says."""
-    if device.type == "cuda":  # and what torch keeps for itself without using it
+    if device.type == "cuda":
+        # What torch has reserved and does not use can be had, too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    free, meminfo = math.inf, Path("/proc/meminfo")
-    if device.type == "cpu":
-        free = container_memory()
-    if device.type == "cpu" and meminfo.exists():  # with what the system caches of files, and would give back
+    if device.type != "cpu":
+        return math.inf
+    free, meminfo = container_memory(), Path("/proc/meminfo")
+    if meminfo.exists():  # MemAvailable counts the file cache, which the system would give back
         free = min(free, 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]))
     return free
 

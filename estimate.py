@@ -7,6 +7,7 @@
 CPU, Gaussians' rendering, checkpoints, loading; CUDA's own memory and gaps in it.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from depth_anything import SIZES, memory_estimate, processed_size
 from grpo import deal, draw_window, possible_windows, rollout_passes
 from lora import add_lora
-from model import DIT_SIZES, VAE, DiT, VAEConfig
+from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig
 from rewards import TERMS
 from sample import generator, sampling_of
 from weights import read_json
@@ -87,7 +88,7 @@ RTX_4090 = dict(name="RTX 4090", memory=24e9, flops=165e12, link=25e9, network=2
 MACHINES = {"small": (H200, 48), "large": (H200, 96), "release": (H200, 48), "node": (H200, 8),
             "gpu": (RTX_4090, 1)}
 DEPTH, CRITIC, PREFERENCE = "Depth Anything 3, float32", "critic, bfloat16", "preference model, bfloat16"
-JUDGES = {DEPTH: 1.23e9 * 4, CRITIC: 4.44e9 * 2, PREFERENCE: 7.75e9 * 2}
+JUDGES = {DEPTH: 1.23e9 * 4, CRITIC: 4.44e9 * 2, PREFERENCE: 7.75e9 * 2}  # bytes: parameters x bytes of one
 MODELS = dict(depth_anything=DEPTH, critic=CRITIC, preference=PREFERENCE)  # as a rewards.Term names them
 UTILISATION = .4  # of the FLOP/s; a plain assumption
 
@@ -121,9 +122,9 @@ def rollout_counts(c, windows, share):
 
 
 def busiest_rollout(c, gpus, trials=300):
-    """`rollout_counts` of the process that all others wait for, the mean over the windows that can be drawn,
-    or over `trials` draws where each group makes its own: the sooner a group's window begins, the fewer steps
-    its members share."""
+    """`rollout_counts` of the process that all others wait for: a mean, for the counts depend on the windows
+    (the sooner a group's begins, the fewer steps its members share). It is over all windows that can be
+    drawn, or, where each group draws its own, over `trials` draws of all groups' windows."""
     if c.common_window:
         draws = [[window] * c.groups for window in possible_windows(c.steps, c.window, c.noisy_steps)]
     else:
@@ -146,6 +147,32 @@ def dit_config(model):
     return next((config for size, config in DIT_SIZES.items() if size in Path(model).name.upper()), None)
 
 
+def judges_work(c):
+    """-> {judge: (bytes of its working set, FLOPs a video)} of the reward models that the total's terms use.
+
+    Bytes: `memory_estimate` of the views for Depth Anything, .1 GB a picture for the others. FLOPs a
+    parameter and token: 4 for Depth Anything, whose views all attend to each other and whose heads are
+    float32; 2 for the critic (two pictures) and the preference model, at 600 tokens a picture.
+    """
+    height, width = processed_size(c.height, c.width, SIZES["da3-giant"])
+    views = memory_estimate(SIZES["da3-giant"], c.views, height, width)
+    working = {DEPTH: views, CRITIC: 2 * .1e9, PREFERENCE: c.frames_seen * .1e9}
+    looking = {DEPTH: 4 * 1.23e9 * c.views * height * width / 14 ** 2,
+               CRITIC: 2 * 4.44e9 * 2 * 600,
+               PREFERENCE: 2 * 7.75e9 * c.frames_seen * 600}
+    asked = {model for name, term in TERMS.items() if c.weights[name] for model in term.models}
+    return {judge: (working[judge], looking[judge]) for model, judge in MODELS.items() if model in asked}
+
+
+@functools.cache
+def numbers_in(config, rank):
+    """-> how many numbers the DiT of a DiTConfig has, given as a tuple, LoRA of that rank, and the VAE."""
+    with torch.device("meta"):
+        dit, vae = DiT(DiTConfig(*config)), VAE(VAEConfig())
+    frozen, of_vae = (sum(p.numel() for p in part.parameters()) for part in (dit, vae))
+    return frozen, sum(p.numel() for p in add_lora(dit, rank, rank).values()), of_vae
+
+
 def estimate(c, gpus, card):
     """What a train.Config takes, on so many GPUs. -> ({part: bytes per GPU}, {phase: seconds}), the whole
     step, an evaluation and the run among the phases. ValueError if it trains all weights, or not a released
@@ -161,16 +188,12 @@ def estimate(c, gpus, card):
     if config is None:
         raise ValueError(f"the estimate knows Wan2.1 {' and '.join(DIT_SIZES)} by their names, "
                          f"and --model is {c.model}")
-    with torch.device("meta"):
-        dit = DiT(config)
-        vae_size = sum(p.numel() for p in VAE(VAEConfig()).parameters())
-    frozen = sum(p.numel() for p in dit.parameters())
-    trained = sum(p.numel() for p in add_lora(dit, c.lora_rank, c.lora_alpha).values())
+    frozen, trained, vae_size = numbers_in(dataclasses.astuple(config), c.lora_rank)
     shards = 1
     if c.parallel == "fsdp":
         shards = min(c.shard_size or gpus, gpus)
     pixels = c.height * c.width
-    tokens = (c.frames // 4 + 1) * pixels // 16 ** 2  # of a video
+    tokens = (c.frames // 4 + 1) * pixels // 16 ** 2  # of a video: the VAE's 8 x 8, then patches of 2 x 2
     batch = c.batch or c.members
     guided = 2 if c.guidance != 1 else 1  # velocities a video
     at_once = tokens * batch * guided
@@ -191,20 +214,10 @@ def estimate(c, gpus, card):
         "decoding": (working_set + c.frames * 3 * 4) * pixels,  # and the video
     }
 
-    # The reward models that the total's terms use. Memory: weights, and a working set: `memory_estimate` of
-    # the views for Depth Anything, .1 GB a picture for the others; an offloaded model counts only while it
-    # works. FLOPs a parameter and token: 4 for Depth Anything, whose views all attend to each other and whose
-    # heads are float32; 2 for the critic (two pictures) and the preference model, at 600 tokens a picture.
-    height, width = processed_size(c.height, c.width, SIZES["da3-giant"])
-    views = memory_estimate(SIZES["da3-giant"], c.views, height, width)
-    working = {DEPTH: views, CRITIC: 2 * .1e9, PREFERENCE: c.frames_seen * .1e9}
-    looking = {DEPTH: 4 * 1.23e9 * c.views * height * width / 14 ** 2,
-               CRITIC: 2 * 4.44e9 * 2 * 600,
-               PREFERENCE: 2 * 7.75e9 * c.frames_seen * 600}
-    asked = {model for name, term in TERMS.items() if c.weights[name] for model in term.models}
-    judges = [judge for model, judge in MODELS.items() if model in asked]
-    for judge in judges:
-        work[judge] = working[judge]
+    # An offloaded reward model counts only while it works.
+    judges = judges_work(c)
+    for judge, (size, _) in judges.items():
+        work[judge] = size
         if c.offload:
             work[judge] += JUDGES[judge]
         else:
@@ -219,21 +232,22 @@ def estimate(c, gpus, card):
     # For its pixels: the VAE's convolutions run in TF32, at half the rate.
     decode = (first + c.frames // 4 * further) * pixels / (rate / 2)
     # For its rewards:
-    judging = sum(looking[judge] for judge in judges) / rate
+    judging = sum(flops for _, flops in judges.values()) / rate
     # Seconds of one pass: gathers of all weights. Of one batch: the judges' moves.
     gather = 0
     if shards > 1:
-        gather = 2 * frozen * (shards - 1) / shards / card["link" if shards <= 8 else "network"]
+        link = card["link"] if shards <= 8 else card["network"]  # a node has 8 GPUs
+        gather = 2 * frozen * (shards - 1) / shards / link
     moving = 0
     if c.offload:
-        moving = sum(JUDGES[judge] for judge in judges) / card["host"]  # there; nothing comes back
+        moving = sum(JUDGES[judge] for judge in judges) / card["host"]  # to the GPU; they are not copied back
 
     # One training step, a dynamic one counted like a main one; all processes wait for the busiest. A step of
     # the window is trained by a forward pass, its recomputation (checkpointing) and the backward pass; the KL
     # adds a forward pass of the untouched model.
     batches = max(len(share) for share in deal(c, gpus))
     passes, velocities = busiest_rollout(c, gpus)
-    forwards = 1 + c.checkpointing + bool(c.kl)
+    forwards = 1 + int(c.checkpointing) + int(c.kl != 0)
     phases = {
         "rollout": velocities * velocity + passes * gather,
         "decoding": batches * batch * decode,
@@ -249,7 +263,7 @@ def estimate(c, gpus, card):
     own_velocity = velocity / guided * (2 if own.guidance != 1 else 1)
     phases["evaluation"] = (videos * (own.steps * own_velocity + decode + judging)
                             + rounds * (own.steps * gather + moving))
-    evaluations = 1 + c.total_steps // c.eval_every if c.eval_every else 0
+    evaluations = (1 + c.total_steps // c.eval_every) if c.eval_every else 0
     phases["run"] = c.total_steps * phases["step"] + evaluations * phases["evaluation"]
     return memory, phases
 

@@ -226,7 +226,7 @@ def match_adapter(dit, path, shapes):
             raise ValueError(f"{path}: '{keys[pair[0]]}' lacks its partner {missing}; the file is incomplete")
         # A convolution's A has its kernel, its B a kernel of one.
         shape = tuple(dit.get_parameter(name).shape)  # (out, in, ...)
-        rank = shapes[keys["A"]][:1] if pair else ()
+        rank = shapes[keys["A"]][:1] if pair else ()  # (r,), a part of the shapes below
         if rank == (0,):
             raise ValueError(f"{path}: '{keys['A']}' has rank 0; give a LoRA of at least rank 1")
         expected = {"A": rank + shape[1:], "B": shape[:1] + rank + (1,) * len(shape[2:]), "difference": shape}
@@ -276,7 +276,8 @@ def peft_scale(path, keys):
                          "here; merge it with PEFT, or train a plain LoRA")
 
     for option, value in config.items():
-        other_maths = option in OTHER_MATHS or option.startswith("use_") and option != "use_rslora"
+        # use_dora, use_qalora and the like; of those rsLoRA alone is read
+        other_maths = option in OTHER_MATHS or (option.startswith("use_") and option != "use_rslora")
         if other_maths and value:
             refuse(option)
     if config.get("peft_type") not in (None, "LORA"):

@@ -149,7 +149,8 @@ def point_cloud(clip):
 
 
 def html_picture(picture, prefix, seconds):
-    """prefix: keeps the ids of an SVG apart from those of the page's others. seconds: a video's length."""
+    """A Picture as HTML. prefix: keeps the ids of an SVG apart from those of the page's others. seconds: a
+    video's length."""
     content, kind = picture.content, "wide"
     if isinstance(content, str):
         content = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", content)
@@ -196,7 +197,7 @@ def html_stage(number, stage, seconds):
 
 
 def write_html(file, prompt, stages, made, seconds):
-    """made: a sentence on how. seconds: length of a video."""
+    """The page as one file. made: a sentence on how it was made. seconds: length of a video."""
     links = [f'<li><a href="#stage-{i}">{html.escape(stage.title)}</a></li>'
              for i, stage in enumerate(stages, 1)]
     body = ["<h1>One prompt through World-R1</h1>", f"<p><strong>{html.escape(prompt)}</strong></p>",
@@ -207,7 +208,7 @@ def write_html(file, prompt, stages, made, seconds):
 
 
 def write_picture(folder, name, content, seconds):
-    """Into a file that code hosts show inside a page. -> its name"""
+    """Writes a picture into a file of a kind that code hosts show inside a page. -> the file's name"""
     if isinstance(content, str):
         name = f"{name}.svg"
         write_text(folder / name, content)

@@ -286,14 +286,17 @@ class PlayedGPU(TorchDispatchMode):
         options = dict(options or {})
         tensors = [value for value in tree_leaves((arguments, options)) if isinstance(value, torch.Tensor)]
         there = [tensor for tensor in tensors if isinstance(tensor, OnGPU)]
+        # CUDA lets a scalar of the CPU meet its tensors.
         here = [tensor for tensor in tensors if not isinstance(tensor, OnGPU) and tensor.dim()]
         if there and here and function not in self.TRANSFERS:
             raise RuntimeError(f"{function} of tensors on more than one device: "
                                f"{tuple(here[0].shape)} is on the CPU")
 
-        # where the result goes: where it is asked for, or where the (first) tensors are
-        to_gpu = bool(there) and (function is not aten.copy_.default or there[0] is tensors[0])
-        if options.get("device") is not None:
+        # The result goes where the tensors are; that of copy_ is its first argument, and stays where it is.
+        to_gpu = bool(there)
+        if function is aten.copy_.default:
+            to_gpu = isinstance(tensors[0], OnGPU)
+        if options.get("device") is not None:  # it goes where it is asked for
             to_gpu = options["device"].type == "cuda"
             options["device"] = torch.device("cpu")
         out = function(*tree_map(on_cpu, tuple(arguments)), **tree_map(on_cpu, options))
@@ -320,15 +323,14 @@ class PlayedConstants(TorchFunctionMode):
         return torch.tensor(*tree_map(on_cpu, arguments), **options).to(device)
 
 
-def rasterization(*arguments, **options):
+def rasterization(means, rotations, scales, opacities, harmonics, viewmats, K, width, height, *_, **__):
     """Stands in for gsplat's, whose kernels need a true GPU: checks that all tensors are on the played one,
     and returns blank pictures."""
-    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+    tensors = (means, rotations, scales, opacities, harmonics, viewmats, K)
     if not all(isinstance(tensor, OnGPU) for tensor in tensors):
         raise RuntimeError("gsplat is given tensors of the CPU: more than one device")
-    views, width, height = len(tensors[-1]), *arguments[7:9]
-    return (torch.zeros(views, height, width, 4, device=tensors[0].device),
-            torch.zeros(views, height, width, 1, device=tensors[0].device), {})
+    return (torch.zeros(len(K), height, width, 4, device=K.device),
+            torch.zeros(len(K), height, width, 1, device=K.device), {})
 
 
 @contextlib.contextmanager

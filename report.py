@@ -401,11 +401,13 @@ def report(run, device="cpu", with_examples=True):
     if unprintable:
         raise ValueError(f"{run} holds a results folder with a line break in its name, {unprintable[0]!r}; "
                          "rename it")
-    # changes are from the first: one that was not made with what this run exports, if there is one
+    # The table shows changes from its first row: those not made with this run's own weights come first.
     about = {name: read_summary(folder / "summary.json") for name, folder in results.items()}
-    names = sorted(results, key=lambda name: (is_inside(about[name].lora, run)
-                                              or is_inside(about[name].model, run / "model")))
-    results = {name: results[name] for name in names}
+
+    def made_by_this_run(name):
+        return is_inside(about[name].lora, run) or is_inside(about[name].model, run / "model")
+
+    results = {name: results[name] for name in sorted(results, key=made_by_this_run)}  # False is first
     tables = ["<h2>Results</h2>", html_tables(table(results))] if results else []
     body += ["<h2>Training</h2>", training_charts(rows)]
     if with_examples:

@@ -58,7 +58,11 @@ original_text_key = functools.partial(renamed, ORIGINAL_TEXT_NAMES)
 # ---------------------------------------------------------------------------------------------------- loading
 
 def describe_text(folder):
-    """-> (config, its file, weight files, rename) of the text encoder in a model folder of either layout."""
+    """-> (config, its file, weight files, rename) of the text encoder in a model folder of either layout.
+
+    The original layout has no file with the config: the weights' stands for it in errors. rename: our name of
+    a tensor -> the files'.
+    """
     diffusers = folder / "text_encoder"
     if diffusers.is_dir():
         file, rename = diffusers / "config.json", str
@@ -179,7 +183,8 @@ class TextCache:
         """-> the embedding (tokens, D), or None where its file is missing, damaged or not this prompt's."""
         with contextlib.suppress(OSError, SafetensorError, KeyError):
             with safe_open(self.file(prompt), framework="pt") as file:
-                text, known = file.get_tensor("text"), (file.metadata() or {}).get("sha256")
+                text = file.get_tensor("text")
+                known = (file.metadata() or {}).get("sha256")
             if text.dim() == 2 and len(text) <= TEXT_LENGTH and known == self.checksum(prompt, text):
                 return text
 

@@ -195,8 +195,10 @@ def scores(clip):
 
 def best_and_worst(w):
     """The members of the highest and of the lowest advantage, by number."""
-    masked, A = w.batch.terms["total"].isnan(), w.batch.advantages
-    return int(A.masked_fill(masked, -torch.inf).argmax()), int(A.masked_fill(masked, torch.inf).argmin())
+    A, masked = w.batch.advantages, w.batch.terms["total"].isnan()
+    best = A.masked_fill(masked, -torch.inf).argmax()
+    worst = A.masked_fill(masked, torch.inf).argmin()
+    return int(best), int(worst)
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -364,9 +366,10 @@ def stochastic_window(w):
         _, std = transition(t.x, t.x, w.levels[t.index], w.levels[t.index + 1], c.eta, c.sde)
         stds[t.index] = float(std)
         spreads[f"step {t.index}: std of the members after it"] = float(t.x_next.std(0).mean())
-    start = "have each their own noise"
+    start, made_once = "have each their own noise", 0
     if c.shared:
         start = "share their noise and all steps before it, and part in it"
+        made_once = w.batch.sde_steps[0].index
     return Stage(
         "A group of videos branches in a stochastic window",
         f"An ODE has nothing to choose, and a policy gradient needs choices. So in a window of {c.window} "
@@ -375,7 +378,7 @@ def stochastic_window(w):
         f"{c.members} members {start}. Flow-GRPO makes every step stochastic and trains on all {c.steps}; "
         f"its Fast variant trains on the window: {c.window} forward and backward passes a video instead of "
         f"{c.steps}, and {c.window} states kept instead of {c.steps}; steps before it that members share are "
-        f"made once (here {w.batch.sde_steps[0].index * c.shared}). The steps after the window are still "
+        f"made once (here {made_once}). The steps after the window are still "
         "made for each.",
         "x' ~ N(x − [v + s<sup>2</sup>/2σ (x + (1 − σ) v)] Δ, s<sup>2</sup> Δ), &ensp; s = η √(σ / (1 − σ))",
         "x, x': the state before and after a step; Δ: how far σ falls in it; v: the model's velocity. "
@@ -531,8 +534,9 @@ def loss_and_gradient(w):
         for name in ("clipped", "kl", "loss"):
             if name != "kl" or w.c.kl:  # without --kl it is not known
                 numbers[f"step {t.index}: {name}"] = f"{before[name]:.6g} → {after[name]:.6g}"
-    counted = w.batch.advantages != 0  # a masked video has no say
-    followed = (w.log_ratios * w.batch.advantages > 0)[:, counted].float().mean().item()
+    unmasked = w.batch.advantages != 0  # a masked video's advantage is 0: it has no say
+    agrees = w.log_ratios * w.batch.advantages > 0  # (window, B)
+    followed = agrees[:, unmasked].float().mean().item()
     squares = dict.fromkeys(range(len(w.policy.wan.dit.blocks)), 0.0)
     for name, norm in w.gradients.items():
         if name.startswith("blocks."):

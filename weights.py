@@ -227,7 +227,7 @@ def weight_files(folder, stem):
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index} leads out of its folder, to '{name}'; download the checkpoint again")
-    files = [folder / name for name in names or [whole.name]]
+    files = [folder / name for name in names or [whole.name]]  # an empty index, or "-of-00000", names none
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing[:3])}; download the checkpoint again")

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +19,17 @@ VAE_ = dict(base_dim=4, z_dim=4, num_res_blocks=2, dim_mult=(1, 2, 2, 2), latent
             latents_std=(1.1, .9, 1.3, .7))
 TEXT = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
             dropout_rate=0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_numbers_for_a_file():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @torch.no_grad()
@@ -57,6 +69,10 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "wan"
     write_wan(folder, *random_parts(), shift=3.0, dtype=torch.float32,
               sampling=dict(frames=5, height=16, width=32, steps=2, guidance=2.0, fps=8))
+    # beside it a few of the tiny world's prompts, of each split: short runs need not read all 3,800
+    rows = [json.loads(line) for line in (ROOT / "tiny" / "prompts.jsonl").read_text().splitlines()]
+    few = [row for split in ("train", "dynamic", "test") for row in [row for row in rows if row["split"] == split][-16:]]
+    (folder.parent / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     return folder
 
 

@@ -2,10 +2,12 @@
 
 Reads a job a line from stdin, as JSON, and prints a line with the exit codes of its processes. A job:
     {"args": [...], "world": 2}                               train.main(args) on 2 processes (default 1)
+    {"args": [...], "main": "eval"}                           eval.main(args)
     {"args": [...], "kill": "sigterm", "after": "a file"}     asked to stop once that file exists
     {"args": [...], "sampled": "a file"}                      a line there for each prompt an evaluation samples
     {"args": [...], "before": "source"}                       Python that is run first; it may patch train
 """
+import importlib
 import json
 import os
 import signal
@@ -49,7 +51,7 @@ def child(job, rank, world, port):
     code = 70
     try:
         exec(job.get("before", ""), dict(train=train))
-        code = train.main(job["args"])
+        code = importlib.import_module(job.get("main", "train")).main(job["args"])
     except BaseException as e:  # noqa: BLE001
         print(repr(e), file=sys.stderr)
     finally:

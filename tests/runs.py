@@ -15,6 +15,7 @@ def short_run(checkpoint, twins):
     """Arguments of a run of a second: 4 groups of 2 videos of 5 frames, two main steps, then a dynamic."""
     options = dict(
         model=checkpoint,
+        prompts=checkpoint.parent / "prompts.jsonl",
         depth_anything=twins / "depth_anything",
         critic=twins / "qwen3_vl",
         preference=twins / "hpsv3",

@@ -3,11 +3,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from runs import run_jobs
 
+import ablate
 from ablate import CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, TITLES, VALUES, Result, main, probe_scored, scorings
 from eval import interval
 from grpo import draw_window
@@ -91,7 +94,22 @@ def arguments(model, out):
             "--eval-prompts", "1", "--lr", ".1", "--ema-decay", "0", "--views", "2"]
 
 
-def test_a_cell_is_trained_scored_and_written_once(model, tmp_path, capfd):
+@pytest.fixture
+def forked(monkeypatch):
+    """train.py and eval.py run where they are imported already; the probe is launched."""
+    launch = ablate.launch
+
+    def launched(a, *arguments, **options):
+        script, *rest = map(str, arguments)
+        if script not in (str(ablate.ROOT / "train.py"), str(ablate.ROOT / "eval.py")):
+            return launch(a, *arguments, **options)
+        [[code]], _ = run_jobs([dict(main=Path(script).stem, args=rest)])
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(ablate, "launch", launched)
+
+
+def test_a_cell_is_trained_scored_and_written_once(model, forked, tmp_path, capfd):
     command = ["run", "no_traj", *arguments(model, tmp_path), "--seed", "3"]
     assert main(command) == 0
     file = tmp_path / "results" / "no_traj" / "seed_3.json"

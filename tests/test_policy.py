@@ -14,17 +14,18 @@ from train import parse_arguments
 
 @pytest.fixture(scope="module")
 def arguments(checkpoint, twins):
-    return short_run(checkpoint, twins)
+    return [*short_run(checkpoint, twins), "--save-every", "2"]
 
 
 # ------------------------------------------------------------------------ one run, on any number of processes
 
 BY_ONE = ["--batch", "1"]
-# evaluated after each step, which swaps the averaged weights in and out again
-FULL = [*BY_ONE, "--full", "--lr", "1e-4", "--groups", "2", "--eval-every", "1", "--eval-prompts", "2"]
+GENERAL = ["--meta", "0", "--recon", "0", "--traj", "0"]  # how all judges' terms are shared, "one" and "by one" show
+# evaluated between steps, which swaps the averaged weights in and out again
+FULL = [*BY_ONE, *GENERAL, "--full", "--lr", "1e-4", "--groups", "2", "--eval-every", "2", "--eval-prompts", "2"]
 SHARDED = ["--parallel", "fsdp"]
 HYBRID = [*SHARDED, "--shard-size", "2"]
-BRANCHING = [*BY_ONE, "--pooled", "--shared", "--released", "--groups", "2"]
+BRANCHING = [*BY_ONE, *GENERAL, "--pooled", "--shared", "--released", "--groups", "2"]
 JOBS = {  # name: processes, options
     "one": (1, []),
     "four": (4, []),
@@ -227,7 +228,7 @@ def test_a_run_starts_from_an_adapter_and_exports_both(arguments, checkpoint, ad
     one adapter."""
     save_file(lora_weights(adapted.dit), tmp_path / "lora.safetensors")
     base = [*arguments, "--runs", str(tmp_path), "--total-steps", "1"]
-    base += ["--lora-rank", "2", "--lora", str(tmp_path)]
+    base += ["--lora-rank", "2", "--lora", str(tmp_path), *GENERAL]
     still, moved = [*base, "--name", "still", "--lr", "0"], [*base, "--name", "moved"]
     codes, err = run_jobs([dict(args=still), dict(args=moved)], at_once=2)
     assert codes == [[0], [0]], err[-3000:]

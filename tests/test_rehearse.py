@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import socket
@@ -190,8 +191,10 @@ def test_what_cannot_work_is_one_sentence_before_any_work(capsys):
         assert not printed.out, "nothing was traced"
 
 
-def test_the_command_traces_a_step(capsys):
-    """The 1.3B model, of a video that is as small as can be."""
+def test_the_command_traces_a_step(capsys, monkeypatch):
+    """Three of the 1.3B model's layers, which are all alike, of a video that is as small as can be."""
+    whole = rehearse.dit_config
+    monkeypatch.setattr(rehearse, "dit_config", lambda model: dataclasses.replace(whole(model), num_layers=3))
     small = "--frames 5 --height 32 --width 32 --steps 3 --noisy-steps 2 --members 2 --groups 1 --batch 1".split()
     assert bench.main(["--rehearse", "gpu", "--gpus", "1", "--with", *small]) == 0
     printed = capsys.readouterr().out
@@ -208,7 +211,8 @@ def test_batches_of_a_group_share_the_steps_before_the_window():
     first = train.step_window(config_of("wide"), 0, False, 0)[0]
     assert first > 0  # so there are steps to share
     # without the prompt's keys and values, which are made once: less than 1 in 10,000
-    alone, of_a_step = flops(1, "--no-shared"), flops(1, "--no-shared", "--steps", "5") - flops(1, "--no-shared")
+    alone = flops(1, "--no-shared")
+    of_a_step = flops(1, "--no-shared", "--steps", "5") - alone
     assert flops(2, "--no-shared") == pytest.approx(2 * alone, rel=1e-4)
     # of 2 videos a batch: what 2 batches share is the ODE of 1 of 4 videos
     assert flops(1) == pytest.approx(alone - first * of_a_step / 2, rel=1e-4)

@@ -31,7 +31,8 @@ from run import (Processes, append_line, checkpoints_of, drop_lines, fault_of, m
 
 @pytest.fixture(scope="module")
 def arguments(checkpoint, twins):
-    return [*short_run(checkpoint, twins), "--groups", "2"]
+    """Of R_gen alone: how runs are kept does not depend on who judges."""
+    return [*short_run(checkpoint, twins), "--groups", "2", "--meta", "0", "--recon", "0", "--traj", "0"]
 
 
 def assert_same_end(folder, other):

@@ -64,10 +64,12 @@ def page(given, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def book(given, tmp_path_factory):
-    """The folder of the same page in Markdown."""
+def book(given, w, tmp_path_factory):
+    """The folder of the same page in Markdown, of a walk that is there already."""
     folder = tmp_path_factory.mktemp("docs")
-    assert main([PROMPT, *given, "--markdown", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walkthrough, "walk", lambda *_: w)
+        assert main([PROMPT, *given, "--markdown", str(folder)]) == 0
     return folder
 
 

@@ -13,7 +13,7 @@
     python -m tiny export               what RUN has trained, as it is shipped -> tiny/, over what is there
     python -m tiny web --minutes 13     the base of training, an adapter of the exported tiny/wan; then export
 
-python -m tiny COMMAND --help lists a command's options.
+RUN is the folder of --run, runs/tiny by default. python -m tiny COMMAND --help lists a command's options.
 """
 
 import argparse
@@ -158,8 +158,8 @@ def check(options):
         value = options.get(name)
         if value is not None and not 0 < value <= 10 ** 6:
             raise ValueError(f"--{name} must be above 0 and at most a million, got {value}")
-    # Options that take several values.
-    for name in LIMITS.keys() & options.keys() - {"num"}:
+    # Of probe, some take several values.
+    for name in [name for name in LIMITS if name in options and name != "num"]:  # num: see above
         values = options[name]
         for value in values if isinstance(values, list) else [values]:
             check_limits({name: value})

@@ -115,14 +115,14 @@ def geometry_losses(depth, confidence, true_depth, pose, K, true_pose):
     Depth: |log d - log d*| weighted by the confidence c, minus .1 log c. Cameras: smooth L1 (quadratic below
     .1) of positions, rotations and log focals; plain L1 would settle on the median camera, a still one.
     """
-    near = functools.partial(F.smooth_l1_loss, beta=.1)
+    distance = functools.partial(F.smooth_l1_loss, beta=.1)
     error = (depth.log() - true_depth.log()).abs()
     focal = K.diagonal(dim1=1, dim2=2)[:, :2]  # (M, 2)
     true_focal = intrinsics(64, 64).diagonal()[:2].expand(len(K), -1)
     return dict(depth=(confidence * error - .1 * confidence.log()).mean(),
-                position=near(pose[..., :3, 3], true_pose[..., :3, 3]),
-                rotation=near(pose[..., :3, :3], true_pose[..., :3, :3]),
-                focal=near(focal.log(), true_focal.log()))
+                position=distance(pose[..., :3, 3], true_pose[..., :3, 3]),
+                rotation=distance(pose[..., :3, :3], true_pose[..., :3, :3]),
+                focal=distance(focal.log(), true_focal.log()))
 
 
 def camera_step(da3, room, seen, depth, poses, rng):
@@ -164,9 +164,10 @@ def camera_step(da3, room, seen, depth, poses, rng):
     # Where the cameras stand in the room: twice the position, and the rotation minus the identity.
     turn = (poses[..., :3, :3] - torch.eye(3)).flatten(2)
     place = torch.cat([2 * poses[..., :3, 3], turn], 2)  # (B, V, 12)
-    tokens = features[2][1][..., :da3.config.dim]
+    tokens = features[2][1][..., :da3.config.dim]  # the half from before this layer's look at other views
 
-    colour = raw[:, COLOUR_CHANNELS] * splat.sh_basis(torch.eye(3)[2])[0] + .5
+    constant = splat.sh_basis(torch.eye(3)[2])[0]  # of harmonics, the one that is alike in all directions
+    colour = raw[:, COLOUR_CHANNELS] * constant + .5  # as splat.colour has it
     return losses | dict(
         room=(room(tokens) - place).square().mean(),
         surface=(off.abs() / surface).mean(),
@@ -258,7 +259,7 @@ def depth_metrics(da3, count, sheet):
         figures["input_db"].append(psnr(*at_input, per_frame=False))
         figures["odd_db"].append(psnr(*at_odd, per_frame=False))
 
-        # Cameras: rotations in full, of the travel its direction, for its scale is free.
+        # Cameras: their rotations, and which way the last one has gone; how far is not known, up to a scale.
         true = relative_to_first(clip["poses"][rec.index])
         found = relative_to_first(rec.camera_to_world)
         angles = rotation_angle(true[1:, :3, :3], found[1:, :3, :3])
@@ -268,7 +269,7 @@ def depth_metrics(da3, count, sheet):
             cosine = F.cosine_similarity(travel, found[-1, :3, 3], dim=0)
             figures["direction_deg"].append(math.degrees(cosine.clamp(-1, 1).acos()))
 
-        # Depth, once every frame's median is right.
+        # Depth, each frame scaled so that its median is the true one.
         depth = clip["depth"][rec.index]
         scale = depth.flatten(1).median(1).values / rec.depth.flatten(1).median(1).values  # (V,)
         error = (rec.depth * scale[:, None, None] - depth).abs() / depth
@@ -322,7 +323,8 @@ def make_chat_tokenizer(text):
 def write_processor(folder, processor_class, video_class, prompt):
     """Writes Qwen's image processor at 64x64, with a tokenizer of ours that knows the words of a prompt.
 
-    -> the tokenizer's length, and the config's ids of the marks around and in the place of pictures
+    -> the number of the tokenizer's words, and entries of a config: the ids of the marks that enclose a
+    picture or stand for one
     """
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor
     size = dict(shortest_edge=64 * 64, longest_edge=64 * 64)
@@ -514,6 +516,7 @@ def preference_pair(index, seed):
         how, other = "object", miscast(scene, rng)
     if draw < .7:
         return (shown, scene.caption), (picture(other, strength), scene.caption), how
+    # Both in the same words.
     right = caption(scene, random.Random(index))
     wrong = caption(other, random.Random(index))
     return (shown, right), (shown, wrong), how
@@ -535,14 +538,15 @@ def train_preference(run, minutes, seed=0, batch=16):
     def scores(pairs):
         """-> scores of the better (B,) and of the worse (B,), the mean negative log-likelihood of the
         better's words."""
-        better, worse, _ = zip(*pairs)
-        pictures, prompts = zip(*better, *worse)
+        good, bad, _ = zip(*pairs)  # each a picture with its prompt
+        pictures, prompts = zip(*good, *bad)
         inputs = judge.inputs(as_pictures(torch.stack(pictures)), prompts)
         ids = inputs["input_ids"]
         hidden = model.hidden(**inputs)  # (2 B, L, D)
         better, worse = model.score(hidden, ids, judge.reward_id)[:, 0].chunk(2)
 
-        # In the better half every token predicts the next; the picture's tokens and padding do not count.
+        # In the better half every token predicts the next. What a picture's token predicts does not count,
+        # nor does padding.
         n = len(pairs)
         logits = hidden[:n, :-1] @ embedding.weight.T
         said = inputs["attention_mask"][:n, 1:].bool() & (ids[:n, :-1] != model.model.config.image_token_id)

@@ -15,7 +15,6 @@ object (none, sphere, box, cylinder), and the camera motion of the first and of 
 explains the clip. Training a policy on the rewards must not make these readings worse.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -280,7 +279,7 @@ def noise_motions(prompt, kind):
         turned = {"left": "right", "right": "left", "push_in": "pull_out", "pull_out": "push_in"}
         opposite = [re.sub("|".join(turned), lambda word: turned[word[0]], motion) for motion in motions]
         for motion, other in zip(motions, opposite):
-            if motion == other != "fixed":
+            if motion == other and motion != "fixed":
                 raise ValueError(f"no motion is known to be the opposite of {motion}: see noise_motions")
         return opposite
     return motions
@@ -322,9 +321,10 @@ def table_row(name, videos, prompts, probe):
     for gap in (1, 4):
         errors = [reprojection(video, path, gap) for video, path in zip(videos, paths)]
         cells.append(f"{sum(errors) / len(errors):.4f}")
-    cells.append("needs OpenCV")
-    with contextlib.suppress(ImportError):
-        cells[-1] = f"{np.nanmean([epipolar_error(video) for video in videos]):.2f}"
+    try:
+        cells.append(f"{np.nanmean([epipolar_error(video) for video in videos]):.2f}")
+    except ImportError:
+        cells.append("needs OpenCV")
     return f"| {' | '.join(cells)} |"
 
 
@@ -338,10 +338,10 @@ def examine(run, model, probe, prompts, num, seed, frames, rendered, transport, 
     sampling = checked(model, frames, lora)
     # an option that would do nothing is refused before any work
     settings = {name: values for name, values in dict(lora=lora, **settings).items() if values}
-    idle = [name for name in settings] + ["no_transport"] * (not transport)
-    if rendered and (prompts or idle):
-        option = "prompts" if prompts else idle[0].replace("_", "-")
-        raise ValueError(f"--rendered scores the unseen scenes' own clips; drop --{option}")
+    others = dict(prompts=prompts, **settings, no_transport=not transport)
+    idle = [name.replace("_", "-") for name, value in others.items() if value]
+    if rendered and idle:
+        raise ValueError(f"--rendered scores the unseen scenes' own clips; drop --{idle[0]}")
     of_path = [name for name in ("strength", "degradation", "noise_path") if name in settings]
     if not transport and of_path:
         option = of_path[0].replace("_", "-")
@@ -394,12 +394,14 @@ def compare(run, model, lora, num, seed, frames, scale=2):
         videos = sample_in_batches(load_adapted(model, adapter), prompts, sampling, seed)
         shown.append(torch.stack(videos))
 
-    # A scene's clips side by side, then the scenes in a grid that white cells fill up, with white between.
-    columns = 3 if len(shown) == 2 else 2
+    # A scene's clips side by side, two white pixels after each.
     cells = torch.cat([F.pad(clips, (0, 2), value=1.0) for clips in shown], -1)  # (N, F, 3, H, W)
+    # The scenes in a grid: six more to the right and below, and white scenes that fill the last row.
+    columns = 3 if len(shown) == 2 else 2
     cells = F.pad(cells, (0, 6, 0, 6, 0, 0, 0, 0, 0, -num % columns), value=1.0)
     grid = cells.unflatten(0, (-1, columns)).permute(2, 3, 0, 4, 1, 5)  # (F, 3, rows, H, columns, W)
-    pixels = as_bytes(grid.flatten(4).flatten(2, 3)).repeat(scale, 1).repeat(scale, 2)
+    picture = grid.flatten(4).flatten(2, 3)  # (F, 3, rows * H, columns * W)
+    pixels = as_bytes(picture).repeat(scale, 1).repeat(scale, 2)
     with written_whole(run / "compare.webp") as part:
         iio.imwrite(part, pixels, duration=1000 // sampling.fps, loop=0, quality=80)
     for number, prompt in enumerate(prompts, 1):

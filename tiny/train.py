@@ -10,11 +10,13 @@
 RUN is the folder of --run, runs/tiny by default. Every training is one plain loop (`fit`) that resumes from
 RUN/NAME/state.pt after a kill. Every two minutes it writes that file and a line of RUN/NAME/log.txt; vae, dit
 and depth also draw a sheet.png. A training's length is given in minutes, over all resumes, and the learning
-rate follows it. What is rendered for a training is made once and kept (RUN/data, RUN/web/clips.pt,
-RUN/critic/data.pt), and so are its weights. Other words or another seed are noticed, other code is not: after
-a change to it delete the training's folder, or give another --run; else the old clips are trained on, or,
-where the minutes are spent, nothing is. Pretraining is not World-R1's subject: the losses are the usual
-ones, each in the docstring of its function.
+rate follows it. Pretraining is not World-R1's subject: the losses are the usual ones, each in the docstring
+of its function.
+
+What is rendered for a training is made once and kept (RUN/data, RUN/web/clips.pt, RUN/critic/data.pt), and so
+are its weights. A call notices if they were made with other words or another seed, but not if the code has
+changed since. So after a change delete the training's folder, or give another --run: else the same call goes
+on with the old clips, or does nothing, where the minutes are spent.
 """
 
 import contextlib
@@ -340,7 +342,7 @@ def make_data(run, clips):
     """Renders clips and encodes them. Writes RUN/data/statistics.json and shards of normalised float16
     latents."""
     folder = run / "data"
-    # The latents' mean and deviation, a channel, from 256 clips.
+    # The latents' mean and deviation, a channel, from 256 clips: without them the VAE does not normalise.
     if not data_statistics(run):
         vae = load_trained_vae(run)
         channels = training_latents(vae, range(256)).transpose(0, 1).flatten(1)  # (16, everything else)
@@ -349,7 +351,7 @@ def make_data(run, clips):
         write_json(folder / "statistics.json", dataclasses.asdict(made))
 
     # A shard that is there is kept: the command goes on where it was stopped.
-    vae = load_trained_vae(run)
+    vae = load_trained_vae(run)  # now it normalises
     for start in tqdm(range(0, clips, SHARD), desc="data", unit="shard"):
         file = folder / f"shard_{start // SHARD:04d}.safetensors"
         if not file.exists():
@@ -405,7 +407,7 @@ def training_caption(scene, rng):
 def embed(wan, captions):
     """As wan.encode_text, but differentiable, and with the padding collapsed to one row.
 
-    -> text (B, L, D), how many rows of padding the last one stands for
+    -> text (B, L + 1, D) for captions of up to L tokens, how many rows of padding the last row stands for
     """
     tokens = wan.tokenizer(captions, padding="longest", return_tensors="pt")
     text = wan.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state

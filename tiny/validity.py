@@ -76,8 +76,8 @@ def comparisons(rewards, scene, index, seed):
             return whole
         return rewards.score(corrupt(scene, kind, strength, index), scene.caption, path)
 
-    # The video is wrong. kind: the fault for judges of rigidity, never freeze, for a frozen camera still
-    # films a rigid world. fault: for judges that know the path, freeze included unless the camera is fixed.
+    # The video is wrong. Judges of rigidity get a `kind` that is not freeze, for a frozen camera still films
+    # a rigid world. Judges that know the path get a `fault` that may be freeze, unless the camera is fixed.
     unrigid = [name for name in CORRUPTIONS if name != "freeze"]
     kind = unrigid[index % len(unrigid)]
     yield "recon: clip against corrupted", kind, lambda strength: clip(kind, strength).scores["recon"]
@@ -118,8 +118,8 @@ def comparisons(rewards, scene, index, seed):
             return math.nan
         draw = generator(seed, "validate", index, harm)
         broken = damage(rec, harm, strength, draw) if strength else rec
-        views = dataclasses.replace(whole, reconstruction=broken).render(meta_views(rec))
-        return float(digit_score(rewards.critic(views)).mean())
+        pictures = dataclasses.replace(whole, reconstruction=broken).render(meta_views(rec))
+        return float(digit_score(rewards.critic(pictures)).mean())
 
     yield "meta: reconstruction against broken", harm, from_beside
 
@@ -151,7 +151,7 @@ def comparisons(rewards, scene, index, seed):
 
 
 def plain_sum(scores, without=None):
-    """Terms (groups, members, terms) -> totals (groups, members), without: of the other terms."""
+    """Terms (groups, members, terms) -> totals (groups, members). without: a term that is not added."""
     kept = [index for index, name in enumerate(TERMS) if name != without]
     return scores[..., kept].sum(-1)
 
@@ -217,8 +217,7 @@ def print_agreement(row, other):
     found = defaultdict(list)
     for kind, mine, theirs in zip(row["kinds"], row["grid"], other["grid"]):
         found[kind].append(scipy.stats.spearmanr(mine, theirs).statistic)
-    row["agreement"] = {kind: float(np.nanmean(values)) for kind, values in found.items()}
-    words = ", ".join(f"{kind} {value:.2f}" for kind, value in row["agreement"].items())
+    words = ", ".join(f"{kind} {np.nanmean(values):.2f}" for kind, values in found.items())
     print(f"epipolar error with re-projection, over the strengths of a clip: Spearman {words}")
 
 

@@ -173,12 +173,14 @@ def intrinsics(height, width):
 
 
 def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at=slice(None), poses=None):
-    """Ray casts a scene. -> dict
+    """Ray casts a scene. -> a dict of the F frames that are rendered
 
     video (F, 3, H, W) in [0, 1]; poses (F, 4, 4) camera-to-world; and with depth=True also depth (F, H, W)
-    z-depth and mask (F, H, W) (0 room, 1.. objects), both exact at pixel centres. at: indices of the frames
-    to render, all by default. Supersampling is supersample x supersample rays a pixel. poses: camera-to-world
-    (F, 4, 4) in frame 0's axes instead of the scene's own path.
+    z-depth and mask (F, H, W) (0 room, 1.. objects), both exact at pixel centres.
+
+    at: which of the clip's frames to render, all by default. supersample: a pixel gets as many rays on each
+    side. poses: cameras in place of the scene's own path, one for each of the clip's frames, in the axes of
+    that path's frame 0.
     """
     if poses is None:
         poses = camera_path(scene.motions, frames)
