@@ -22,9 +22,8 @@ import torch
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from depth_anything import SIZES, DepthAnything3
-from estimate import dit_config
 from grpo import deal
-from model import VAE, DiT, VAEConfig
+from model import VAE, DiT, VAEConfig, released_config
 from rehearse import rehearse, rehearse_depth
 from tiny.judges import write_depth
 from tiny.train import write_wan
@@ -52,7 +51,7 @@ def dress(preset, options=(), models=None):
     c = parse_arguments(["--preset", preset, *options])
     check(dataclasses.replace(c, groups=1), 1)  # before gigabytes are written
     model = Path(c.model).name + "-random"
-    models = models or (dit_config(model), VAEConfig(), SIZES["da3-giant"])
+    models = models or (released_config(model), VAEConfig(), SIZES["da3-giant"])
     with tempfile.TemporaryDirectory(prefix="dress_", dir=".") as scratch:
         folder = Path(scratch)
         # in a process of its own, whose memory is free again when the step is made

@@ -13,7 +13,6 @@ import math
 import os
 import statistics
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,10 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from depth_anything import SIZES, memory_estimate, processed_size
 from grpo import deal, draw_window, possible_windows, rollout_passes
 from lora import add_lora
-from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig
+from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, released_config
 from rewards import TERMS
 from sample import generator, sampling_of
-from weights import read_json
 
 
 # ------------------------------------------------------------------ the DiT's work and memory, by arithmetic
@@ -136,17 +134,6 @@ def busiest_rollout(c, gpus, trials=300):
     return [statistics.mean(counts) for counts in zip(*most)]
 
 
-def dit_config(model):
-    """-> the DiTConfig of a released Wan, by its folder's config or else by its name; None of any other."""
-    for file in (Path(model) / "transformer" / "config.json", Path(model) / "config.json"):
-        if file.exists():
-            values = read_json(file)
-            found = values.get("num_layers"), values.get("ffn_dim")  # as both layouts name them
-            return next((config for config in DIT_SIZES.values()
-                         if (config.num_layers, config.ffn_dim) == found), None)
-    return next((config for size, config in DIT_SIZES.items() if size in Path(model).name.upper()), None)
-
-
 def judges_work(c):
     """-> {judge: (bytes of its working set, FLOPs a video)} of the reward models that the total's terms use.
 
@@ -184,7 +171,7 @@ def estimate(c, gpus, card):
     """
     if c.full:
         raise ValueError("the estimate counts LoRA training alone; leave out --full")
-    config = dit_config(c.model)
+    config = released_config(c.model)
     if config is None:
         raise ValueError(f"the estimate knows Wan2.1 {' and '.join(DIT_SIZES)} by their names, "
                          f"and --model is {c.model}")
@@ -270,7 +257,7 @@ def estimate(c, gpus, card):
 
 def estimate_line(c, world):
     """-> the estimate in a sentence, before anything is loaded; None where there is none."""
-    if c.full or dit_config(c.model) is None:
+    if c.full or released_config(c.model) is None:
         return None
     card, where = H200, "no GPU here; "
     if c.device.startswith("cuda"):

@@ -43,8 +43,7 @@ from tqdm import tqdm
 import splat
 from lora import merge_lora
 from critics import lpips_distance
-from estimate import dit_config
-from model import load_wan
+from model import load_wan, released_config
 from noise_warp import camera_path, parse_motion, relative_to_first, rotation_angle
 from prompts import SPLITS, read_prompts, read_rows
 from rewards import (MASKED, TERMS, add_reward_options, is_fault, motion_magnitude, native_intrinsics,
@@ -479,7 +478,7 @@ def check(a, default):
         raise ValueError(f"--num must be at least 1, got {a.num}")
     check_size(a.frames, a.height, a.width)
     twins = tiny_twins(a)
-    if twins and dit_config(a.model):
+    if twins and released_config(a.model):
         raise ValueError(f"--{twins[0].replace('_', '-')} is a tiny twin, which knows rooms of 64x64 alone; "
                          f"for {a.model} give the released judges (docs/real_size.md, Training)")
     if a.frames == 1:

@@ -19,6 +19,7 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Literal
 
 import torch
@@ -685,6 +686,17 @@ class OriginalDiT:
     num_heads: Size
     in_dim: Size
     out_dim: Size
+
+
+def released_config(model):
+    """-> the DiTConfig of a released Wan, by its folder's config or else by its name; None of any other."""
+    for file in (Path(model) / "transformer" / "config.json", Path(model) / "config.json"):
+        if file.exists():
+            values = read_json(file)
+            found = values.get("num_layers"), values.get("ffn_dim")  # as both layouts name them
+            return next((config for config in DIT_SIZES.values()
+                         if (config.num_layers, config.ffn_dim) == found), None)
+    return next((config for size, config in DIT_SIZES.items() if size in Path(model).name.upper()), None)
 
 
 def _describe_dit(folder):

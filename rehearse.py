@@ -40,8 +40,7 @@ import sample
 import splat
 import train
 from depth_anything import SIZES, DepthAnything3, processed_size
-from estimate import dit_config
-from model import VAE, DiT, VAEConfig, Wan
+from model import VAE, DiT, VAEConfig, Wan, released_config
 from noise_warp import camera_path
 from rewards import Rewards
 from run import Processes
@@ -205,7 +204,7 @@ def rehearse(c, gpus, config=None, vae_config=None, rolled_out=1):
     def lap(phase):
         phases[phase] = trace.lap()
 
-    config = config or dit_config(c.model)
+    config = config or released_config(c.model)
     processes = Rehearsed(gpus)
     try:
         with without_data(trace):
@@ -232,7 +231,7 @@ def rehearse_depth(c, config=SIZES["da3-giant"]):
 def rehearse_devices(c, config=None, change=lambda wan: None):
     """Forward passes on a GPU that need not be there: sampling, decoding, Depth Anything 3. An operation on
     tensors of two devices, or of two dtypes, raises. change(wan): for tests, plants one."""
-    config = config or dit_config(c.model)
+    config = config or released_config(c.model)
     with without_data(Trace()):
         with torch.device("cuda"):
             wan = random_wan(config, VAEConfig(), torch.bfloat16)

@@ -35,12 +35,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from estimate import dit_config, estimate_line
+from estimate import estimate_line
 from eval import ALONE_SHARE, ALONE_STEPS, alarms, decided_alone, unrewarded
 from grpo import (Batch, advantages, deal, draw_window, kl, normalise_log_ratio, possible_windows,
                   rectification, rollout, rollout_passes, standardise, surrogate, update_of,
                   variance_shares)
 from lora import lora_file
+from model import released_config
 from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
@@ -336,8 +337,8 @@ def train(c, processes):
     if processes.rank == 0:  # a near miss ("zoom in") is warned of now, not when its prompt's turn comes
         still = sum(parse_motion(prompt) == ["fixed"] for prompt in prompts["train"])
         tqdm.write(f"{still} of {len(prompts['train'])} training prompts ask for a camera that stands still")
-    rewards = rewards_for(c, processes.device).load()
     folder = open_run(c, processes)
+    rewards = rewards_for(c, processes.device).load()
     policy = Policy(c, processes)
 
     # A run goes on from its newest whole checkpoint. skipped: updates in a row that were left out.
@@ -771,7 +772,7 @@ def main(argv=None):
     try:
         c = parse_arguments(argv)
         check(c, world)
-        if world > 1 and dit_config(c.model) and not torch.cuda.is_available():
+        if world > 1 and released_config(c.model) and not torch.cuda.is_available():
             raise ValueError(f"{world} processes would train Wan on CPUs, for PyTorch finds no GPU; it was "
                              f"made for CUDA {torch.version.cuda} (None: without), and nvidia-smi must show "
                              "that or a newer one")

@@ -1,3 +1,4 @@
+import functools
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import rewards  # noqa: E402
 from model import VAE, DiT, DiTConfig, VAEConfig  # noqa: E402
 from tiny.judges import build_critic, build_depth, build_preference, write_depth  # noqa: E402
 from tiny.train import make_tokenizer, write_wan  # noqa: E402
@@ -30,6 +32,15 @@ def same_numbers_for_a_file():
 def same_numbers():
     """What a test draws does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """The judges of a file's tests are loaded once: they look, and change nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_depth_anything", "Critic", "Preference", "load_lpips"):
+            patch.setattr(rewards, name, functools.cache(getattr(rewards, name)))
+        yield
 
 
 @torch.no_grad()

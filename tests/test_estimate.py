@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import train
 from estimate import (CRITIC, DEPTH, H200, JUDGES, MACHINES, PREFERENCE, RTX_4090, busiest_rollout, decoding,
-                      dit_config, dit_flops, estimate, estimate_line, rollout_counts)
+                      dit_flops, estimate, estimate_line, rollout_counts)
 from lora import add_lora
-from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig
+from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, released_config
 from policy import Policy
 from run import Processes
 from train import deal, parse_arguments, roll_out_groups, step_window
@@ -249,9 +249,9 @@ def test_two_questions_at_once_are_an_argument_error(parts, capsys):
 def test_a_folder_is_of_the_size_that_its_config_says(folder, tmp_path):
     """In both layouts and whatever its name; a twin's is of no size."""
     model = tmp_path / "my-wan-1.3b"
-    assert dit_config(str(model)) == DIT_SIZES["1.3B"], "by its name alone"
+    assert released_config(str(model)) == DIT_SIZES["1.3B"], "by its name alone"
     write_json(model / folder / "config.json", dict(num_layers=40, ffn_dim=13824))
-    assert dit_config(str(model)) == DIT_SIZES["14B"]
+    assert released_config(str(model)) == DIT_SIZES["14B"]
     options = ["--dynamic-steps", "0", "--model"]
     assert estimated("node", 8, [*options, str(model)]) == estimated("node", 8, [*options, "Wan2.1-T2V-14B"])
     write_json(model / folder / "config.json", dict(num_layers=2, ffn_dim=13824))

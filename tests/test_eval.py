@@ -27,6 +27,8 @@ from test_splat import scene as random_gaussians
 from tiny.world import corrupt, intrinsics, random_scene, render
 from weights import TINY
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 

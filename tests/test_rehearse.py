@@ -193,8 +193,8 @@ def test_what_cannot_work_is_one_sentence_before_any_work(capsys):
 
 def test_the_command_traces_a_step(capsys, monkeypatch):
     """Three of the 1.3B model's layers, which are all alike, of a video that is as small as can be."""
-    whole = rehearse.dit_config
-    monkeypatch.setattr(rehearse, "dit_config", lambda model: dataclasses.replace(whole(model), num_layers=3))
+    whole = rehearse.released_config
+    monkeypatch.setattr(rehearse, "released_config", lambda model: dataclasses.replace(whole(model), num_layers=3))
     small = "--frames 5 --height 32 --width 32 --steps 3 --noisy-steps 2 --members 2 --groups 1 --batch 1".split()
     assert bench.main(["--rehearse", "gpu", "--gpus", "1", "--with", *small]) == 0
     printed = capsys.readouterr().out

@@ -16,6 +16,8 @@ from rewards import TERMS, Rewards
 from sample import read_video, write_video
 from weights import write_json
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
          "disable-background-networking", "disable-component-update",
          "autoplay-policy=no-user-gesture-required", "window-size=420,900")  # a phone's width

@@ -20,6 +20,8 @@ from run import Processes
 from sample import generator, initial_noise, log_prob, sigmas, transition
 from train import Config, check, parse_arguments, step_prompts
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.fixture(scope="module")
 def arguments(checkpoint, twins):

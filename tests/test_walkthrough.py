@@ -25,6 +25,8 @@ from sample import euler, sigmas
 from train import Config, parse_arguments, train
 from walkthrough import STAGES, before_and_after, best_and_worst, dynamic_phase, main, noise_statistics, options_of, walk
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 PROMPT = 'push_in then pan_left, a <b>red</b> sphere | "room"'
 THEMES = ("light", "dark")
 
