@@ -400,7 +400,7 @@ def gaussians_of(raw, depth, camera_to_world, K):
     means = t[:, None, None] + ray * length
 
     # As published, scales lie between 1e-5 and 30 units; a unit is a tenth of the sum of a pixel's two sides
-    # at that distance.
+    # at the Gaussian's distance.
     pixel = .1 * (K_inv[:, :2, :2] / size[:2]).sum((1, 2))  # (V,), at distance 1
     scales = (1e-5 + (30 - 1e-5) * scale.sigmoid()) * length * pixel[:, None, None, None]
 

@@ -153,7 +153,7 @@ def judges_work(c):
 
 @functools.cache
 def numbers_in(config, rank):
-    """-> how many numbers the DiT of a DiTConfig has, given as a tuple, LoRA of that rank, and the VAE."""
+    """-> how many numbers a DiT (config: a DiTConfig's values), LoRA of that rank and the VAE have."""
     with torch.device("meta"):
         dit, vae = DiT(DiTConfig(*config)), VAE(VAEConfig())
     frozen, of_vae = (sum(p.numel() for p in part.parameters()) for part in (dit, vae))

@@ -126,7 +126,7 @@ def trim_text(text):
     positions, so equal tokens are one key with weight n: the same result for a fraction of the work.
     (text, 0) if there is too little padding to gain. Pass n as dit(..., text_padding=n).
     """
-    # That of the longest prompt: tokens are contiguous from the start. A shorter one keeps some zero tokens.
+    # The longest prompt's, as tokens are contiguous from the start. A shorter one keeps some zero tokens.
     length = int(text.abs().amax((0, 2)).ne(0).sum())
     # Never to 64 mod 128 keys, at which cuDNN before 9.26, PyTorch's choice on an H100 or H200, can make NaNs
     # in the backward pass of attention with a bias (pytorch issue 196678): one more zero token is kept then.

@@ -82,7 +82,9 @@ def checkpoint(tmp_path_factory):
               sampling=dict(frames=5, height=16, width=32, steps=2, guidance=2.0, fps=8))
     # beside it a few of the tiny world's prompts, of each split: short runs need not read all 3,800
     rows = [json.loads(line) for line in (ROOT / "tiny" / "prompts.jsonl").read_text().splitlines()]
-    few = [row for split in ("train", "dynamic", "test") for row in [row for row in rows if row["split"] == split][-16:]]
+    few = []
+    for split in ("train", "dynamic", "test"):
+        few += [row for row in rows if row["split"] == split][-16:]
     (folder.parent / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     return folder
 

@@ -1,4 +1,4 @@
-"""Runs train.main in forked children: torch is imported once for many runs, and a run can be killed anytime.
+"""Runs train.main or eval.main in forked children: torch is imported once, and a run can be killed anytime.
 
 Reads a job a line from stdin, as JSON, and prints a line with the exit codes of its processes. A job:
     {"args": [...], "world": 2}                               train.main(args) on 2 processes (default 1)
@@ -40,7 +40,7 @@ def free_port():
 
 
 def child(job, rank, world, port):
-    """Never returns: exits with train.main's code, or 70 after an exception that it let through."""
+    """Never returns: exits with that main's code, or 70 after an exception that it let through."""
     if world > 1:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -96,12 +96,12 @@ def arguments(model, out):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """train.py and eval.py run where they are imported already; the probe is launched."""
+    """train.py and eval.py run where they are imported already; dynamic prompts' eval.py and the probe are launched."""
     launch = ablate.launch
 
     def launched(a, *arguments, **options):
         script, *rest = map(str, arguments)
-        if script not in (str(ablate.ROOT / "train.py"), str(ablate.ROOT / "eval.py")):
+        if script not in (str(ablate.ROOT / "train.py"), str(ablate.ROOT / "eval.py")) or "dynamic" in rest:
             return launch(a, *arguments, **options)
         [[code]], _ = run_jobs([dict(main=Path(script).stem, args=rest)])
         return SimpleNamespace(returncode=code)

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():  # before anything slow is imported
     pytest.skip("needs a CUDA GPU; on a machine that has one: make test-gpu", allow_module_level=True)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    pytest.skip("its times count, so nothing may run beside it: make test-gpu", allow_module_level=True)
 
 import diffusers  # noqa: E402
 import peft  # noqa: E402

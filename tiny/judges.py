@@ -259,7 +259,7 @@ def depth_metrics(da3, count, sheet):
         figures["input_db"].append(psnr(*at_input, per_frame=False))
         figures["odd_db"].append(psnr(*at_odd, per_frame=False))
 
-        # Cameras: their rotations, and which way the last one has gone; how far is not known, up to a scale.
+        # Cameras: their rotations, and which way the last one has gone; how far is known up to a scale alone.
         true = relative_to_first(clip["poses"][rec.index])
         found = relative_to_first(rec.camera_to_world)
         angles = rotation_angle(true[1:, :3, :3], found[1:, :3, :3])

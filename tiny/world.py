@@ -178,9 +178,9 @@ def render(scene, frames=17, height=64, width=64, supersample=2, depth=False, at
     video (F, 3, H, W) in [0, 1]; poses (F, 4, 4) camera-to-world; and with depth=True also depth (F, H, W)
     z-depth and mask (F, H, W) (0 room, 1.. objects), both exact at pixel centres.
 
-    at: which of the clip's frames to render, all by default. supersample: a pixel gets as many rays on each
-    side. poses: cameras in place of the scene's own path, one for each of the clip's frames, in the axes of
-    that path's frame 0.
+    at: which of the clip's frames to render, all by default. supersample: so many by so many rays a pixel.
+    poses: cameras in place of the scene's own path, one for each of the clip's frames, in the axes of that
+    path's frame 0.
     """
     if poses is None:
         poses = camera_path(scene.motions, frames)
