@@ -413,7 +413,7 @@ def sampled_videos(a, folder):
     if a.lora:
         merge_lora(wan.dit, a.lora, apart=True)
 
-    # large videos one by one: many at once would be no faster, and take tens of gigabytes
+    # large videos one by one: ten at once would take tens of gigabytes (`estimate.forward_bytes`)
     batch = BATCH if sampling.frames * sampling.height * sampling.width < 10 ** 6 else 1
 
     @functools.lru_cache(maxsize=1)

@@ -180,7 +180,7 @@ def rotation_angle(A, B):
 # --------------------------------------------------------------------------------------------------- the flow
 
 # The scene is not known before it is made, so it is one plane at depth 1; by its homography the cameras tell
-# each pixel's way (paper, eq. 6; the release sets the plane anew at depth 1 of every camera: orbits differ):
+# each pixel's way (paper, eq. 6; the release sets it anew at depth 1 of every camera: push and orbit differ):
 #     flow(p) = project(E_{f+1}^-1 X) - p,    X the point where pixel p's ray from camera E_f meets the plane
 
 def path_flow(path, height, width, depth=1.0, fov=FOV):

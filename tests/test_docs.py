@@ -295,8 +295,7 @@ def test_the_table_of_savings_is_what_bench_estimates():
 
 def test_diffusers_takes_our_noise_and_adapter_as_the_page_says(tmp_path):
     """The page's own lines, for the tiny model."""
-    language, block = next(found for found in BLOCK.findall((ROOT / "docs/real_size.md").read_text())
-                           if found[0] == "python")
+    block = next(block for language, block in BLOCK.findall(REAL_SIZE.read_text()) if language == "python")
     tiny = {"49, 60, 104": "17, 8, 8", "49": "17", "torch.bfloat16": "torch.float32", '"cuda"': '"cpu"',
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(ROOT / "tiny/wan"), "runs/n1": str(ROOT / "tiny/world_r1"),
             "latents=noise": "latents=noise, num_inference_steps=2",
