@@ -3,6 +3,7 @@
     python eval.py metrics --num 100 --out runs/scores/base                   the tiny model's samples, scored
     python eval.py metrics --num 100 --lora runs/first --out runs/scores/rl   same prompts and seeds, trained
     python eval.py metrics --videos DIR --prompts FILE --out runs/scores/x    anybody's mp4s
+    torchrun --nproc-per-node 8 eval.py metrics ...                           the same on 8 GPUs
     python eval.py table --runs base=runs/scores/base rl=runs/scores/rl       the paper's tables
 
 A results folder holds metrics.jsonl (a row a video), summary.json (means with intervals) and, of a sampled
@@ -48,9 +49,10 @@ from noise_warp import camera_path, parse_motion, relative_to_first, rotation_an
 from prompts import SPLITS, read_prompts, read_rows
 from rewards import (MASKED, TERMS, add_reward_options, is_fault, motion_magnitude, native_intrinsics,
                      paths_in_depths, rewards_of, tiny_twins)
-from sample import (as_bytes, check_name, check_size, check_writable, psnr, read_video, sample_videos,
-                    sampling_of, write_video)
-from weights import TINY, as_command, command_line, from_json, read_bytes, read_json, write_json
+from run import Processes
+from sample import (as_bytes, check_device, check_name, check_size, check_writable, psnr, read_video,
+                    sample_videos, sampling_of, write_video)
+from weights import TINY, as_command, command_line, from_json, read_bytes, read_json, write_json, write_text
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -395,7 +397,8 @@ BATCH = 10  # small videos that are sampled at once
 
 
 def sampled_videos(a, folder):
-    """A model's samples for the prompts of a split -> {name: prompt}, load(name).
+    """A model's samples for the prompts of a split -> {name: prompt}, load(name), how many are sampled at
+    once.
 
     A batch is sampled when its first video is asked for, and written to the folder. Prompt k takes the seed's
     k-th noise: the same in every batch, and before and after training.
@@ -429,7 +432,7 @@ def sampled_videos(a, folder):
         number, place = divmod(int(name), batch)
         return sampled_batch(number * batch)[place]
 
-    return {f"{k:04d}": prompt for k, prompt in enumerate(prompts)}, load
+    return {f"{k:04d}": prompt for k, prompt in enumerate(prompts)}, load, batch
 
 
 def measured_row(name, prompt, load, rewards):
@@ -477,6 +480,7 @@ def check(a, default):
     if a.num < 1:
         raise ValueError(f"--num must be at least 1, got {a.num}")
     check_size(a.frames, a.height, a.width)
+    check_device(a.device)
     twins = tiny_twins(a)
     if twins and released_config(a.model):
         raise ValueError(f"--{twins[0].replace('_', '-')} is a tiny twin, which knows rooms of 64x64 alone; "
@@ -527,25 +531,37 @@ def new_folder(out):
         os.close(owner)
 
 
-def metrics(a, default):
-    """Scores every video and writes the results folder -> exit status, 1 if a video or a term failed."""
-    check(a, default)
+def metrics(a, processes):
+    """Scores every video and writes the results folder -> exit status, 1 if a video or a term failed.
+
+    Processes share the videos by what is sampled at once; the first one writes the folder.
+    """
     rewards = rewards_of(a)
     # videos and models: what is wrong with their files is found here
-    videos = part_of(a.out) / "videos"
+    part = part_of(a.out)
     if a.videos:
-        prompts, load = folder_videos(a.videos, a.prompts)
+        (prompts, load), at_once = folder_videos(a.videos, a.prompts), 1
     else:
-        prompts, load = sampled_videos(a, videos)
+        prompts, load, at_once = sampled_videos(a, part / "videos")
     rewards.load()
+    first = processes.rank == 0
+    mine = [name for k, name in enumerate(prompts) if k // at_once % processes.world == processes.rank]
 
-    with new_folder(a.out) as part:
+    with new_folder(a.out) if first else contextlib.nullcontext():
+        processes.wait()  # the folder is there, and empty
         # one row a video; written at once, so that what a stopped call has done can be looked at
-        rows = []
-        with open(part / "metrics.jsonl", "w") as log:
-            for name, prompt in tqdm(prompts.items(), desc="metrics", unit="video"):
-                rows.append(measured_row(name, prompt, load, rewards))
-                print(json.dumps(rows[-1]), file=log, flush=True)
+        rows = {}
+        with open(part / "metrics.jsonl", "a") as log:
+            for name in tqdm(mine, desc="metrics", unit="video", disable=not first):
+                rows[name] = measured_row(name, prompts[name], load, rewards)
+                print(json.dumps(rows[name]), file=log, flush=True)
+
+        # all processes' rows, in the order of the videos
+        rows = {name: row for share in processes.gather(rows) for name, row in share.items()}
+        if not first:
+            return 0
+        rows = [rows[name] for name in prompts]
+        write_text(part / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         about = summarise(a, rows, part)
         write_json(part / "summary.json", dataclasses.asdict(about))
 
@@ -825,7 +841,12 @@ def main(argv=None):
 
     a = parser.parse_args(argv)
     if a.command == "metrics":
-        return metrics(a, metrics_parser.get_default)
+        check(a, metrics_parser.get_default)
+        processes = Processes(a.device)
+        a.device = str(processes.device)  # of several processes each has its own
+        status = metrics(a, processes)
+        processes.close()
+        return status
     if not all("=" in run for run in a.runs):
         raise ValueError("--runs takes LABEL=FOLDER, such as base=runs/scores/base")
     runs = dict(run.split("=", 1) for run in a.runs)

@@ -47,6 +47,10 @@ class Processes:
         self.device = torch.device(device if cuda else "cpu")
         if cuda and (self.world > 1 or self.device.index is None):  # of several processes each has its own
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            gpus = torch.cuda.device_count()
+            if self.device.index >= gpus:
+                raise ValueError(f"process {self.device.index + 1} of this machine finds no GPU of its own, for "
+                                 f"there are {gpus}; start no more: torchrun --nproc-per-node {gpus}")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -118,14 +122,6 @@ def store_of_this_start():
     if agents:
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return store
-
-
-def end_alone(status):
-    """Ends this process at once, its process group still open: NCCL's is closed by all processes together,
-    and the others may be waiting for this one elsewhere. They see its connections close, and end as well."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 # ------------------------------------------------------------------------------------------- the run's folder

@@ -46,12 +46,12 @@ from noise_warp import camera_path, parse_motion, released_push
 from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Rewards, combine, motion_magnitude, tiny_twins
-from run import (Clock, Processes, append_line, drop_lines, end_alone, mean_of, metrics_row, open_run,
+from run import (Clock, Processes, append_line, drop_lines, mean_of, metrics_row, open_run,
                  read_log, resume, save_checkpoint, wandb_log)
 from sample import (SDE_KINDS, check_device, check_size, check_writable, contact_sheet, decode_videos, euler,
                     evenly_spaced, generator, initial_noise, log_prob, noise_levels, sample_latents,
                     sampling_of, transition, unchanged, write_video)
-from weights import TINY, command_line, is_out_of_memory, write_text
+from weights import TINY, command_line, end_alone, ending, write_text
 
 ROOT = Path(__file__).parent
 
@@ -748,24 +748,6 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
     return [row for _, row in rows]
 
 
-def ending(error, rank, world):
-    """-> the exit status of a process after an error, and the line that it prints: None where another process
-    prints it."""
-    status, reason = 2, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        status, reason = 130, "interrupted; start it again to go on from its newest checkpoint"
-    elif is_out_of_memory(error):
-        reason = ("out of memory; run fewer videos at once with a smaller --batch, or add "
-                  "--checkpointing or --offload")
-    if rank == 0:
-        return status, f"train.py: {reason}"
-    # a bad setting and Ctrl-C come to every process, what a node lacks to all of that node's: the first
-    # process of each node says it
-    if isinstance(error, (ValueError, KeyboardInterrupt)) and int(os.environ.get("LOCAL_RANK", rank)):
-        return status, None
-    return status, f"train.py: process {rank} of {world}: {reason}"
-
-
 def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     processes = None
@@ -786,7 +768,9 @@ def main(argv=None):
         processes = Processes(c.device, c.timeout)
         finished = train(c, processes)
     except (ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as e:
-        status, line = ending(e, rank, world)
+        status, line = ending(e, "train.py", again="start it again to go on from its newest checkpoint",
+                              memory="run fewer videos at once with a smaller --batch, or add "
+                                     "--checkpointing or --offload")
         if line:
             tqdm.write(line, file=sys.stderr)  # print would be glued to the progress bar
         if world > 1:

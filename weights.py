@@ -97,6 +97,33 @@ def is_out_of_memory(error):
     return by_name or "can't allocate memory" in str(error)
 
 
+def ending(error, name, again="give the same command again",
+           memory="ask for less at once, or use a larger card"):
+    """-> the exit status of a command after an error, and the line that it prints: None where another process
+    of torchrun's prints it. again: the mend of an interruption, memory: of too little memory."""
+    status, reason = 2, error
+    if isinstance(error, KeyboardInterrupt):
+        status, reason = 130, f"interrupted; {again}"
+    elif is_out_of_memory(error):
+        reason = f"out of memory; {memory}"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0:
+        return status, f"{name}: {reason}"
+    # a bad setting and Ctrl-C come to every process, what a node lacks to all of that node's: the first
+    # process of each node says it
+    if isinstance(error, (ValueError, KeyboardInterrupt)) and int(os.environ.get("LOCAL_RANK", rank)):
+        return status, None
+    return status, f"{name}: process {rank} of {world}: {reason}"
+
+
+def end_alone(status):
+    """Ends this process at once, its process group still open: NCCL's is closed by all processes together,
+    and the others may be waiting for this one elsewhere. They see its connections close, and end as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def as_command(name):
     """Decorates a main(argv): what cannot be is one sentence and exit status 2, Ctrl-C one line and 130."""
     def decorated(main):
@@ -104,15 +131,16 @@ def as_command(name):
         def command(argv=None):
             try:
                 return main(argv) or 0
-            except (ValueError, OSError) as e:
-                status, reason = 2, e
-            except (RuntimeError, MemoryError) as e:
-                if not is_out_of_memory(e):
+            except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
+                alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+                # of several processes, one that another has left says so in a line
+                if isinstance(e, RuntimeError) and alone and not is_out_of_memory(e):
                     raise
-                status, reason = 2, "out of memory; ask for less at once, or use a larger card"
-            except KeyboardInterrupt:
-                status, reason = 130, "interrupted; give the same command again"
-            print(f"{name}: {reason}", file=sys.stderr)
+                status, line = ending(e, name)
+            if line:
+                print(line, file=sys.stderr)
+            if not alone:
+                end_alone(status)
             return status
 
         return command

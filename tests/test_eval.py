@@ -22,6 +22,7 @@ from model import load_wan
 from noise_warp import camera_path
 from prompts import read_prompts
 from rewards import TERMS
+from runs import run_jobs
 from sample import generator, sample_videos, sampling_of, write_video
 from test_splat import scene as random_gaussians
 from tiny.world import corrupt, intrinsics, random_scene, render
@@ -533,13 +534,23 @@ def test_a_model_is_sampled_and_scored(judges, checkpoint, tmp_path):
     (model / "sampling.json").write_text(json.dumps(sampling))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=f"push_in {split} room {i}", split=split)) + "\n"
                                               for split in ("train", "test") for i in range(12)))
-    command = ["metrics", "--model", str(model), "--prompts", str(tmp_path / "p.jsonl"), "--num", "11",
-               "--out", str(out), "--views", "3", *judges]
-    assert main(command) == 0
+    command = ["metrics", "--model", str(model), "--prompts", str(tmp_path / "p.jsonl"), "--views", "3", *judges]
+    eleven = [*command, "--num", "11", "--out"]
+    assert main([*eleven, str(out)]) == 0
     rows = read_rows(out)
     assert [row["size"] for row in rows] == ["5x32x32"] * 11
     assert all(math.isfinite(row[name]) for row in rows for name in ("psnr", "psnr_held_out", "three_d"))
     assert len(list((out / "videos").glob("*.mp4"))) == 11
+
+    # two processes share the same videos by batches: the first has ten of them
+    together = tmp_path / "together"
+    jobs = [dict(main="eval", world=2, args=[*eleven, str(folder)]) for folder in (together, out)]
+    codes, said = run_jobs(jobs)
+    assert codes == [[0, 0], [2, 2]]
+    assert said.count("is there already and is never replaced") == 1  # by the first process alone
+    assert read_rows(together) == rows
+    for name in ("summary.json", "videos/0010.mp4"):
+        assert (together / name).read_bytes() == (out / name).read_bytes()
 
     # at another size than the model's own, the judges one at a time
     assert main([*command, "--num", "1", "--width", "48", "--offload", "--out", str(tmp_path / "wide")]) == 0
@@ -571,7 +582,7 @@ def test_videos_are_sampled_as_they_were_asked_for(checkpoint, tmp_path):
                        (adapted, dict(lora=tmp_path))):
         a = dict(prompts=tmp_path / "p.jsonl", model=str(checkpoint), split="test", num=BATCH + 1, frames=None,
                  height=None, width=None, device="cpu", lora=None, seed=3, transport=True) | given
-        prompts, load = sampled_videos(SimpleNamespace(**a), tmp_path / "videos")
+        prompts, load, _ = sampled_videos(SimpleNamespace(**a), tmp_path / "videos")
         assert prompts[last] == rows[BATCH]["prompt"]
         (expected,), _ = sample_videos(wan, [prompts[last]], sampling, a["seed"], noise_ids=[BATCH],
                                        transport=a["transport"])
@@ -587,7 +598,7 @@ def test_large_videos_are_sampled_one_by_one(checkpoint, tmp_path):
                         width=448, device="cpu", lora=None, seed=0, transport=True)
     for width, sampled in ((448, ["0000.mp4"]), (32, ["0000.mp4", "0001.mp4"])):
         a.width = width
-        _, load = sampled_videos(a, tmp_path / str(width))
+        _, load, _ = sampled_videos(a, tmp_path / str(width))
         load("0000")
         assert sorted(file.name for file in (tmp_path / str(width)).iterdir()) == sampled
 

@@ -492,6 +492,14 @@ def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
     alone.close()
 
 
+def test_more_processes_than_gpus_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="process 5 of this machine finds no GPU of its own, for there are 4; start no "
+                                         "more: torchrun --nproc-per-node 4"):
+        Processes("cuda")
+
+
 def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(monkeypatch, tmp_path, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -587,27 +587,6 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(arguments, t
     assert not (tmp_path / "ruined" / "lora.safetensors").exists()
 
 
-@pytest.mark.parametrize("error, rank, status, said", [
-    (ValueError("--lr must be ..."), 0, 2, "--lr must be"),
-    (ValueError("--lr must be ..."), 1, 2, None),  # rank 0 says it
-    (RuntimeError("lost"), 1, 2, "process 1 of 2: lost"),
-    (KeyboardInterrupt(), 0, 130, "start it again"),
-    (MemoryError(), 0, 2, "--batch"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 1, 2, "process 1 of 2: out of memory"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 0, 2, "--checkpointing")])
-def test_an_error_ends_in_one_line(error, rank, status, said):
-    found, line = train.ending(error, rank, 2)
-    assert found == status
-    assert line is None if said is None else said in line
-
-
-def test_what_a_node_lacks_is_said_by_its_first_process(monkeypatch):
-    for local_rank, said in ((0, True), (1, False)):
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        _, line = train.ending(ValueError("gsplat does not compile"), 8 + local_rank, 16)
-        assert (line is not None) == said
-
-
 # ----------------------------------------------------------------------------------------------- how it ends
 
 OUT_OF_MEMORY = ("out of memory; run fewer videos at once with a smaller --batch, or add --checkpointing or "

@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from model import load_dit, load_vae, load_wan
-from weights import (Positive, Size, config_from, model_folder, open_tensors, read_json, weight_files,
+from weights import (Positive, Size, config_from, ending, model_folder, open_tensors, read_json, weight_files,
                      write_json, written_whole)
 
 
@@ -372,3 +372,28 @@ def test_a_huge_json_is_not_read(tmp_path):
         file.truncate(2 ** 28 + 1)  # of holes: no disk is used
     with pytest.raises(ValueError, match="no regular file of at most 256 MiB"):
         read_json(tmp_path / "huge.json")
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+@pytest.mark.parametrize("error, rank, status, said", [
+    (ValueError("--lr must be ..."), 0, 2, "x.py: --lr must be ..."),
+    (ValueError("--lr must be ..."), 1, 2, None),  # rank 0 says it
+    (RuntimeError("lost"), 1, 2, "x.py: process 1 of 2: lost"),
+    (KeyboardInterrupt(), 0, 130, "x.py: interrupted; start it again"),
+    (KeyboardInterrupt(), 1, 130, None),
+    (MemoryError(), 0, 2, "x.py: out of memory; ask for less"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, 2, "x.py: process 1 of 2: out of memory; ask for less"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 0, 2, "x.py: out of memory; ask for less")])
+def test_an_error_ends_in_one_line(error, rank, status, said, monkeypatch):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ending(error, "x.py", "start it again", "ask for less") == (status, said)
+
+
+def test_what_a_node_lacks_is_said_by_its_first_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    for local_rank, said in ((0, "x.py: process 8 of 16: gsplat does not compile"), (1, None)):
+        monkeypatch.setenv("RANK", str(8 + local_rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert ending(ValueError("gsplat does not compile"), "x.py") == (2, said)
