@@ -52,8 +52,16 @@ MOMENTS = [  # of a step: right after this call, where its first argument ends s
     ("run", "to_disk", "manifest.json"),  # whole, under its temporary name
     ("run", "to_disk", "checkpoints"),  # renamed
     ("run.shutil", "rmtree", "step_000001")]  # the oldest is gone
+STARTING_OR_EVALUATING = [  # in this order, with an evaluation before the first step and after the second
+    ("run", "write_json", "config.json"),  # begun
+    ("train", "evaluation_rows", ""),  # sampled and scored, not logged
+    ("train", "append_line", "eval.jsonl"),  # logged, not exported
+    ("policy", "write_safetensors", "lora.safetensors"),  # exported, not to eval/ yet
+    ("run", "to_disk", "checkpoints"),  # the first step is saved
+    ("train", "evaluation_rows", ""),  # the second is trained and evaluated: neither is saved
+    ("train", "append_line", "eval.jsonl")]
 DIES_AFTER = """
-import os, run, signal
+import os, policy, run, signal
 owner, name, word = {moment}
 owner = eval(owner)
 original = getattr(owner, name)
@@ -75,6 +83,21 @@ def test_killed_at_every_moment_of_a_step_it_ends_the_same(arguments, whole, tmp
     assert codes == [*([-9] for _ in MOMENTS), [0]], err[-3000:]
     assert len(metrics(whole)) == 5
     assert_same_end(tmp_path / "killed", whole)
+
+
+def test_killed_while_it_starts_or_evaluates_it_ends_the_same(arguments, tmp_path):
+    """SIGKILL before the first step and inside evaluations: the same evaluations, too, each of them once."""
+    options = [*arguments, "--runs", str(tmp_path), "--total-steps", "2", "--eval-every", "2", "--eval-prompts", "2"]
+    killed = [*options, "--name", "killed"]
+    jobs = [dict(args=killed, before=DIES_AFTER.replace("{moment}", repr(moment))) for moment in STARTING_OR_EVALUATING]
+    codes, err = run_jobs([*jobs, dict(args=killed), dict(args=[*options, "--name", "alone"])])
+    assert codes == [*([-9] for _ in STARTING_OR_EVALUATING), [0], [0]], err[-3000:]
+    assert_same_end(tmp_path / "killed", tmp_path / "alone")
+    evaluations = [(tmp_path / name / "eval.jsonl").read_text() for name in ("killed", "alone")]
+    assert evaluations[0] == evaluations[1]
+    assert [json.loads(line)["step"] for line in evaluations[0].splitlines()] == [0, 2]
+    for file in ("000000/01.mp4", "000002/01.mp4", "000002/lora.safetensors"):
+        assert len({(tmp_path / name / "eval" / file).read_bytes() for name in ("killed", "alone")}) == 1
 
 
 @pytest.fixture(scope="module")
