@@ -272,8 +272,8 @@ def flow_to_noise(w):
         "it was not, so the published models get fresh noise mixed in (its share here: "
         f"{w.c.degradation:g}). All this on a grid {fine} times as fine as the latents' {w.noise.shape[3]} × "
         f"{w.noise.shape[4]} cells (stage 7): each patch of {fine} × {fine} is then averaged and multiplied "
-        f"by {fine}, which keeps the variance. The numbers are those of noise drawn anew for every frame → "
-        "of transported noise, which should differ along the flow alone.",
+        f"by {fine}, which keeps the variance. In the table stand noise drawn anew for every frame → "
+        "transported noise; only the correlation along the flow should differ.",
         "z'(v') = Σ<sub>v</sub> w(v) z(v) / √(Σ<sub>v</sub> w(v)<sup>2</sup>), &ensp; "
         "z'(v'<sub>k</sub>) = z(v) / √n + e<sub>k</sub> − mean(e)",
         "z(v): a value of the frame before; v': a cell where v arrives; w(v): how much of a cell of frame 0 "
@@ -378,7 +378,7 @@ def stochastic_window(w):
         f"{c.members} members {start}. Flow-GRPO makes every step stochastic and trains on all {c.steps}; "
         f"its Fast variant trains on the window: {c.window} forward and backward passes a video instead of "
         f"{c.steps}, and {c.window} states kept instead of {c.steps}; steps before it that members share are "
-        f"made once (here {made_once}). The steps after the window are still "
+        f"made once (here {made_once} of them). The steps after the window are still "
         "made for each.",
         "x' ~ N(x − [v + s<sup>2</sup>/2σ (x + (1 − σ) v)] Δ, s<sup>2</sup> Δ), &ensp; s = η √(σ / (1 − σ))",
         "x, x': the state before and after a step; Δ: how far σ falls in it; v: the model's velocity. "
@@ -479,7 +479,8 @@ def four_rewards(w):
         "geometry. A judge that fails gives no number: its video is masked.",
         "R = S<sub>meta</sub> + S<sub>recon</sub> + S<sub>traj</sub> + λ R<sub>gen</sub>, &ensp; "
         "S<sub>traj</sub> = exp(−(α |t − s t̂| + β ∠(Q, Q̂)))",
-        "The S lie in [0, 1], R_gen in [−1, 1]; λ: its weight. t, Q: where the cameras asked for stand and "
+        "S_meta and S_traj lie in [0, 1], S_recon = 1 − LPIPS(frames, renders) about there, R_gen in "
+        "[−1, 1]; λ: its weight. The errors are means over frames. t, Q: where the cameras asked for stand and "
         f"look; t̂, Q̂: those found; s: the scale that fits best; α = {w.c.traj_alpha:g}, "
         f"β = {w.c.traj_beta:g}. The paper adds the terms with weight 1; the weights of this run: stage 10.",
         "World-R1, eq. 8 to 10 (the scale s, α and β are ours); rewards.py",
@@ -511,7 +512,8 @@ def group_advantages(w):
         "The group's mean is the baseline",
         "A reward by itself says little; how much better a video is than others of the same prompt says "
         f"which choice of noise to make more likely. The terms are {how}, and the sum is standardised in "
-        "the group, which replaces a learned value function. Listed is the share of the advantages' variance "
+        "the group, which replaces a learned value function (pooled, as in tiny's training, a std is of all "
+        "groups of a step; here there is one). Listed is the share of the advantages' variance "
         "that each term decided: one that decides nearly all is the only one that is trained on. Here "
         f"{TERMS[most].label} decided most, {w.shares[most]:.0%}, though it differs by only "
         f"{float(raw.max() - raw.min()):.3f} between members. So one group may reward what looks worse; "

@@ -441,6 +441,8 @@ def test_released_push_is_its_formula():
         y = x + .5 * weight * x.std() * delta
         assert torch.allclose(push(x, step), (y - y.mean()) / y.std() * x.std() + x.mean(), atol=1e-4)
     assert torch.equal(push(x, 2), x)
+    ours, stated = released_push(base, moved), released_push(base, moved, strength=.35, steps=8)
+    assert all(torch.equal(ours(x, step), stated(x, step)) for step in range(9))
 
 
 def test_released_push_moves_white_noise_towards_the_transported():

@@ -44,6 +44,8 @@ def test_dit_names_and_shapes_at_full_size(size):
         vae, their_vae = VAE(), diffusers.AutoencoderKLWan()
     for a, b in ((ours, theirs), (vae, their_vae)):
         assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
+    for name in ("latents_mean", "latents_std"):
+        assert getattr(vae.config, name) == tuple(their_vae.config[name])
 
 
 @pytest.mark.parametrize("config", [

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from conftest import ROOT
 from matplotlib.axes import Axes
 
-from critics import digit_score, lpips_distance
+from critics import digit_score, load_lpips, lpips_distance
 from depth_anything import DA3Config, DepthAnything3
 from noise_warp import MOTIONS, camera_path
 from rewards import (TERMS, Clip, add_reward_options, draw_clip, load_rewards, main, meta_views, motion_magnitude,
-                     native_intrinsics, preference_reward, rewards_of, trajectory_reward, trajectory_term)
+                     native_intrinsics, paths_in_depths, preference_reward, recon_reward, rewards_of,
+                     trajectory_reward, trajectory_term)
 from sample import write_video
 from tiny.judges import write_depth
 from tiny.world import random_scene, render
@@ -85,6 +86,15 @@ def test_still_and_turning_targets_measure_travel_in_depths():
     both = pan.clone()
     both[:, :3, 3] = travel[:, :3, 3]
     assert trajectory_reward(pan, both) < trajectory_reward(pan, pan) == 1
+
+
+def test_travel_is_measured_in_median_depths():
+    """Of a reconstruction seven times as large: by the reward, and by what metrics compare."""
+    travel = camera_path(["push_in"], 17)
+    rec = SimpleNamespace(index=torch.arange(17), camera_to_world=scaled(travel, 7), depth=torch.full((17, 8, 8), 7.0))
+    found = trajectory_term(SimpleNamespace(alpha=5.0, beta=5.0), Clip(torch.zeros(17, 3, 8, 8), "", STILL, rec))
+    assert found == pytest.approx(trajectory_reward(STILL, travel), abs=1e-6)
+    assert torch.allclose(paths_in_depths(travel, rec)[1], travel, atol=1e-9)
 
 
 def test_noise_in_place_of_travel_is_no_better_than_standing_still():
@@ -584,6 +594,27 @@ def test_a_failed_reconstruction_is_no_number(part, value, message, batch, twins
             assert message in clip.errors[name]
         else:
             assert torch.tensor(clip.scores[name]) == out[name][0]
+
+
+def test_r_gen_asks_for_the_prompt_on_the_judges_own_scale():
+    class Judge:
+        center, spread = 4.0, 2.0
+
+        def __call__(self, frames, prompts):
+            self.asked = prompts
+            return torch.full((len(frames),), 5.0)
+
+    judges = SimpleNamespace(preference=Judge(), frames_seen=3, center=None, spread=None)
+    found = float(preference_reward(judges, Clip(torch.rand(5, 3, 8, 8), "a lake", None)))
+    assert found == pytest.approx(math.tanh(.5))
+    assert judges.preference.asked == ["a lake"] * 3
+
+
+def test_a_render_brighter_than_white_is_white(monkeypatch):
+    monkeypatch.setattr(Clip, "render", lambda clip, cameras: torch.full((2, 3, 64, 64), 1.5))
+    rec = SimpleNamespace(camera_to_world=None, index=torch.arange(2))
+    judges = SimpleNamespace(lpips=load_lpips("random"), device="cpu")
+    assert float(recon_reward(judges, Clip(torch.ones(2, 3, 64, 64), "", None, rec))) == pytest.approx(1)
 
 
 def test_r_gen_lies_within_one_and_rises_with_the_score(batch, twins):

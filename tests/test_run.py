@@ -515,6 +515,27 @@ def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
     alone.close()
 
 
+def test_a_timeout_is_in_minutes(monkeypatch, capsys):
+    assert Processes("cpu", 1.5).timeout.total_seconds() == 90
+
+    def asked(device, timeout):
+        raise ValueError(f"{timeout} minutes")
+
+    monkeypatch.setattr(train, "Processes", asked)
+    assert train.main(["--timeout", "2.5"]) == 2
+    assert capsys.readouterr().err.endswith("train.py: 2.5 minutes\n")
+
+
+def test_a_line_of_the_log_by_hand():
+    """Three groups of two; the second one is flat. Two updates, whose largest ratios are 1.5 and 3."""
+    notes = [dict(ratio=1.0, ratio_max=largest, clipped=0.0, kl=0.0, loss=0.0) for largest in (1.5, 3.0)]
+    A = torch.tensor([-2.0, 1, 0, 0, -1, 1])
+    row = run.metrics_row(SimpleNamespace(groups=3), 0, False, [0, 1, 2], dict(total=torch.arange(6.0)), [0.0] * 6, {}, A,
+                          notes, [1.0], Processes("cpu"), run.Clock())
+    assert (row["total_std"], row["ratio_max"], row["advantage_max"], row["flat_groups"]) == (.5, 3, 1, 1)
+    assert row["advantage_abs"] == pytest.approx(5 / 6)
+
+
 def test_more_processes_than_gpus_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "4")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import imageio.v2 as iio_v2
 import imageio.v3 as iio
@@ -222,6 +223,7 @@ def test_the_command_writes_videos_and_a_contact_sheet(checkpoint, tmp_path, cap
     written = sorted(file.name for file in out.parent.iterdir())
     assert written == ["clip.png", "clip_0.mp4", "clip_1.mp4"]  # no temporary files left
     for file in printed[:2]:
+        assert S.read_video(file)[1] == S.sampling_of(checkpoint).fps
         assert iio.imread(file).shape == (5, 16, 32, 3)
         assert iio.immeta(file)["codec"] == "h264"
     first = [iio.imread(file) for file in printed]
@@ -230,6 +232,14 @@ def test_the_command_writes_videos_and_a_contact_sheet(checkpoint, tmp_path, cap
 
     S.main(arguments)
     assert all((a == iio.imread(file)).all() for a, file in zip(first, printed))
+
+
+def test_pixels_survive_a_file(tmp_path):
+    assert S.as_bytes(torch.tensor([-.1, .6 / 255, 1.1]).view(3, 1, 1)).flatten().tolist() == [0, 1, 255]
+    greys = torch.tensor([0, .25, .5, 1])
+    for grey in greys:
+        S.write_video(tmp_path / "a.mp4", grey.expand(5, 3, 32, 32), 8)
+        assert (S.read_video(tmp_path / "a.mp4")[0] - grey).abs().max() < .003  # to the nearest of 256
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -510,6 +520,7 @@ def test_every_option_of_sampling_reaches_the_latents(checkpoint):
              for way in ways]
     assert torch.pdist(torch.stack(found)).min() > 1e-3
     assert torch.equal(S.noise_levels(wan, 4), S.sigmas(4, 3.0)), "the model's own shift"
+    assert torch.equal(S.noise_levels(SimpleNamespace(shift=None), 4), S.sigmas(4, 5.0)), "it states none"
 
 
 def test_every_option_of_the_command_reaches_the_video(checkpoint):
@@ -518,6 +529,19 @@ def test_every_option_of_the_command_reaches_the_video(checkpoint):
         a = S.parse_arguments(["push_in a red sphere", "--model", str(checkpoint), "--device", "cpu", *way.split()])
         videos.append(S.videos_of_column(a, "none", own, None)[0].flatten())
     assert torch.pdist(torch.stack(videos)).min() > 0  # two calls alike are equal to the bit
+
+
+@pytest.mark.parametrize("solver", S.SOLVERS)
+def test_what_changes_latents_is_called_after_every_step(solver, checkpoint):
+    steps = []
+
+    def after_step(x, i):
+        steps.append(i)
+        return torch.full_like(x, i)
+
+    x = S.sample(load_wan(checkpoint), ["a box"], torch.randn(1, 4, 2, 2, 4), 3, solver=solver, after_step=after_step)
+    assert steps == [0, 1, 2]
+    assert (x == 2).all()
 
 
 def test_released_sampling_pushes_the_carried_noise_into_white(checkpoint):

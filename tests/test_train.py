@@ -4,6 +4,7 @@ import math
 import shlex
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from policy import Policy
 from prompts import read_prompts
 from rewards import TERMS, Term, combine
 from run import Processes
-from sample import generator, initial_noise, log_prob, sigmas, transition
+from sample import generator, initial_noise, log_prob, read_video, sample_videos, sigmas, transition
 from train import Config, check, parse_arguments, step_prompts
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -295,6 +296,18 @@ def sum_3d(row):
     return row["meta"] + row["recon"] + row["traj"]
 
 
+def test_an_evaluation_is_sampled_by_the_runs_seed_and_strength(arguments, tmp_path):
+    c = parse_arguments([*arguments, "--runs", str(tmp_path), "--seed", "3", "--strength", ".5"])
+    policy, seen, prompts = Policy(c, Processes("cpu")), [], ["push_in a hill"]
+    judges = SimpleNamespace(terms=lambda *given: seen.append(given) or dict(total=torch.zeros(1)))
+    train.evaluation_rows(policy, judges, prompts, tmp_path / "e")
+    (((video,), _, (path,)),) = seen
+    assert torch.equal(path, camera_path(["push_in"], c.frames, .5))
+    (expected,), _ = sample_videos(policy.wan, prompts, train.sampling_for(c), 3, strength=.5)
+    assert torch.equal(video, expected)
+    assert read_video(tmp_path / "e" / "00.mp4")[1] == train.sampling_for(c).fps
+
+
 def test_evaluation_writes_videos_curves_and_an_adapter(arguments, tmp_path):
     """In a run with every switch that the other runs leave alone."""
     base = [*arguments, "--runs", str(tmp_path), "--name", "e"]
@@ -516,6 +529,7 @@ def test_every_step_logs_who_decided(arguments, tmp_path):
     assert sum(main[f"share_{name}"] for name in TERMS) == pytest.approx(1)
     assert dynamic["share_general"] == pytest.approx(1)
     assert "share_meta" not in dynamic
+    assert dynamic["flat_groups"] == 0 and dynamic["advantage_abs"] > .1  # R_gen alone, and it teaches
 
 
 # ------------------------------------------------------------------------------ gradients that are not finite
@@ -649,6 +663,9 @@ def test_the_loss_is_the_clipped_surrogate_plus_the_kl(switch, arguments, tmp_pa
     distance = ((mean - reference) ** 2 / (2 * std ** 2)).mean()
     assert loss.item() == pytest.approx((expected + c.kl * distance).item(), rel=1e-5)
     assert note["kl"] == pytest.approx(distance.item(), rel=1e-5)
+    of_loss, of_equations = (torch.cat([g.flatten() for g in torch.autograd.grad(value, list(policy.trained.values()))])
+                             for value in (loss, expected + c.kl * distance))
+    assert (of_loss - of_equations).norm() < 1e-3 * of_equations.norm()
     moved = ((mean - step.mean) / std).square().flatten(1).mean(1).sqrt()
     assert note["drift"] == pytest.approx(moved.max().item(), rel=1e-5) and note["drift"] > 1e-3
 
@@ -669,6 +686,10 @@ def test_an_update_is_the_mean_over_its_groups_steps_and_members(updates, argume
     _, norms, skipped = train.update(policy, batches, 0, 0)
     assert norms[0] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4)
     assert len(norms) == int(updates) and skipped == 0
+
+    batches[0].sde_steps[0].mean += 1  # what the rollout said is not what the update finds
+    with pytest.raises(RuntimeError, match="rollout and update run the model differently"):
+        train.update(policy, batches, 1, 0)
 
 
 @pytest.mark.parametrize("standardised", [False, True])
@@ -701,6 +722,17 @@ def test_a_released_rollout_pushes_the_carried_noise_into_white(arguments, tmp_p
 
 
 @pytest.mark.parametrize("switch", ["--no-shared", "--shared"])
+def test_a_released_rollout_is_pushed_after_every_step(switch, arguments, tmp_path, monkeypatch):
+    """Those before the window, which members may share, the window's own, and those after it."""
+    pushed = []
+    monkeypatch.setattr(train, "released_push", lambda *_: lambda x, i: pushed.append(i) or x)
+    c = parse_arguments([*arguments, "--runs", str(tmp_path), "--released", switch])
+    list(train.roll_out_groups(Policy(c, Processes("cpu")), 0, False, [(7, "push_in a hill")], [range(1, 2)],
+                               [(0, range(2))]))
+    assert pushed == [0, 1, 2]
+
+
+@pytest.mark.parametrize("switch", ["--no-shared", "--shared"])
 def test_a_rollout_begins_with_noise_that_its_path_carries(switch, arguments, tmp_path):
     """Drawn by (seed, step, phase, prompt, member, purpose) and nothing else; shared, all have the first's."""
     c = parse_arguments([*arguments, "--runs", str(tmp_path), "--seed", "3", "--degradation", ".6", switch])
@@ -727,6 +759,7 @@ def test_a_rollout_asks_for_the_path_at_its_strength(arguments, tmp_path):
 def test_a_rollout_that_the_update_does_not_repeat_stops_the_run():
     for dtype, small, large in (("float32", 5e-5, 5e-4), ("bfloat16", 5e-3, 5e-2)):
         train.stop_if_drifted(Config(dtype=dtype), [dict(drift=small)])
+        train.stop_if_drifted(Config(dtype=dtype, guidance=20.0), [dict(drift=large)])  # which multiplies rounding
         with pytest.raises(RuntimeError, match="rollout and update run the model differently"):
             train.stop_if_drifted(Config(dtype=dtype), [dict(drift=0.0), dict(drift=large), dict(drift=0.0)])
 
