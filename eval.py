@@ -538,7 +538,7 @@ def metrics(a, processes):
     """
     rewards = rewards_of(a)
     # videos and models: what is wrong with their files is found here
-    part = part_of(a.out)
+    part = processes.on_rank_0(lambda: part_of(a.out))  # it tries a file there, which others would find
     if a.videos:
         (prompts, load), at_once = folder_videos(a.videos, a.prompts), 1
     else:
@@ -552,12 +552,14 @@ def metrics(a, processes):
         # one row a video; written at once, so that what a stopped call has done can be looked at
         rows = {}
         with open(part / "metrics.jsonl", "a") as log:
-            for name in tqdm(mine, desc="metrics", unit="video", disable=not first):
+            whose = "metrics" if processes.world == 1 else f"metrics, process 0 of {processes.world}"
+            for name in tqdm(mine, desc=whose, unit="video", disable=not first):
                 rows[name] = measured_row(name, prompts[name], load, rewards)
                 print(json.dumps(rows[name]), file=log, flush=True)
 
         # all processes' rows, in the order of the videos
         rows = {name: row for share in processes.gather(rows) for name, row in share.items()}
+        processes.close()  # VBench would share its videos with the others, who are done
         if not first:
             return 0
         rows = [rows[name] for name in prompts]
@@ -815,7 +817,7 @@ def table(runs):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-@as_command("eval.py")
+@as_command("eval.py", shared=True)
 def main(argv=None):
     parser = command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -844,9 +846,7 @@ def main(argv=None):
         check(a, metrics_parser.get_default)
         processes = Processes(a.device)
         a.device = str(processes.device)  # of several processes each has its own
-        status = metrics(a, processes)
-        processes.close()
-        return status
+        return metrics(a, processes)
     if not all("=" in run for run in a.runs):
         raise ValueError("--runs takes LABEL=FOLDER, such as base=runs/scores/base")
     runs = dict(run.split("=", 1) for run in a.runs)

@@ -49,8 +49,9 @@ class Processes:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             gpus = torch.cuda.device_count()
             if self.device.index >= gpus:
-                raise ValueError(f"process {self.device.index + 1} of this machine finds no GPU of its own, for "
-                                 f"there are {gpus}; start no more: torchrun --nproc-per-node {gpus}")
+                # no ValueError: the machine's first process, which would say it (`ending`), has its GPU
+                raise RuntimeError(f"no GPU is left for this process, for the machine has {gpus}; "
+                                   f"start no more: torchrun --nproc-per-node {gpus}")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:

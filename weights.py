@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+import traceback
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,16 +99,17 @@ def is_out_of_memory(error):
 
 
 def ending(error, name, again="give the same command again",
-           memory="ask for less at once, or use a larger card"):
+           memory="ask for less at once, or use a larger card", alone=False):
     """-> the exit status of a command after an error, and the line that it prints: None where another process
-    of torchrun's prints it. again: the mend of an interruption, memory: of too little memory."""
+    of torchrun's prints it. again: the mend of an interruption, memory: of too little memory. alone: the
+    command shares no work, whatever torchrun's variables say."""
     status, reason = 2, error
     if isinstance(error, KeyboardInterrupt):
         status, reason = 130, f"interrupted; {again}"
     elif is_out_of_memory(error):
         reason = f"out of memory; {memory}"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank == 0:
+    if alone or rank == 0:
         return status, f"{name}: {reason}"
     # a bad setting and Ctrl-C come to every process, what a node lacks to all of that node's: the first
     # process of each node says it
@@ -124,21 +126,28 @@ def end_alone(status):
     os._exit(status)
 
 
-def as_command(name):
-    """Decorates a main(argv): what cannot be is one sentence and exit status 2, Ctrl-C one line and 130."""
+def as_command(name, shared=False):
+    """Decorates a main(argv): what cannot be is one sentence and exit status 2, Ctrl-C one line and 130.
+
+    shared: torchrun's processes do it together. Then one of them says what cannot be, and each ends at once.
+    """
     def decorated(main):
         @functools.wraps(main)
         def command(argv=None):
+            alone = not shared or int(os.environ.get("WORLD_SIZE", 1)) == 1
             try:
                 return main(argv) or 0
             except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
-                alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-                # of several processes, one that another has left says so in a line
+                # of several processes: most likely another has died, and that one says why
                 if isinstance(e, RuntimeError) and alone and not is_out_of_memory(e):
                     raise
-                status, line = ending(e, name)
+                status, line = ending(e, name, alone=alone)
+            except Exception:  # a fault of the program, for which the other processes must not wait
+                if alone:
+                    raise
+                status, line = 1, traceback.format_exc()
             if line:
-                print(line, file=sys.stderr)
+                print(line if alone else f"\n{line}", file=sys.stderr)  # not glued to a progress bar
             if not alone:
                 end_alone(status)
             return status

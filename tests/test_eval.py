@@ -528,8 +528,9 @@ def test_a_model_is_sampled_and_scored(judges, checkpoint, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=f"push_in {split} room {i}", split=split)) + "\n"
                                               for split in ("train", "test") for i in range(12)))
     command = ["metrics", "--model", str(model), "--prompts", str(tmp_path / "p.jsonl"), "--views", "3", *judges]
+    command += ["--device", "cpu"]
     eleven = [*command, "--num", "11", "--out"]
-    assert main([*eleven, str(out)]) == 0
+    assert run_jobs([dict(main="eval", args=[*eleven, str(out)])])[0] == [[0]]
     rows = read_rows(out)
     assert [row["size"] for row in rows] == ["5x32x32"] * 11
     assert all(math.isfinite(row[name]) for row in rows for name in ("psnr", "psnr_held_out", "three_d"))

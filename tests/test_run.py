@@ -27,6 +27,7 @@ from model import DiT, DiTConfig
 from policy import fingerprint
 from run import (Processes, append_line, checkpoints_of, drop_lines, fault_of, mean_of, newest_whole,
                  read_log, save_checkpoint, std_in_groups)
+from weights import ending
 
 
 @pytest.fixture(scope="module")
@@ -538,10 +539,12 @@ def test_a_line_of_the_log_by_hand():
 
 def test_more_processes_than_gpus_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(ValueError, match="process 5 of this machine finds no GPU of its own, for there are 4; start no "
-                                         "more: torchrun --nproc-per-node 4"):
+    for name, value in dict(LOCAL_RANK=4, RANK=4, WORLD_SIZE=8).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RuntimeError) as error:
         Processes("cuda")
+    assert ending(error.value, "x.py") == (2, "x.py: process 4 of 8: no GPU is left for this process, for the machine "
+                                              "has 4; start no more: torchrun --nproc-per-node 4")
 
 
 def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(monkeypatch, tmp_path, capsys):
