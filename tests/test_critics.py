@@ -3,11 +3,12 @@ import json
 import re
 import shutil
 
+import lpips
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, Preference, as_pictures, as_text, digit_score,
+from critics import (CRITIC_PROMPT, REWARD_TOKEN, Critic, Hpsv3Json, Preference, as_pictures, as_text, digit_score,
                      load_lpips, lpips_distance, one_sentence_errors, published_instruction)
 from weights import TINY, read_json, write_json
 
@@ -357,6 +358,22 @@ def test_pictures_are_as_large_as_hpsv3_json_says(side, twins, tmp_path):
 def test_pictures_are_rounded_and_do_not_wrap():
     picture, = as_pictures(torch.tensor([-.1, .6 / 255, 1.1]).view(1, 3, 1, 1))
     assert picture.flatten().tolist() == [0, 1, 255]
+
+
+def test_the_trunk_of_lpips_is_the_one_that_is_named(monkeypatch):
+    torch.manual_seed(0)
+    expected = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in load_lpips("random").state_dict().items())
+    made = []
+    monkeypatch.setattr(lpips, "LPIPS", lambda **options: made.append(options["pnet_rand"]) or torch.nn.Identity())
+    for trunk in ("alex", "random"):
+        load_lpips(trunk)
+    assert made == [False, True]
+
+
+def test_the_scale_of_r_gen_is_of_hpsv3_json_else_the_published_models(judge):
+    assert (judge.center, judge.spread) == (1, 5)
+    assert Hpsv3Json() == Hpsv3Json("", 256 * 28 * 28, 5.0, 5.0)
 
 
 def test_lpips_sees_pixels_between_minus_one_and_one():

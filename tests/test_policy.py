@@ -4,7 +4,7 @@ import torch
 from runs import largest_difference, metrics, run_jobs, short_run, weights
 from safetensors.torch import load_file, save_file
 
-from lora import add_lora, lora_weights, merge_lora
+from lora import LinearApart, add_lora, lora_weights, merge_lora
 from model import load_wan
 from policy import Policy
 from run import Processes
@@ -221,6 +221,15 @@ def dit_output(dit):
     x, text = torch.randn(2, 4, 2, 2, 4, generator=draw), torch.randn(2, 5, 32, generator=draw)
     with torch.no_grad():
         return dit(x, torch.tensor([500.0, 20]), text)
+
+
+def test_a_bfloat16_run_keeps_its_first_adapter_apart(arguments, adapted, tmp_path):
+    """Added to bfloat16 weights, most of it would be rounded away."""
+    save_file(lora_weights(adapted.dit), tmp_path / "lora.safetensors")
+    given = ["--runs", str(tmp_path), "--lora", str(tmp_path), "--dtype", "bfloat16"]
+    policy = Policy(parse_arguments([*arguments, *given]), Processes("cpu"))
+    assert isinstance(policy.wan.dit.blocks[0].attn1.to_q.linear, LinearApart)
+    assert policy.optimiser.param_groups[0]["eps"] == 1e-8
 
 
 def test_a_run_starts_from_an_adapter_and_exports_both(arguments, checkpoint, adapted, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import report
 from noise_warp import camera_path, parse_motion
 from report import (QUESTIONS, chart, draw_curves, example, fleiss_kappa, html_tables, inline_svg, main,
-                    missing_steps, one_term_warnings, training_charts)
+                    missing_steps, one_term_warnings, prompts_of, training_charts, win_rate)
 from rewards import TERMS, Rewards
 from sample import read_video, write_video
 from weights import write_json
@@ -626,3 +627,21 @@ def test_what_cannot_be_shown_is_one_sentence(tmp_path, capsys):
         assert main(command) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_texts_go_by_number_and_participants_count_alike(tmp_path):
+    (tmp_path / "prompts.txt").write_text("push_in a\npan_left b\n")
+    assert prompts_of(tmp_path) == {"00": "push_in a", "01": "pan_left b"}
+    people = {"x": {i: dict(overall="b") for i in range(3)}, "y": {0: dict(overall="a")}}
+    assert win_rate(people, "overall")[0] == .5
+
+
+def test_every_chart_draws_what_its_title_says(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "chart", lambda title, rows, curves, spread=None: drawn.update({title: curves}) or "")
+    training_charts([training_row(0)])
+    of_terms, rest = list(drawn.items())[:-6], list(drawn.values())[-5:]
+    assert all(curves == {name: name} and label == report.LABELS[name]
+               for (label, curves), name in zip(of_terms, report.LABELS, strict=True))
+    assert rest == [{"motion": "motion"}, {"mean": "ratio", "largest": "ratio_max"}, {"clipped": "clipped"},
+                    {"KL": "kl"}, {"norm": "grad"}]

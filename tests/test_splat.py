@@ -297,8 +297,9 @@ def test_a_gsplat_that_does_not_compile_is_one_sentence(stand_in, tmp_path, monk
 def test_gsplat_draws_a_few_views_at_a_time_in_order(monkeypatch):
     seen = []
 
-    def rasterization(means, *arguments, **options):
-        to_camera, width, height = arguments[4], *arguments[6:8]
+    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, *planes, **options):
+        assert (quats.shape[1], scales.shape[1], colors.shape[1:]) == (4, 3, (9, 3))
+        to_camera = viewmats
         seen.append(len(to_camera))
         picture = to_camera[:, 2, 3].view(-1, 1, 1, 1).expand(-1, height, width, 4)
         return picture, picture[..., :1] * 2, {}

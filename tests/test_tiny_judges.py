@@ -1,3 +1,4 @@
+import math
 import random
 import re
 from collections import Counter
@@ -10,10 +11,11 @@ from critics import Critic, Preference, as_pictures
 from depth_anything import load_depth_anything
 from noise_warp import camera_path
 from tiny.__main__ import main
-from tiny.judges import (LOSS_WEIGHTS, build_depth, camera_step, critic_examples, depth_sample, export_critic,
+from tiny.judges import (LOSS_WEIGHTS, build_depth, camera_step, critic_examples, depth_sample, export_critic, geometry_losses, grade,
                          export_preference, preference_pair, render_step, train_critic, train_preference)
+from tiny.probe import asked, labels_of
 from tiny.train import save
-from tiny.world import render
+from tiny.world import intrinsics, random_scene, render
 from weights import TINY
 
 # ----------------------------------------------------------------------------------------------------- Depth Anything
@@ -76,14 +78,43 @@ def test_score_depth_prints_its_figures(tmp_path, capsys):
     figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert set(figures) == {"input_db", "odd_db", "rotation_deg", "direction_deg", "absrel"}
     assert float(figures["input_db"]) > 20
+    assert float(figures["odd_db"]) > 20 and figures["odd_db"] != figures["input_db"]
     assert float(figures["rotation_deg"]) < 2
+    assert 0 < float(figures["direction_deg"]) < 5
+    assert 0 < float(figures["absrel"]) < .05
     assert (tmp_path / "score-depth.png").exists()
+
+
+def test_exact_geometry_costs_nothing_but_its_confidence():
+    path, depth = camera_path(["orbit_left"], 5).float(), torch.rand(5, 64, 64) + 1
+    K = intrinsics(64, 64).expand(5, 3, 3)
+    found = geometry_losses(depth, torch.full_like(depth, math.e), depth, path, K, path)
+    assert [float(loss) for loss in found.values()] == pytest.approx([-.1, 0, 0, 0], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ the preference
 
 def words(text):
     return Counter(word for word in re.findall("[a-z]+", text.lower()) if word not in ("a", "an"))
+
+
+def test_grades_look_at_what_was_seen_alone():
+    truth, seen = torch.zeros(1, 3, 8, 8), torch.ones(1, 8, 8)
+    seen[..., 4:] = 0
+    assert grade(truth + (seen == 0).float()[:, None], truth, seen).item() == 9
+    assert grade(truth + .08, truth, seen).item() == 3  # 9 / e
+
+
+def test_examples_of_the_critic_know_no_scale():
+    da3 = load_depth_anything(TINY / "depth_anything")
+
+    def larger(video, views):
+        rec = da3(video, views)
+        for lengths in (rec.depth, rec.camera_to_world[:, :3, 3], rec.gaussians.means, rec.gaussians.scales):
+            lengths *= 4
+        return rec
+
+    assert torch.equal(critic_examples(da3, 0, 0)[1], critic_examples(larger, 0, 0)[1])
 
 
 def test_the_critic_twin_trains_resumes_and_exports(tmp_path):
@@ -136,8 +167,20 @@ def test_preference_pairs_differ_in_one_thing():
     assert sum(seen) / len(seen) > .85  # an object may have left the picture
 
 
+def test_the_better_of_a_pair_is_what_was_rendered_and_asked_for():
+    for i in range(30):
+        (better, prompt), (worse, other_prompt), kind = preference_pair(i, "test")
+        rng = random.Random(f"preference/test/{i}")
+        scene = random_scene("preference/test", rng.choice(("static", "dynamic")), i)
+        clean = render(scene, at=[rng.randrange(17)])["video"][0]
+        if kind == "degraded":
+            assert (better - clean).abs().mean() < (worse - clean).abs().mean()
+        elif prompt != other_prompt:
+            assert asked(prompt) == labels_of(scene) != asked(other_prompt)
+
+
 def test_the_preference_twin_trains_resumes_and_exports(tmp_path):
-    """It goes on from where it stopped, and what is exported is the average of the training, its score divided by 32."""
+    """It goes on from where it stopped, and what is exported is the average of the training."""
     first, second = train_twice(lambda minutes: train_preference(tmp_path, minutes, batch=2),
                                 tmp_path / "preference" / "state.pt")
     assert second["step"] > first["step"] > 0

@@ -1,3 +1,6 @@
+import json
+from types import SimpleNamespace
+
 import imageio.v3 as iio
 import pytest
 import torch
@@ -10,8 +13,9 @@ from lora import add_lora, lora_weights
 from model import load_wan
 from noise_warp import MOTIONS, camera_path
 from tiny.__main__ import main
-from tiny.probe import (FORMS, HEADS, NAMES, NOISE_PATHS, Probe, asked, blocks, labels_of, load_probe, noise_motions,
-                        pca_codec, proportion, read, reprojection, scores)
+from tiny import probe
+from tiny.probe import (FORMS, HEADER, HEADS, NAMES, NOISE_PATHS, Probe, asked, blocks, labels_of, load_probe,
+                        noise_motions, pca_codec, proportion, read, reprojection, scores, table_row)
 from tiny.world import corrupt, random_scene, render
 
 # ------------------------------------------------------------------------------------------------------- command lines
@@ -49,6 +53,42 @@ def test_probe_prints_a_row_for_every_combination_of_settings(command, tmp_path)
     assert names == [f"steps {steps}, degradation {share}" for steps in (1, 2) for share in (0, 1)]
     assert len({cells(row)[-2] for row in rows}) == 4  # every setting made other videos
     assert (tmp_path / "probe.png").exists()
+
+
+def test_samples_have_each_their_own_noise(monkeypatch):
+    """The i-th prompt the seed's i-th, whichever batch it is in; along a path as strong as was asked for."""
+    asked_for = []
+    monkeypatch.setattr(probe, "sample_videos", lambda wan, part, sampling, seed, **options:
+                        asked_for.append((seed, options)) or (part, None))
+    probe.sample_in_batches(None, ["push_in"] * 3, SimpleNamespace(frames=5), 7, strength=.5, transport=False, batch=2)
+    assert [(seed, list(options["noise_ids"]), options["transport"]) for seed, options in asked_for] == [
+        (7, [0, 1], False), (7, [2], False)]
+    assert torch.equal(asked_for[0][1]["paths"][0], camera_path(["push_in"], 5, .5))
+
+
+def test_the_probe_samples_test_prompts_as_it_is_told(command, tmp_path, monkeypatch):
+    room, told = "a blue box on a checkered green floor, red walls", []
+    rows = [dict(prompt=f"{word} {room}", split=split) for word, split in (("push_in", "train"), ("pan_left", "test"))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(probe, "sample_in_batches", lambda wan, texts, sampling, seed, **options:
+                        told.append((texts, seed, options)) or [])
+    for name in ("table_row", "contact_sheet"):
+        monkeypatch.setattr(probe, name, lambda *_: "| x |")
+    assert command("probe", "--prompts", tmp_path / "p.jsonl", "--seed", 5, "--no-transport")[0] == 0
+    assert told == [([f"pan_left {room}"], 5, dict(transport=False))]
+
+
+def test_a_row_stands_under_its_header():
+    scene = random_scene("row", "static", 0)
+    scene.motions = ["orbit_left"]
+    video, prompt = render(scene)["video"], "orbit_left a red box on a checkered green floor, blue walls"
+    names = cells(HEADER.splitlines()[0])
+    row = dict(zip(names, cells(table_row("x", [video], [prompt], load_probe(ROOT / "tiny" / "probe"))), strict=True))
+    path = camera_path(["orbit_left"], 17)
+    assert row["re-projection, 1 frame"] == f"{reprojection(video, path):.4f}" != row["4 frames"]
+    assert row["4 frames"] == f"{reprojection(video, path, 4):.4f}"
+    assert row["epipolar"] == f"{epipolar_error(video):.2f}"
+    assert list(scores([asked(prompt)], [prompt])) == names[1:6]
 
 
 def test_the_noise_can_move_otherwise_than_the_words_say(command):

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from noise_warp import parse_motion
 from splat import Gaussians
 from tiny.__main__ import main
 from tiny.world import (CORRUPTIONS, DAMAGE, DEGRADATIONS, HIGH, LOW, PITCH, SHAPES, Object, Scene, caption, corrupt,
-                        damage, degrade, intrinsics, prompt_rows, random_scene, render)
+                        damage, degrade, intrinsics, prompt_rows, random_scene, render,
+                        unseen_scenes)
 
 
 # ------------------------------------------------------------------------------------------------- scenes and captions
@@ -156,7 +158,33 @@ def test_dynamic_objects_move_while_the_room_stands_still():
         assert change[~still].max() > .2
 
 
+def test_objects_do_what_their_words_say():
+    def masks(behaviour):
+        thing = Object("box", "green", 0.0, 1.1, .22, behaviour=behaviour)
+        return render(Scene("red", "blue", [thing], ["fixed"]), 5, depth=True)["mask"].bool()
+
+    area = {behaviour: masks(behaviour).sum((1, 2)) for behaviour in ("grows", "shrinks")}
+    assert (area["grows"].diff() > 0).all()
+    assert (area["shrinks"].diff() < 0).all()
+    top = masks("bounces").any(2).int().argmax(1)
+    assert top[1] < top[0]  # up
+    assert top[3] < top[2]
+
+
+def test_unseen_scenes_are_those_of_the_page():
+    listed = re.findall(r"^\d+\. (.+)$", (ROOT / "docs" / "tiny_world.md").read_text(), re.M)[:12]
+    assert listed == [scene.caption for scene in unseen_scenes(12)]
+
+
 # ------------------------------------------------------------------------------------------------- what goes wrong, graded
+
+def test_a_swapped_room_is_filmed_by_the_same_camera():
+    scene = random_scene("corrupt", "static", 3)
+    scene.motions = ["fixed"]
+    for seed in (5, 6):
+        video = corrupt(scene, "swap", 1.0, seed)
+        assert torch.equal(video[-1], video[-2])
+
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_corruption_grows_with_strength_and_frames_stay_clean(kind):
@@ -190,6 +218,7 @@ def test_degradations_grow_with_strength(kind):
         errors.append((ugly - image).square().mean().item())
     assert errors == sorted(errors)
     assert errors[2] > 3 * errors[0]
+    assert kind != "fade" or ugly.std() < .3 * image.std()
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -211,6 +240,9 @@ def test_damage_grows_with_strength_and_leaves_the_original_untouched(kind):
 
     before = means.clone()
     assert change(0.0) < 1e-6 < change(.3) < change(1.0)
+    far = damage(rec, kind, 1.0, torch.Generator().manual_seed(2)).gaussians.means.norm(dim=1)
+    assert kind != "floaters" or (far <= means.norm(dim=1) + 1e-6).all()  # in front of their surface
+    assert kind != "billboard" or torch.allclose(far, torch.tensor(1.5))
     assert torch.equal(whole.means, before)
 
 
