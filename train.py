@@ -524,18 +524,20 @@ def first_noise(policy, path, group_key, members):
 
     group_key: (step, dynamic, key) of the group.
     """
-    c, wan = policy.c, policy.wan
-
-    def noise(purpose, transport):
-        generators = [generator_of(c, *group_key, purpose, member) for member in members]
-        drawn = initial_noise(wan, path, c.height, c.width, generators, transport, c.degradation)
-        return drawn.to(wan.device)
-
-    carried = noise("noise", transport=True)
-    if not c.released:
+    carried = members_noise(policy, path, group_key, members)
+    if not policy.c.released:
         return carried, unchanged
-    white = noise("white", transport=False)
+    white = members_noise(policy, path, group_key, members, "white", transport=False)
     return white, released_push(white, carried)
+
+
+def members_noise(policy, path, group_key, members, purpose="noise", transport=True):
+    """-> members' noise (B, C, T, h, w), each from its own generator; carried along the camera path, or
+    white."""
+    c, wan = policy.c, policy.wan
+    generators = [generator_of(c, *group_key, purpose, member) for member in members]
+    noise = initial_noise(wan, path, c.height, c.width, generators, transport, c.degradation)
+    return noise.to(wan.device)
 
 
 def gather_scores(processes, batches):

@@ -37,16 +37,19 @@ from prompts import usable_prompt
 from report import GREY, inline_svg
 from rewards import TERMS, Clip, combine, paths_in_depths
 from run import Processes
-from sample import (as_bytes, check_writable, decode_videos, euler, evenly_spaced, initial_noise, log_prob,
-                    noise_levels, sigmas, transition)
+from sample import (as_bytes, check_writable, decode_videos, euler, evenly_spaced, log_prob, noise_levels,
+                    sigmas, transition)
 from texts import clean_prompt, encode_text, load_text
-from train import (Config, check, generator_of, learning_rate, parse_arguments, policy_loss,
+from train import (Config, check, learning_rate, members_noise, parse_arguments, policy_loss,
                    rewards_for, roll_out_groups, sampling_for, step_advantages, step_prompts, step_window,
                    without_masked)
 from weights import TINY, as_command, command_line, open_tensors
 
 
 # ---------------------------------------------------------------------------------------------------- the run
+
+FIRST_GROUP = (0, False, 0)  # the key of its random draws: step, dynamic phase, prompt
+
 
 @dataclass
 class Walk:
@@ -82,11 +85,11 @@ def walk(c, prompt, trained=None):
 
     # Words -> path -> noise, and the ODE from there: what the model makes of it now.
     path = camera_path(parse_motion(prompt), c.frames, c.strength)
-    noise = first_members_noise(c, policy, path)
+    noise = members_noise(policy, path, FIRST_GROUP, [0])  # of its first member
     levels = noise_levels(policy.wan, c.steps, sampling_for(c).shift)
 
     def look(policy):
-        predictions, latents = solve(policy.velocity(prompt), noise.to(policy.wan.device), levels)
+        predictions, latents = solve(policy.velocity(prompt), noise, levels)
         if not latents.isfinite().all():
             raise ValueError(f"'{policy.c.lora or c.model}' made latents that are not finite; "
                              "give another adapter, or a smaller --lr")
@@ -130,14 +133,8 @@ def walk(c, prompt, trained=None):
     _, looks["after one step"] = look(policy)
     if trained:
         looks["after a whole training"] = after_all
-    return Walk(c, prompt, policy, path, noise, levels, predictions, batch, clips, shares, notes, norm,
+    return Walk(c, prompt, policy, path, noise.cpu(), levels, predictions, batch, clips, shares, notes, norm,
                 gradients, log_ratios, notes_after, looks)
-
-
-def first_members_noise(c, policy, path, transport=True):
-    """The noise that `roll_out_groups` begins the group's first member with, (1, C, T, h, w)."""
-    generators = [generator_of(c, 0, False, 0, "noise", 0)]
-    return initial_noise(policy.wan, path, c.height, c.width, generators, transport, c.degradation)
 
 
 @torch.no_grad()
@@ -259,7 +256,7 @@ def draw_flow(axes, frame, flow):
 
 def flow_to_noise(w):
     fine = inspect.signature(latent_noise).parameters["multiple"].default
-    white = first_members_noise(w.c, w.policy, w.path, transport=False)
+    white = members_noise(w.policy, w.path, FIRST_GROUP, [0], transport=False).cpu()
     flow = path_flow(w.path[::4], *w.noise.shape[3:])
     fresh, moved = noise_statistics(white[0], flow), noise_statistics(w.noise[0], flow)
     return Stage(
