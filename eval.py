@@ -91,12 +91,10 @@ def camera_errors(path, recovered):
     """
     requested, found = relative_to_first(path), relative_to_first(recovered)
     errors = {"rot_err": float(rotation_angle(requested[:, :3, :3], found[:, :3, :3]).sum())}
-    for tag in ("", "_rel"):
-        if tag:
-            requested, found = unit_reach(requested), unit_reach(found)
-        errors["trans_err" + tag] = float((requested[:, :3, 3] - found[:, :3, 3]).norm(dim=1).sum())
-        errors["cam_mc" + tag] = float((requested[:, :3] - found[:, :3]).flatten(1).norm(dim=1).sum())
-    if requested[:, :3, 3].norm(dim=1).max() <= 1e-8:
+    for tag, asked, got in (("", requested, found), ("_rel", unit_reach(requested), unit_reach(found))):
+        errors["trans_err" + tag] = float((asked[:, :3, 3] - got[:, :3, 3]).norm(dim=1).sum())
+        errors["cam_mc" + tag] = float((asked[:, :3] - got[:, :3]).flatten(1).norm(dim=1).sum())
+    if requested[:, :3, 3].norm(dim=1).max() <= 1e-8:  # no travel is asked for
         errors["trans_err_rel"] = errors["cam_mc_rel"] = math.nan
     return errors
 
@@ -540,11 +538,13 @@ def metrics(a, processes):
     # videos and models: what is wrong with their files is found here
     part = processes.on_rank_0(lambda: part_of(a.out))  # it tries a file there, which others would find
     if a.videos:
-        (prompts, load), at_once = folder_videos(a.videos, a.prompts), 1
+        prompts, load = folder_videos(a.videos, a.prompts)
+        at_once = 1
     else:
         prompts, load, at_once = sampled_videos(a, part / "videos")
     rewards.load()
     first = processes.rank == 0
+    # whole batches go to the processes in turn; `prompts` is {name: prompt}, in the videos' order
     mine = [name for k, name in enumerate(prompts) if k // at_once % processes.world == processes.rank]
 
     with new_folder(a.out) if first else contextlib.nullcontext():
@@ -608,8 +608,9 @@ def summarise(a, rows, folder):
     settings = judges_of(a) | dict(views=a.views, frames_seen=a.frames_seen)
     sizes = sorted({row["size"] for row in good})
     seed = None if a.videos else a.seed
-    return Summary(len(good), len(rows) - len(good), sizes, seed, lpips, means, dict(failed_terms),
-                   str(a.videos or a.model), a.lora, a.transport, settings)
+    return Summary(videos=len(good), failed=len(rows) - len(good), sizes=sizes, seed=seed, lpips=lpips,
+                   summary=means, failed_terms=dict(failed_terms), model=str(a.videos or a.model),
+                   lora=a.lora, transport=a.transport, settings=settings)
 
 
 def judges_of(options):
@@ -715,8 +716,9 @@ def changes(before, after):
     shared = [key for key in rows_before if key in rows_after]
     found = {}
     for name in COMPARED:
-        values = [[rows[key].get(name) for key in shared] for rows in (rows_before, rows_after)]
-        old, new = np.array(values, dtype=float)  # (videos,) each; None becomes NaN
+        # (videos,) each; None becomes NaN
+        old = np.array([rows_before[key].get(name) for key in shared], dtype=float)
+        new = np.array([rows_after[key].get(name) for key in shared], dtype=float)
         change = new - old
         change = change[np.isfinite(change)]
         if len(change):

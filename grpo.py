@@ -96,7 +96,8 @@ def rollout(velocity, x, levels, window, eta=.7, kind="flow", generators=None, f
     for i in range(first, len(levels) - 1):
         sigma, sigma_next = levels[i], levels[i + 1]
         stochastic = i in window
-        mean, std = transition(x, velocity(x, sigma), sigma, sigma_next, eta if stochastic else 0.0, kind)
+        v = velocity(x, sigma)
+        mean, std = transition(x, v, sigma, sigma_next, eta if stochastic else 0.0, kind)
         if stochastic:
             # the action: the one random draw of these steps, whose probability the update raises or lowers
             noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
@@ -127,7 +128,9 @@ def deal(c, world):
         groups = [g for g in range(c.groups) if update_of(c, g) == update]
         batches = [(g, range(start, start + size)) for g in groups for start in range(0, c.members, size)]
         for rank in range(world):
-            work[rank] += batches[len(batches) * rank // world:len(batches) * (rank + 1) // world]
+            begin = len(batches) * rank // world
+            end = len(batches) * (rank + 1) // world
+            work[rank] += batches[begin:end]
     return work
 
 
@@ -185,6 +188,7 @@ def variance_shares(terms, weights, group_ids):
     Groups that vary more count for more here, also where `advantages` gives each group its own std.
     """
     parts = {name: weights[name] * values.double() for name, values in terms.items() if weights[name]}
+    # a term not asked for (R_3D's, in a dynamic phase) is NaN throughout, and would mask every sample
     parts = {name: values for name, values in parts.items() if not values.isnan().all()}
     if not parts:  # every sample is masked
         return {}

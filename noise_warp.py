@@ -65,8 +65,6 @@ def parse_motion(prompt):
     phrase that looks like a motion but is not one of the eleven ("zoom in") raises a warning that lists them.
     """
     prompt = unicodedata.normalize("NFKC", prompt)  # full-width letters are letters
-    sentences = prompt.split(".")
-    of_camera = [sentence for sentence in sentences if "camera" in sentence.lower()]
     motions = []
     for match in _MOTION.finditer(prompt):
         verb, direction = (word.lower() for word in match.groups() if word)
@@ -76,10 +74,12 @@ def parse_motion(prompt):
 
     # A motion is the camera's even in a sentence that does not name it ("dancers move left"); warn if another
     # sentence does.
-    others = [sentence for sentence in sentences if of_camera and sentence not in of_camera]
-    elsewhere = [match for sentence in others for match in _MOTION.findall(sentence)]
-    if elsewhere:
-        words = " ".join(word for word in elsewhere[0] if word)
+    sentences = prompt.split(".")
+    of_camera = [sentence for sentence in sentences if "camera" in sentence.lower()]
+    others = [sentence for sentence in sentences if sentence not in of_camera]
+    elsewhere = _MOTION.search(". ".join(others))  # the first one: no motion reaches over a full stop
+    if of_camera and elsewhere:
+        words = " ".join(word for word in elsewhere.groups() if word)
         warnings.warn(f"'{words}' is taken for a camera motion, though its sentence does not name the "
                       "camera; say it otherwise if the scene moves", stacklevel=2)
     # Near misses ("zoom in") are looked for only where the camera is spoken of, else in the first sentence: a
@@ -254,9 +254,9 @@ def _pairs(step, offset):
 
     # Forward: each value goes to the cell nearest to where the flow takes it; some leave the picture.
     landed = grid + offset + step
-    target, inside = _nearest_cell(landed, H, W)
+    nearest, inside = _nearest_cell(landed, H, W)
     source = inside.nonzero().squeeze(1)
-    target = target[source]
+    target = nearest[source]
     remainder = landed[:, source] - grid[:, target]
 
     # Backward: where the picture grows, some cells receive nothing. Such a hole copies from the cell that
@@ -267,12 +267,12 @@ def _pairs(step, offset):
     hole = (~received).nonzero().squeeze(1)
     behind = grid[:, hole] - step[:, hole]
     guess, _ = _nearest_cell(behind, H, W)
-    back, inside = _nearest_cell(behind - offset[:, guess], H, W)
+    back, filled = _nearest_cell(behind - offset[:, guess], H, W)
 
-    source = torch.cat([source, back[inside]])
-    target = torch.cat([target, hole[inside]])
-    remainder = torch.cat([remainder, offset.new_zeros(2, int(inside.sum()))], 1)
-    return source, target, remainder, hole[~inside]
+    source = torch.cat([source, back[filled]])
+    target = torch.cat([target, hole[filled]])
+    remainder = torch.cat([remainder, offset.new_zeros(2, int(filled.sum()))], 1)
+    return source, target, remainder, hole[~filled]
 
 
 def _split(noise, source, copies, samples, channels, generator):
@@ -424,8 +424,9 @@ def draw_paths(axes, paths):
     middle and last camera of each look.
     """
     for label, path in paths.items():
-        # (F, 4): position and viewing direction, x and z of each.
-        x, z, dx, dz = path.double().cpu()[:, [0, 2, 0, 2], [3, 3, 2, 2]].unbind(1)
+        path = path.double().cpu()
+        x, z = path[:, 0, 3], path[:, 2, 3]  # where the camera is, (F,) each
+        dx, dz = path[:, 0, 2], path[:, 2, 2]  # where it looks: its own z axis
         line, = axes.plot(x, z, label=label)
         some = [0, len(path) // 2, -1]
         axes.quiver(x[some], z[some], dx[some], dz[some], color=line.get_color(), width=.008)

@@ -81,7 +81,8 @@ class Clip:
         rec = self.reconstruction
         if rec is None:
             return
-        for part in filter(None, (rec, rec.gaussians)):  # not every model makes Gaussians
+        parts = [rec] if rec.gaussians is None else [rec, rec.gaussians]  # not every model makes Gaussians
+        for part in parts:
             for name, value in vars(part).items():
                 if isinstance(value, torch.Tensor) and name != "index":
                     setattr(part, name, value.to(device))
@@ -128,7 +129,8 @@ def meta_reward(judges, clip):
     A video can look right along its own path and be a set of flat cards; a view from beside the path shows
     it.
     """
-    clip.meta_views = clip.render(meta_views(clip.reconstruction)).cpu()
+    cameras = meta_views(clip.reconstruction)  # (2, 4, 4)
+    clip.meta_views = clip.render(cameras).cpu()  # (2, 3, H, W), what they see
     clip.digits = judges.critic(clip.meta_views)  # (2, 10)
     return digit_score(clip.digits).mean()
 
@@ -266,8 +268,8 @@ def combine(terms, weights, dynamic=False):
     if dynamic:
         total = weighted_sum(three_d=False)
         return torch.full_like(total, math.nan), total
-    three_d = weighted_sum(three_d=True)
-    return three_d, three_d + weighted_sum(three_d=False)
+    R_3D = weighted_sum(three_d=True)
+    return R_3D, R_3D + weighted_sum(three_d=False)
 
 
 # --------------------------------------------------------------------------------------- all terms of a video

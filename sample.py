@@ -68,6 +68,18 @@ def check_limits(values, where="--"):
             raise ValueError(f"{where}{name} must be between {low} and {high}, got {value}")
 
 
+def check_size(frames, height, width, where="--"):
+    """ValueError with one sentence if a video of this size cannot be made; None stands for the model's own
+    value. where: what says so."""
+    check_limits(dict(frames=frames, height=height, width=width), where)
+    if frames is not None and frames % 4 != 1:
+        raise ValueError(f"{where}frames must be 4k+1, got {frames}; try {frames // 4 * 4 + 1}")
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and value % 16:
+            nearest = max(16, round(value / 16) * 16)
+            raise ValueError(f"{where}{name} must be a multiple of 16, got {value}; try {nearest}")
+
+
 def sampling_of(model, **given):
     """-> the Sampling of a model (folder or hub id): its own values, over them those given that are not
     None. ValueError if one is out of range."""
@@ -123,8 +135,8 @@ def transition(x, v, sigma, sigma_next, eta=0.0, kind="flow"):
 
     sigma, sigma_next: floats or 0-dim tensors. eta = 0 is the ODE in every kind, bit for bit. Other code
     relies on three things that hold in every kind: mean is a multiple of x plus a multiple of v
-    (`grpo.rectification`); std does not depend on v (`grpo.kl`); and std > 0, except that cps has std 0 in
-    the step to sigma_next = 0 (`grpo.possible_windows`).
+    (`grpo.rectification`); std does not depend on v (`grpo.kl`); and std > 0 where eta > 0, except that cps
+    has std 0 in the step to sigma_next = 0 (`grpo.possible_windows`).
     """
     if kind not in SDE_KINDS:
         raise ValueError(f"kind must be one of {', '.join(SDE_KINDS)}, got '{kind}'")
@@ -183,10 +195,10 @@ def unipc(velocity, x, levels, after_step=unchanged):
     with D_1 = (m_-1 - m0)/rho, rho = (lambda_-1 - lambda)/h, and in the corrector D_2 = m_next - m0.
     First and last steps are of order 1. sigma = 1 is taken as 1 - 1e-6, where lambda is finite.
     """
-    # in lambda, half the log signal-to-noise ratio, the ODE is nearly linear
     levels = levels.float().clamp(max=1 - 1e-6)
-    sigma = levels.double().cpu()
-    lam = ((1 - sigma) / sigma).log()
+    # in lambda, half the log signal-to-noise ratio, the ODE is nearly linear
+    sigma = levels.double().cpu()  # the same levels, for the coefficients
+    lam = ((1 - sigma) / sigma).log()  # infinite at the last: there k = -1, and a step of order 1 ends at m0
     steps = len(sigma) - 1
 
     def step(x, i, m0, m_prev=None, m_next=None):
@@ -213,14 +225,14 @@ def unipc(velocity, x, levels, after_step=unchanged):
 
     # predict, then correct with what the model says at the point that was reached
     m0 = m_prev = x_before = None  # of the step before: the x0 it used, the x0 before that, where it started
-    second_order = False  # was the step before of order 2? its correction is of the same kind
     for i in range(steps):
         m = x - levels[i] * velocity(x, levels[i])  # the data prediction x0
-        if i > 0:  # correct the step that led here
-            x = step(x_before, i - 1, m0, m_prev if second_order else None, m)
-        m_prev, m0, x_before = m0, m, x
-        second_order = 0 < i < steps - 1
-        x = after_step(step(x, i, m0, m_prev if second_order else None), i)
+        if i > 0:  # correct the step that led here, at its own order
+            x = step(x_before, i - 1, m0, m_prev, m)
+        # order 1 at the first step, which has no x0 before, and at the last, whose lambda_next is infinite
+        m_prev = m0 if 0 < i < steps - 1 else None
+        m0, x_before = m, x
+        x = after_step(step(x, i, m0, m_prev), i)
     return x
 
 
@@ -316,18 +328,18 @@ def sample_latents(wan, prompts, sampling, seed=0, noise_ids=None, paths=None, s
     # path -> flow -> noise, each sample's from its own generator
     noise_ids = range(len(prompts)) if noise_ids is None else noise_ids
 
-    def noise_of(purpose, transport):
+    def noise_of(purpose, carried):
         parts = []
         for path, number in zip(paths, noise_ids, strict=True):
             generators = [generator(seed, 0, 0, number, purpose)]  # 0, 0: no training step, no phase
-            parts.append(initial_noise(wan, path, sampling.height, sampling.width, generators, transport,
+            parts.append(initial_noise(wan, path, sampling.height, sampling.width, generators, carried,
                                        sampling.degradation))
         return torch.cat(parts)
 
     # noise -> latents
     if released:
-        noise = noise_of("white", transport=False)
-        after_step = released_push(noise, noise_of("noise", transport=True))
+        noise = noise_of("white", carried=False)
+        after_step = released_push(noise, noise_of("noise", carried=True))
     else:
         noise, after_step = noise_of("noise", transport), unchanged
     latents = sample(wan, prompts, noise, sampling.steps, sampling.guidance, sampling.shift, solver, negative,
@@ -429,18 +441,6 @@ def psnr(a, b, per_frame=True):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-def check_size(frames, height, width, where="--"):
-    """ValueError with one sentence if a video of this size cannot be made; None stands for the model's own
-    value. where: what says so."""
-    check_limits(dict(frames=frames, height=height, width=width), where)
-    if frames is not None and frames % 4 != 1:
-        raise ValueError(f"{where}frames must be 4k+1, got {frames}; try {frames // 4 * 4 + 1}")
-    for name, value in (("height", height), ("width", width)):
-        if value is not None and value % 16:
-            nearest = max(16, round(value / 16) * 16)
-            raise ValueError(f"{where}{name} must be a multiple of 16, got {value}; try {nearest}")
-
-
 def check(a):
     """Raises ValueError with one sentence for the first argument that cannot work; loads and writes
     nothing."""
@@ -468,13 +468,13 @@ def check(a):
 def check_device(device):
     """ValueError if there is no such device."""
     try:
-        kind = torch.device(device)
+        known = torch.device(device)
     except RuntimeError:  # no device's name
-        kind = torch.device("meta")  # neither of the two below, so it is refused there
-    gpus = torch.cuda.device_count()
-    if kind.type not in ("cpu", "cuda"):
+        known = None
+    if known is None or known.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got '{device}'")
-    if kind.type == "cuda" and (kind.index or 0) >= gpus:
+    gpus = torch.cuda.device_count()
+    if known.type == "cuda" and (known.index or 0) >= gpus:
         raise ValueError(f"--device {device} needs a CUDA GPU, and {gpus or 'none'} is available; "
                          "use --device cpu")
 

@@ -213,13 +213,15 @@ def parse_arguments(argv=None):
     for f in dataclasses.fields(Config):
         if f.name == "weights":
             continue
-        name = f.metadata["section"]
-        sections[name] = sections.get(name) or parser.add_argument_group(name)
-        reading = dict(type=option_type(f.type), choices=f.metadata["choices"])
+        section = f.metadata["section"]
+        if section not in sections:
+            sections[section] = parser.add_argument_group(section)
         if f.type is bool:
             reading = dict(action=argparse.BooleanOptionalAction)
-        sections[name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                    help=f.metadata["help"], **reading)
+        else:
+            reading = dict(type=option_type(f.type), choices=f.metadata["choices"])
+        sections[section].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                       help=f.metadata["help"], **reading)
     for term in TERMS.values():
         sections["rewards"].add_argument("--" + term.name, type=float, default=argparse.SUPPRESS,
                                          help=f"weight of {term.label}; 0 leaves it out")
@@ -420,6 +422,7 @@ def train(c, processes):
         if c.eval_every and done % c.eval_every == 0:
             bar.set_postfix_str("evaluate")
             evaluate(policy, rewards, validation, folder, done, log)
+        # the signal may reach one process a step before another: all must stop after the same step
         stopping = any(processes.gather(bool(stop_asked)))
         if done % c.save_every == 0 or done == c.total_steps or stopping:
             bar.set_postfix_str("save")
@@ -469,12 +472,16 @@ def keys_of(chosen):
     """-> what keys each group's random draws: its prompt's index, and where earlier groups of the step have
     that prompt too, also their number, so that no two groups draw alike."""
     indices = [index for index, _ in chosen]
-    earlier = [indices[:g].count(index) for g, index in enumerate(indices)]
-    return [(index, count) if count else index for index, count in zip(indices, earlier)]
+    keys = []
+    for g, index in enumerate(indices):
+        earlier = indices[:g].count(index)
+        keys.append((index, earlier) if earlier else index)
+    return keys
 
 
 def generator_of(c, step, dynamic, key, purpose, *member):
-    """-> the generator of one random draw of a group: no other draw depends on it, nor it on another."""
+    """-> the generator of one random draw of a group: no other draw depends on it, nor it on another.
+    member: none where the draw is the whole group's (its window)."""
     phase = "dynamic" if dynamic else "train"
     return generator(c.seed, step, phase, key, *member, purpose)
 
@@ -502,8 +509,9 @@ def roll_out_groups(policy, step, dynamic, chosen, windows, work):
 
         # With c.shared all members have one noise. Before the window there is only the ODE, so up to there
         # they are all alike: the ODE is solved once, and each member goes on from a copy.
-        first = window[0] if c.shared else 0
+        first = 0
         if c.shared:
+            first = window[0]
             noise, after_step = first_noise(policy, path, group_key, [0])  # member 0's, for all
             at_window = euler(velocity, noise, levels[:first + 1], after_step)  # (1, C, T, h, w)
         for _, members in parts:
@@ -544,9 +552,10 @@ def gather_scores(processes, batches):
     """-> {term: (groups x G,)} and a list of groups x G motion magnitudes: all the step's videos, in order of
     group and member, the same on every process."""
     mine = [(batch.group, batch.members[0], batch.terms, batch.motion) for batch in batches]
-    everyones = itertools.chain(*processes.gather(mine))
-    # a batch's group and first member say where it stands
-    _, _, terms_of, motion_of = zip(*sorted(everyones, key=lambda row: row[:2]))  # one entry a batch
+    # a row a batch; its group and first member say where it stands
+    rows = sorted(itertools.chain(*processes.gather(mine)), key=lambda row: row[:2])
+    terms_of = [terms for _, _, terms, _ in rows]  # {term: (B,)} of each batch
+    motion_of = [motion for _, _, _, motion in rows]  # B floats of each batch
     terms = {name: torch.cat([of_batch[name] for of_batch in terms_of]) for name in terms_of[0]}
     return terms, list(itertools.chain(*motion_of))
 
@@ -554,6 +563,7 @@ def gather_scores(processes, batches):
 def stop_if_masked(c, processes, reasons, total, step):
     """A failed reward is masked, never a number; too many of them are a fault that training must not hide."""
     masked = int(total.isnan().sum())
+    # `total` is the same on every process, so all of them come to this gather, or none
     if masked > c.max_masked * len(total):
         everyones = {name: why for part in processes.gather(reasons) for name, why in part.items()}
         said = "; ".join(f"{name}: {why}" for name, why in everyones.items())
@@ -746,8 +756,8 @@ def evaluation_rows(policy, rewards, prompts, folder, shown=8):
     if processes.rank == 0:
         contact_sheet(folder / "sheet.png", [sheet[k] for k in sorted(sheet)])
         write_text(folder / "prompts.txt", "\n".join(prompts[:shown]) + "\n")
-    rows = sorted((row for part in processes.gather(rows) for row in part), key=lambda row: row[0])
-    return [row for _, row in rows]
+    numbered = sorted(itertools.chain(*processes.gather(rows)), key=lambda pair: pair[0])
+    return [row for _, row in numbered]
 
 
 def main(argv=None):
