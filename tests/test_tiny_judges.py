@@ -124,13 +124,16 @@ def test_the_critic_twin_trains_resumes_and_exports(tmp_path):
     pictures, digits = (torch.cat(parts) for parts in zip(*(critic_examples(da3, i, 0) for i in range(3))))
     assert len(set(digits.tolist())) > 2
     save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits, seed=0)
-    first, second = train_twice(lambda minutes: train_critic(tmp_path, minutes), folder / "state.pt")
+    first, second = train_twice(lambda minutes: train_critic(tmp_path, minutes, clips=3), folder / "state.pt")
     assert second["step"] > first["step"] > 0
 
     cells = (folder / "log.txt").read_text().splitlines()[-1].split()
     figures = {name: float(value) for name, value in zip(cells[::2], cells[1::2])}
     assert figures["loss"] > 0
     assert 0 <= figures["held_out_error"] <= 1
+    assert 0 < figures["between_scenes"] < 1
+    with pytest.raises(ValueError, match="--clips must be at least 3, got 2"):
+        train_critic(tmp_path, 1, clips=2)
 
     export_critic(tmp_path, tmp_path / "out")
     exported, judge = Critic(tmp_path / "out"), Critic(folder / "start")

@@ -365,6 +365,9 @@ def grade(picture, truth, seen):
     return (9 * torch.exp(-(error - .03).clamp_min(0) / .05)).round().long()
 
 
+VIEWS_A_CLIP = 8  # that `critic_examples` makes
+
+
 @torch.no_grad()
 def critic_examples(da3, index, seed):
     """One clip -> pictures (8, 3, 64, 64) and digits (8,): two meta-views each of the reconstruction as it is
@@ -398,21 +401,26 @@ def critic_examples(da3, index, seed):
     return torch.cat(pictures), torch.cat(digits)
 
 
-def train_critic(run, minutes, seed=0):
-    """Cross-entropy of the digit token. The pictures of 400 clips, of each its reconstruction and three
-    damaged copies, are made once, into RUN/critic/data.pt; a tenth of them is held out. The file knows its
-    seed alone: after a change to `critic_examples`, to `damage` or to RUN/depth, delete RUN/critic first."""
+def train_critic(run, minutes, seed=0, clips=400):
+    """Cross-entropy of the digit token. The pictures of all clips, of each its reconstruction and three
+    damaged copies, are made once, into RUN/critic/data.pt; those of a tenth of the clips, 2 to 40, are held
+    out. The file knows its seed and number alone: after a change to `critic_examples`, to `damage` or to
+    RUN/depth, delete RUN/critic first."""
+    if clips < 3:
+        raise ValueError(f"--clips must be at least 3, got {clips}: two are held out")
     torch.manual_seed(seed)
     folder = run / "critic"
     if not (folder / "data.pt").exists():
         da3 = load_trained_depth(run)
-        examples = [critic_examples(da3, i, seed) for i in tqdm(range(400), desc="critic data", unit="clip")]
+        examples = [critic_examples(da3, i, seed)
+                    for i in tqdm(range(clips), desc="critic data", unit="clip")]
         pictures, digits = (torch.cat(parts) for parts in zip(*examples))
-        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits, seed=seed)
+        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits, seed=seed,
+             clips=clips)
     with state_of(folder / "data.pt") as data:
         pictures, digits = data["pictures"], data["digits"]
-    check_kept(folder / "data.pt", data, seed=seed)
-    held = len(pictures) // 10
+    check_kept(folder / "data.pt", data, seed=seed, clips=clips)
+    held = VIEWS_A_CLIP * min(max(clips // 10, 2), 40)
 
     if not (folder / "state.pt").exists():
         torch.manual_seed(seed)  # the same start, whether the pictures were made just now or are there
@@ -429,8 +437,10 @@ def train_critic(run, minutes, seed=0):
     def report():
         shown = pictures[:held].float() / 255
         found = torch.cat([digit_score(critic(part)) for part in shown.split(64)])
-        true = digits[:len(found)] / 9
-        return dict(held_out_error=(found - true).abs().mean(),
+        true = digits[:held] / 9
+        error = found - true
+        return dict(held_out_error=error.abs().mean(),
+                    between_scenes=error.view(-1, VIEWS_A_CLIP).mean(1).std(),
                     rank_correlation=scipy.stats.spearmanr(found, true).statistic)
 
     fit(folder, minutes, critic.model, losses, report, lr=1e-3, seed=seed)
