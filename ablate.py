@@ -91,6 +91,8 @@ CHOICES = {
     "window_1": "--window 1",
     "window_3": "--window 3",
     "window_1_rectify": "--window 1 --rectify",
+    "rectify": "--rectify",  # with full's window of two
+    "window_3_rectify": "--window 3 --rectify",
     "dance": "--sde dance",
     "dance_4.5": "--sde dance --eta 4.5",  # as noisy at the window's steps as flow at its .7
     "cps": "--sde cps",
@@ -107,7 +109,7 @@ CHOICES = {
     "steps_6": "--steps 6 --noisy-steps 2 --total-steps 120",
     "steps_20": "--steps 20 --noisy-steps 6 --total-steps 64 --main-steps 27 --dynamic-steps 5",
 }
-AGAINST = {"window_1_rectify": "window_1", "guidance_2": "window_1"}
+AGAINST = {"window_1_rectify": "window_1", "window_3_rectify": "window_3", "guidance_2": "window_1"}
 CELLS |= {name: Cell("choices", options, against=AGAINST.get(name, "full"))
           for name, options in CHOICES.items()}
 
