@@ -59,7 +59,7 @@ PAPER_METRICS = ("psnr", "ssim", "reward_recon", "reward_traj", "reward_meta", "
 CELLS = {
     "base": Cell("main", trained=False),  # what training starts from
     # the whole recipe, with LoRA (train.py's --full, all weights trained, is something else)
-    "full": Cell("main", "", (27.63, .858, .342, .296, .307, .37), 3),
+    "full": Cell("main", paper=(27.63, .858, .342, .296, .307, .37), seeds=3),
     # tiny/wan without faults: how far training could come
     "clean": Cell("untrained", "--lora none", against="base", trained=False),
     # what the transported noise of the samples does by itself: before training, and after it
@@ -67,20 +67,22 @@ CELLS = {
     "world_r1_no_transport": Cell("untrained", "--lora tiny/world_r1", scoring="--no-transport",
                                   trained=False),
     # one ingredient left out; without R_gen a dynamic phase would have no reward
-    "no_3d": Cell("ablations", "--meta 0 --recon 0 --traj 0", (18.93, .502, None, None, None, .33), 2),
-    "no_decoupling": Cell("ablations", "--dynamic-steps 0", (27.89, .898, .348, .310, .298, .18), 2),
+    "no_3d": Cell("ablations", "--meta 0 --recon 0 --traj 0", seeds=2,
+                  paper=(18.93, .502, None, None, None, .33)),
+    "no_decoupling": Cell("ablations", "--dynamic-steps 0", seeds=2,
+                          paper=(27.89, .898, .348, .310, .298, .18)),
     # all of the noise fresh, none carried along the camera path, in training and when it is scored
-    "no_transport": Cell("ablations", "--degradation 1", (24.46, .745, .312, .213, .275, -.42), 2,
-                         "--no-transport"),
-    "no_traj": Cell("ablations", "--traj 0", (26.27, .829)),
-    "no_recon": Cell("ablations", "--recon 0", (25.14, .798)),
-    "no_meta": Cell("ablations", "--meta 0", (26.91, .841)),
-    "no_general": Cell("ablations", "--general 0 --dynamic-steps 0", (27.57, .849, .388, .231, .305),
-                       against="no_decoupling"),
+    "no_transport": Cell("ablations", "--degradation 1", seeds=2, scoring="--no-transport",
+                         paper=(24.46, .745, .312, .213, .275, -.42)),
+    "no_traj": Cell("ablations", "--traj 0", paper=(26.27, .829)),
+    "no_recon": Cell("ablations", "--recon 0", paper=(25.14, .798)),
+    "no_meta": Cell("ablations", "--meta 0", paper=(26.91, .841)),
+    "no_general": Cell("ablations", "--general 0 --dynamic-steps 0", against="no_decoupling",
+                       paper=(27.57, .849, .388, .231, .305)),
     # the paper: 1,000 and 2,000 prompts of 3,000. Our main steps draw 320, so that these come up 10 and 2.5
     # times.
-    "prompts_32": Cell("data", "--train-prompts 32", (25.82, .812)),
-    "prompts_128": Cell("data", "--train-prompts 128", (26.54, .839)),
+    "prompts_32": Cell("data", "--train-prompts 32", paper=(25.82, .812)),
+    "prompts_128": Cell("data", "--train-prompts 128", paper=(26.54, .839)),
     "prompts_4": Cell("data", "--train-prompts 4"),  # three of the eleven motions; each comes up 80 times
 }
 # Options of one seed each (for more seeds: an entry of CELLS), at the full cell's number of videos, whose
@@ -169,19 +171,20 @@ def run(a, rest):
     for option, least in (("num", 2), ("processes", 1)):
         if getattr(a, option) < least:
             raise ValueError(f"--{option} must be at least {least}, got {getattr(a, option)}")
-    files = {}
+    planned = {}
     for name in a.cells:
         seed = a.seed if CELLS[name].trained else 0  # without training it changes nothing
         options = [*rest, *CELLS[name].training.split(), "--name", f"{name}-{seed}", "--seed", str(seed)]
         c = training_arguments(options)
         check(c, a.processes)
         check_can_be_scored(c)
-        files[name] = a.out / name / f"seed_{seed}.json", options
-        check_writable(files[name][0])
-        if not files[name][0].exists():
+        file = a.out / name / f"seed_{seed}.json"
+        check_writable(file)
+        if not file.exists():
             check_scored(name, c, Path(c.runs) / c.name, a.num)
+        planned[name] = file, options
 
-    for name, (file, options) in files.items():
+    for name, (file, options) in planned.items():
         if file.exists():
             print(f"{file} is there already and is never replaced: skipped")
         else:
@@ -385,7 +388,8 @@ def read_results(out):
     found, counts, trainings = {}, {}, {}
     for name in CELLS:
         for file in sorted((out / name).glob("seed_*.json")):
-            result = found.setdefault(name, {})[file.stem.removeprefix("seed_")] = read_json(file, Result)
+            result = read_json(file, Result)
+            found.setdefault(name, {})[file.stem.removeprefix("seed_")] = result
             recipe = {option: value for option, value in result.config.items()
                       if option not in ("name", "seed", "runs", "device")}
             if trainings.setdefault(name, recipe) != recipe:  # seeds of one training
@@ -481,6 +485,7 @@ def seed_noise(found, column, chosen=slice(None)):
                 if CELLS[name].trained and name != "full"]
     total, freedom = 0.0, 0
     for variances, runs in samples:
+        # one run has no deviation; it may be the lone NaN of `changes_by_seed`, which `chosen` does not fit
         parts = [run[chosen] for run in runs] if len(runs) > 1 else []
         means = [part[np.isfinite(part)].mean() for part in parts if np.isfinite(part).any()]
         if len(means) > 1:

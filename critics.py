@@ -253,8 +253,8 @@ class Preference:
         # the model, filled from the published file
         config.text_config.vocab_size = len(tokenizer)
         model = on_meta(partial(HPSv3, config), [file], base / "config.json")
-        tensors = match_tensors(model, [file], published_key, device, unused={"lm_head.weight"})
-        fill(model, tensors, device, dtype)
+        reads = match_tensors(model, [file], published_key, device, unused={"lm_head.weight"})
+        fill(model, reads, device, dtype)
         # rotary frequencies are no part of the file: made anew, then rounded to dtype as the official
         # .to(bf16) does
         language, visual = model.model.language_model, model.model.visual
@@ -262,7 +262,7 @@ class Preference:
         visual.rotary_pos_emb = type(visual.rotary_pos_emb)(vision)
         self.model = model.to(device=device, dtype=dtype)
         # the published head computes in float32: read again, as its weights must not be rounded to dtype
-        head = {name: read for name, read in tensors.items() if name.startswith("rm_head.")}
+        head = {name: read for name, read in reads.items() if name.startswith("rm_head.")}
         fill(self.model, head, device, torch.float32)
 
     def inputs(self, pictures, prompts):
@@ -291,7 +291,7 @@ def load_lpips(trunk="alex", device="cpu"):
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision with deprecated arguments
-            torch.default_generator.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed a GPU's as well
             network = lpips.LPIPS(net="alex", pnet_rand=trunk == "random", verbose=False)
     except OSError as e:
         raise ValueError(f"AlexNet's weights for LPIPS could not be fetched ({e}); "

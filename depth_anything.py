@@ -58,11 +58,11 @@ class DA3Config:
 
 SIZES = {
     "da3-small": DA3Config(),
-    "da3-base": DA3Config(768, 12, 12, features=128, out_channels=(96, 192, 384, 768)),
-    "da3-large": DA3Config(1024, 24, 16, out_layers=(11, 15, 19, 23), alt_start=8, features=256,
-                           out_channels=(256, 512, 1024, 1024)),
-    "da3-giant": DA3Config(1536, 40, 24, swiglu=True, out_layers=(19, 27, 33, 39), alt_start=13, features=256,
-                           out_channels=(256, 512, 1024, 1024), gaussians=True),
+    "da3-base": DA3Config(dim=768, depth=12, heads=12, features=128, out_channels=(96, 192, 384, 768)),
+    "da3-large": DA3Config(dim=1024, depth=24, heads=16, out_layers=(11, 15, 19, 23), alt_start=8,
+                           features=256, out_channels=(256, 512, 1024, 1024)),
+    "da3-giant": DA3Config(dim=1536, depth=40, heads=24, swiglu=True, out_layers=(19, 27, 33, 39),
+                           alt_start=13, features=256, out_channels=(256, 512, 1024, 1024), gaussians=True),
 }
 
 
@@ -322,8 +322,9 @@ class DPT(nn.Module):
     def forward(self, features, images):
         """Features: four (V, N, 2D); images (V, 3, H, W) -> (V, out, H, W)."""
         # A few views at a time: their full-size maps are the largest tensors of all.
-        chunks = zip(*(layer.split(CHUNK) for layer in (*features, images)))
-        return torch.cat([self._views(some, images) for *some, images in chunks])
+        feature_chunks = zip(*(layer.split(CHUNK) for layer in features))  # of each: four (CHUNK, N, 2D)
+        image_chunks = images.split(CHUNK)
+        return torch.cat([self._views(*chunk) for chunk in zip(feature_chunks, image_chunks)])
 
     def _views(self, features, images):
         H, W = images.shape[2:]
@@ -446,8 +447,10 @@ class DepthAnything3(nn.Module):
         # The transformer in bfloat16 where that is fast, the heads in float32 as published.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             layers = self.backbone(images[None])
+        # [0]: a batch of one scene
         patches = [patch[0].float() for patch, _ in layers]  # four (V, N, 2D)
-        first_tokens = layers[-1][1][0].float()  # (V, 2D)
+        _, first_tokens = layers[-1]
+        first_tokens = first_tokens[0].float()  # (V, 2D)
 
         depth, confidence = self.head(patches, images).exp().unbind(1)
         pose, K = self.cam_dec(first_tokens, H, W)

@@ -113,7 +113,8 @@ def conv3d(x, weight, bias, padding):
     """
     lone = x.shape[0] == 1 and x.device.type == "cpu" and x.dtype == torch.float32
     if lone and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
+        return torch.mkldnn_convolution(x, weight, bias, padding,
+                                        stride=(1, 1, 1), dilation=(1, 1, 1), groups=1)
     return conv3d_plain(x, weight, bias, padding)
 
 

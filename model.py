@@ -503,17 +503,17 @@ class Block(nn.Module):
         """x (B, L, D) float32 -> the same. text (B, L', D), modulation (B, 6, D), rotation: `rope` of x's
         tokens, bias: `padding_bias` of text."""
         table = self.scale_shift_table.float() + modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, 1)  # (B, 1, D)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table.chunk(6, 1)  # (B, 1, D)
         dtype = self.ffn.net[2].weight.dtype  # the layers compute in their weights' dtype
         # attention to the whole video
-        h = modulate(self.norm1(x), shift1, scale1).to(dtype)
-        x = add_gated(x, self.attn1(h, rotation=rotation), gate1)
+        h = modulate(self.norm1(x), shift_attn, scale_attn).to(dtype)
+        x = add_gated(x, self.attn1(h, rotation=rotation), gate_attn)
         # attention to the text: neither modulated by the time step nor gated
         h = self.norm2(x).to(dtype)
         x = x + self.attn2(h, text, bias=bias)
         # each token by itself
-        h = modulate(self.norm3(x), shift2, scale2).to(dtype)
-        return add_gated(x, self.ffn(h), gate2)
+        h = modulate(self.norm3(x), shift_ffn, scale_ffn).to(dtype)
+        return add_gated(x, self.ffn(h), gate_ffn)
 
 
 def two_linear(dim, out, activation):
@@ -608,8 +608,10 @@ class DiT(nn.Module):
     def unpatchify(self, x, grid):
         """Tokens (B, L, patch*C) -> (B, C, T, h, w). The channel comes last within a patch, unlike in
         `patchify`: the checkpoints' weights are so."""
+        # (B, T', h', w', p, q, r, C) -> (B, C, T', p, h', q, w', r) -> (B, C, T, h, w)
         x = x.view(-1, *grid, *self.config.patch_size, self.config.out_channels)
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 # ============================================================================================================
@@ -748,14 +750,16 @@ def _describe_vae(folder):
 
 def load_dit(path, device="cpu", dtype=torch.float32):
     """DiT from a model folder (either layout), its transformer folder, or a hub id."""
-    part = _describe_dit(model_folder(path, ["*config.json", "*diffusion_pytorch_model*"], WAN))
-    return fill(*fill_arguments(*part, device, dtype))
+    folder = model_folder(path, ["*config.json", "*diffusion_pytorch_model*"], WAN)
+    dit, files, rename = _describe_dit(folder)
+    return fill(*fill_arguments(dit, files, rename, device, dtype))
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """VAE from a model folder (either layout), its vae folder, a .pth file, or a hub id."""
-    part = _describe_vae(model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE], WAN))
-    return fill(*fill_arguments(*part, device, dtype))
+    folder = model_folder(path, ["*config.json", "vae/*", ORIGINAL_VAE], WAN)
+    vae, files, rename = _describe_vae(folder)
+    return fill(*fill_arguments(vae, files, rename, device, dtype))
 
 
 @dataclass
@@ -806,11 +810,11 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
                          f"nor {ORIGINAL_VAE} (original layout); give {WAN}")
 
     # Check by headers alone. (The text encoder's tensors are matched in load_text, also before any is read.)
-    parts = [fill_arguments(*_describe_dit(folder), device, dtype),
-             fill_arguments(*_describe_vae(folder), device, torch.float32)]
+    dit_arguments = fill_arguments(*_describe_dit(folder), device, dtype)
+    vae_arguments = fill_arguments(*_describe_vae(folder), device, torch.float32)
     text_config, *_ = describe_text(folder)
-    tokenizer_folder(folder)
-    (dit, *_), (vae, *_) = parts
+    tokenizer_folder(folder)  # raises where it is missing
+    dit, vae = dit_arguments[0], vae_arguments[0]  # on the meta device until they are filled
     for entry, takes, given in (("in_channels", dit.config.in_channels, vae.config.z_dim),
                                 ("text_dim", dit.config.text_dim, text_config.get("d_model"))):
         if takes != given:
@@ -822,7 +826,7 @@ def load_wan(path, device="cpu", dtype=torch.float32, text=True):
 
     # Read the weights.
     encoder, tokenizer = load_text(folder, device, dtype) if text else (None, None)
-    dit, vae = [fill(*part) for part in parts]
+    dit, vae = fill(*dit_arguments), fill(*vae_arguments)
     return Wan(dit, vae, encoder, tokenizer, scheduler.flow_shift or scheduler.shift)
 
 

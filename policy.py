@@ -113,10 +113,10 @@ class Policy:
 
     def velocity(self, prompt, wan=None):
         """-> velocity(x, sigma) for videos of one prompt. wan: another model than the one in training."""
-        wan, guidance = wan or self.wan, self.c.guidance
-        text, negative = self.embedding(prompt), None
-        if guidance != 1:
-            negative = self.embedding("")
+        wan = wan or self.wan
+        guidance = self.c.guidance
+        text = self.embedding(prompt)
+        negative = self.embedding("") if guidance != 1 else None
 
         # Repeating and trimming the text takes time, and a rollout asks at every step with the same number of
         # videos, so the velocity made for that number is kept.
@@ -280,11 +280,10 @@ def fingerprint(dit, lora):
 def shard(dit, processes, size=None):
     """FSDP2, one unit a block: frozen or fully trained weights are sharded, LoRA matrices stay whole on every
     process. size: of the processes that share one copy (default: all); each such set holds the model once."""
-    shape = (processes.world,)
+    shape, names = (processes.world,), ("shards",)
     if size and size < processes.world:
-        shape = (processes.world // size, size)
-    names = "copies", "shards"
-    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names[-len(shape):])
+        shape, names = (processes.world // size, size), ("copies", "shards")
+    mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=names)
     if processes.timeout:  # the mesh's own groups start with torch's
         for name in mesh.mesh_dim_names:
             mesh.get_group(name).set_timeout(processes.timeout)

@@ -344,8 +344,11 @@ def html_tables(markdown):
         if block.startswith("**"):
             blocks.append(f"<h3>{html.escape(block.strip('*'))}</h3>")
         elif block.startswith("|"):
-            cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
-            head, _, *rows = [[cell.replace("\\|", "|").strip(" *") for cell in line] for line in cells]
+            cells = []
+            for line in lines:
+                row = re.split(r"(?<!\\)\|", line)[1:-1]  # "\|" is a bar inside a cell
+                cells.append([cell.replace("\\|", "|").strip(" *") for cell in row])
+            head, _, *rows = cells  # _: the dashes under the head
             blocks.append(html_table(head, rows))
         else:
             blocks.append(f'<p class="note">{html.escape(block)}</p>')
@@ -576,13 +579,14 @@ def make_study(a, b, out):
     if not names:
         raise ValueError(f"{a} and {b} share no mp4 of the same name; "
                          "give the videos of two models for one list of prompts")
-    prompts, theirs = prompts_of(a), prompts_of(b)
+    prompts_a, prompts_b = prompts_of(a), prompts_of(b)
     for name in names:
-        known = {found[Path(name).stem] for found in (prompts, theirs) if found.get(Path(name).stem)}
+        stem = Path(name).stem
+        known = {prompts_a.get(stem), prompts_b.get(stem)} - {None, ""}
         if len(known) > 1:
             raise ValueError(f"{name} has another prompt in {a} than in {b}; "
                              "give videos of the same prompts")
-    prompts = theirs | prompts
+    prompts = prompts_b | prompts_a
 
     with new_folder(out) as part:
         page = part / "page"

@@ -154,26 +154,26 @@ def check_run(c, folder, fingerprint=None):
     """ValueError if a folder holds what is no run, another configuration, other prompts, another model
     (fingerprint: its `Policy.fingerprint`), or more steps than are asked for, or has lost its checkpoints."""
     # is it a run's folder, and not one that is ahead of what is asked for?
-    config, checkpoints = folder / "config.json", checkpoints_of(folder / "checkpoints")
-    if checkpoints and not config.exists():
+    config_file, checkpoints = folder / "config.json", checkpoints_of(folder / "checkpoints")
+    if checkpoints and not config_file.exists():
         raise ValueError(f"{folder} has checkpoints and no config.json, so nobody knows what was trained; "
                          "put the file back, or choose another --name")
     others = {file.name for file in folder.glob("[!.]*")} - {"checkpoints"}  # a kill may leave hidden ones
-    if others and not config.exists():
+    if others and not config_file.exists():
         raise ValueError(f"{folder} holds {min(others)} and no config.json, so it is no run; "
                          "choose another --name")
     if checkpoints and steps_of(checkpoints[-1]) > c.total_steps:
         raise ValueError(f"{folder} has done {steps_of(checkpoints[-1])} steps already; "
                          f"give a --total-steps above that, not {c.total_steps}, or another --name")
     # was it started with the same settings, prompts and weights, and are its checkpoints there?
-    if config.exists():
+    if config_file.exists():
         may_change = MAY_CHANGE
         if c.decay:  # which depends on the run's length
             may_change = MAY_CHANGE - {"total_steps"}
         # an option that an older run did not know had its default
         defaults = {f.name: f.default for f in dataclasses.fields(c) if f.default is not dataclasses.MISSING}
-        before = read_json(config)
-        config_from(ConfigJson, before, config)
+        before = read_json(config_file)
+        config_from(ConfigJson, before, config_file)  # for its ValueError: `flat` needs a dict of weights
         before = defaults | flat(before)
         for name, value in flat(dataclasses.asdict(c)).items():
             was = before.get(name, 0.0)  # 0: the weight of a term that it did not have
@@ -211,14 +211,14 @@ def begin_run(c, folder, policy):
 
 def prompts_digest(path):
     """-> SHA-256 (hex) of a prompt file's bytes, or of the files that `read_prompts` reads in a folder."""
-    files = [Path(path)]
-    if files[0].is_dir():
-        names = [split + kind for split in SPLITS for kind in (".jsonl", ".txt")]
-        files = [files[0] / name for name in names if (files[0] / name).exists()]
+    path = Path(path)
+    if not path.is_dir():
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    names = [split + kind for split in SPLITS for kind in (".jsonl", ".txt")]
+    files = [path / name for name in names if (path / name).exists()]
     sums = [hashlib.sha256(read_bytes(file)).hexdigest() for file in files]
-    if Path(path).is_dir():  # whose splits may not change places
-        sums = [hashlib.sha256(f"{[file.name for file in files]} {sums}".encode()).hexdigest()]
-    return sums[0]
+    # of the names too: the splits may not change places
+    return hashlib.sha256(f"{[file.name for file in files]} {sums}".encode()).hexdigest()
 
 
 def acquire_lock(folder, processes):
@@ -426,7 +426,7 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in PLAIN_MODULES and name in PLAIN_NAMES or is_dtype:
+        if is_dtype or (module in PLAIN_MODULES and name in PLAIN_NAMES):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its .metadata asks for {module}.{name}, "
                                      "which is no part of a checkpoint")
@@ -472,8 +472,9 @@ def resume(c, folder, policy):
         if gaps:
             print(f"steps {in_words(gaps)} are missing from {folder / 'metrics.jsonl'}; "
                   "the rest of the run is whole", file=sys.stderr)
-        for norm in itertools.chain(*(row.get("grad", []) for row in rows)):
-            skipped = skipped + 1 if norm is None else 0  # None: not finite, so the update was left out
+        for row in rows:
+            for norm in row.get("grad", []):  # one an update; None: not finite, so it was left out
+                skipped = (skipped + 1) if norm is None else 0
     return steps_done, policy.processes.gather(skipped)[0]  # rank 0's count, for it alone has the log
 
 
@@ -509,13 +510,14 @@ def metrics_row(c, step, dynamic, indices, terms, motion, shares, A, notes, norm
     """One line of metrics.jsonl: of all processes, and the same on each.
 
     indices: of the step's prompts; terms {name: (groups x G,)}; motion and A, the advantages, (groups x G,);
-    notes: this process's statistics, one a step of a batch; norms: of the gradients, one an update.
+    shares {name: share of the advantages' variance, a float}; notes: this process's statistics, one a step of
+    a batch; norms: of the gradients, one an update.
     """
     # what the processes know of their own batches
     if processes.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     everyones_notes, everyones_seconds, peaks = zip(*processes.gather((notes, clock.seconds, peak)))
     notes = list(itertools.chain(*everyones_notes))
     row = dict(step=step, phase="dynamic" if dynamic else "main", prompts=indices)

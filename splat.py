@@ -110,9 +110,10 @@ def rotate_sh(harmonics, R):
     directions = F.normalize(torch.randn(32, 3, generator=fixed, dtype=torch.float64), dim=-1)
     turned = sh_basis(directions @ R.double().cpu())  # rows d^T R = (R^T d)^T -> (V, 32, 9)
     degrees = [harmonics[..., :1]]  # degree 0 is the same from everywhere
-    for degree in (slice(1, 4), slice(4, 9)):
+    for degree in (slice(1, 4), slice(4, 9)):  # the n = 3 coefficients of degree 1, the 5 of degree 2
         matrix = torch.linalg.pinv(sh_basis(directions)[:, degree]) @ turned[..., degree]  # (V, n, n)
-        matrix = matrix.to(harmonics).view(len(matrix), *[1] * (harmonics.dim() - 2), *matrix.shape[1:])
+        ones = [1] * (harmonics.dim() - 2)
+        matrix = matrix.to(harmonics).view(len(matrix), *ones, *matrix.shape[1:])  # (V, 1, ..., n, n)
         degrees.append((matrix @ harmonics[..., degree, None]).squeeze(-1))
     return torch.cat(degrees, -1)
 
@@ -150,12 +151,12 @@ def _gsplat(gaussians, camera_to_world, intrinsics, height, width):
     degree = math.isqrt(gaussians.harmonics.shape[-1]) - 1
     # a few views at a time: of each Gaussian that a view sees, gsplat keeps a copy of all harmonics
     parts = []
-    poses, intrinsics = (x.float().split(GSPLAT_VIEWS) for x in (camera_to_world, intrinsics))
-    for cameras, K in zip(poses, intrinsics):
+    poses = camera_to_world.float().split(GSPLAT_VIEWS)
+    for pose, K in zip(poses, intrinsics.float().split(GSPLAT_VIEWS)):
         parts.append(rasterization(
             gaussians.means, gaussians.rotations, gaussians.scales, gaussians.opacities, harmonics,
-            torch.linalg.inv(cameras), K, width, height, NEAR, FAR, eps2d=WIDEN, sh_degree=degree,
-            render_mode="RGB+ED", tile_size=16))
+            torch.linalg.inv(pose), K, width, height, near_plane=NEAR, far_plane=FAR, eps2d=WIDEN,
+            sh_degree=degree, render_mode="RGB+ED", tile_size=16))
     picture = torch.cat([picture for picture, _, _ in parts])  # (V, H, W, 4)
     alpha = torch.cat([alpha for _, alpha, _ in parts])  # (V, H, W, 1)
     return picture[..., :3].permute(0, 3, 1, 2), picture[..., 3], alpha.squeeze(-1)
@@ -289,7 +290,8 @@ class Composite(torch.autograd.Function):
     def backward(ctx, grad_total, grad_T):
         tensors = *ctx.saved_tensors, grad_total.double().contiguous(), grad_T.double().contiguous()
         grads = _composite_backward(*(x.numpy() for x in tensors))
-        return *(torch.from_numpy(grad).to(grad_total.dtype) for grad in grads), None, None, None, None
+        grad_splats, grad_features = [torch.from_numpy(grad).to(grad_total.dtype) for grad in grads]
+        return grad_splats, grad_features, None, None, None, None  # none for low, high, height, width
 
 
 def compiled(function):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from weights import (fill, fill_arguments, model_folder, on_meta, open_tensors, read_json, renamed,
                      weight_files, written_whole)
 
-
+# What an error says to give where a model is asked for, and what is downloaded of a hub id.
 WAN = "a folder in the Wan2.1 or Diffusers layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "google/*", "tokenizer/*"]
 ORIGINAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -146,8 +146,9 @@ def encode_text(text_encoder, tokenizer, prompts):
                        return_attention_mask=True, return_tensors="pt")
     device = text_encoder.device
     mask = tokens.attention_mask.to(device)  # (B, L)
-    text = text_encoder(tokens.input_ids.to(device), mask).last_hidden_state * mask.unsqueeze(-1)
-    return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
+    hidden = text_encoder(tokens.input_ids.to(device), mask).last_hidden_state  # (B, L, D)
+    hidden = hidden * mask.unsqueeze(-1)  # what the encoder makes of padding is not zero
+    return F.pad(hidden, (0, 0, 0, TEXT_LENGTH - hidden.shape[1]))
 
 
 # ----------------------------------------------------------------------------------------------- kept on disk

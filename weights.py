@@ -138,7 +138,8 @@ def as_command(name, shared=False):
             try:
                 return main(argv) or 0
             except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
-                # of several processes: most likely another has died, and that one says why
+                # A lone process's RuntimeError keeps its traceback. Among several processes most likely
+                # another has died, and that one says why: a line is enough.
                 if isinstance(e, RuntimeError) and alone and not is_out_of_memory(e):
                     raise
                 status, line = ending(e, name, alone=alone)
@@ -327,7 +328,8 @@ def _open_pth(file):
     try:
         # mmap: a tensor's bytes are read when it is used. weights_only: nothing in the file is executed.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(state, dict) or not state or not all(map(_is_plain, state, state.values())):
+        plain = isinstance(state, dict) and all(_is_plain(name, value) for name, value in state.items())
+        if not plain or not state:
             raise ValueError("it holds other names or values")
     except Exception as e:
         raise ValueError(f"{file} is not a .pth of plain tensors ({_reason(e)}); "
@@ -397,12 +399,14 @@ def match_tensors(model, files, rename, device="cpu", unused=frozenset()):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ValueError(f"{where} {problem} tensor {wrong[0]}{more}; "
                              "it is not the checkpoint its config describes")
+    reads = {}
     for key, name in names.items():
-        shape, expected = found[name][0], tuple(parameters[key].shape)
+        shape, reads[key] = found[name]
+        expected = tuple(parameters[key].shape)
         if shape != expected:
             raise ValueError(f"{where}: tensor {name} has shape {shape}, the config asks for {expected}; "
                              "download the checkpoint again")
-    return {key: found[name][1] for key, name in names.items()}
+    return reads
 
 
 def fill_arguments(model, files, rename, device, dtype):
