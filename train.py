@@ -786,7 +786,7 @@ def main(argv=None):
         if line:
             tqdm.write(line, file=sys.stderr)  # print would be glued to the progress bar
         if world > 1:
-            end_alone(status)
+            end_alone(status, silent=not line)
         return status
     except Exception:  # a fault of the program: its traceback, and the others must not wait for this process
         if world > 1:

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 import uuid
 from dataclasses import dataclass
@@ -118,9 +119,14 @@ def ending(error, name, again="give the same command again",
     return status, f"{name}: process {rank} of {world}: {reason}"
 
 
-def end_alone(status):
+def end_alone(status, silent=False):
     """Ends this process at once, its process group still open: NCCL's is closed by all processes together,
-    and the others may be waiting for this one elsewhere. They see its connections close, and end as well."""
+    and the others may be waiting for this one elsewhere. They see its connections close, and end as well.
+
+    silent: another process says why. torchrun ends all with the first, so this one lets that one come before.
+    """
+    if silent:
+        time.sleep(2)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -146,11 +152,11 @@ def as_command(name, shared=False):
             except Exception:  # a fault of the program, for which the other processes must not wait
                 if alone:
                     raise
-                status, line = 1, traceback.format_exc()
+                status, line = 1, f"{name}: process {os.environ['RANK']}: {traceback.format_exc().rstrip()}"
             if line:
                 print(line if alone else f"\n{line}", file=sys.stderr)  # not glued to a progress bar
             if not alone:
-                end_alone(status)
+                end_alone(status, silent=not line)
             return status
 
         return command

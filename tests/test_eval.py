@@ -536,7 +536,6 @@ def test_runs_on_the_same_prompts_are_compared_video_by_video(scored, tmp_path):
     assert "+0.200" in text
 
 
-
 def test_figures_that_are_no_pairs_are_not_compared(scored, tmp_path):
     """Other views, another judge, another seed; and a label is one cell of the table."""
     for name, entry, value, word in (("views", "settings", dict(views=3), "views 3 instead of 9"),

@@ -11,8 +11,9 @@ from critics import Critic, Preference, as_pictures
 from depth_anything import load_depth_anything
 from noise_warp import camera_path
 from tiny.__main__ import main
-from tiny.judges import (LOSS_WEIGHTS, build_depth, camera_step, critic_examples, depth_sample, export_critic, geometry_losses, grade,
-                         export_preference, preference_pair, render_step, train_critic, train_preference)
+from tiny.judges import (LOSS_WEIGHTS, build_depth, camera_step, critic_examples, depth_sample, export_critic,
+                         export_preference, geometry_losses, grade, preference_pair, render_step, train_critic,
+                         train_preference)
 from tiny.probe import asked, labels_of
 from tiny.train import save
 from tiny.world import intrinsics, random_scene, render
@@ -92,11 +93,7 @@ def test_exact_geometry_costs_nothing_but_its_confidence():
     assert [float(loss) for loss in found.values()] == pytest.approx([-.1, 0, 0, 0], abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ the preference
-
-def words(text):
-    return Counter(word for word in re.findall("[a-z]+", text.lower()) if word not in ("a", "an"))
-
+# ------------------------------------------------------------------------------------------------- the geometry's critic
 
 def test_grades_look_at_what_was_seen_alone():
     truth, seen = torch.zeros(1, 3, 8, 8), torch.ones(1, 8, 8)
@@ -134,6 +131,8 @@ def test_the_critic_twin_trains_resumes_and_exports(tmp_path):
     assert 0 < figures["between_scenes"] < 1
     with pytest.raises(ValueError, match="--clips must be at least 3, got 2"):
         train_critic(tmp_path, 1, clips=2)
+    with pytest.raises(ValueError, match="was made with another number of clips"):
+        train_critic(tmp_path, 1, clips=4)
 
     export_critic(tmp_path, tmp_path / "out")
     exported, judge = Critic(tmp_path / "out"), Critic(folder / "start")
@@ -141,6 +140,12 @@ def test_the_critic_twin_trains_resumes_and_exports(tmp_path):
     judge.model.load_state_dict(second["ema"])
     assert torch.allclose(exported(pictures[:4]), judge(pictures[:4]), atol=.02)
     assert not torch.equal(judge(pictures[:4]), start)
+
+
+# ------------------------------------------------------------------------------------------------------ the preference
+
+def words(text):
+    return Counter(word for word in re.findall("[a-z]+", text.lower()) if word not in ("a", "an"))
 
 
 def test_preference_pairs_differ_in_one_thing():

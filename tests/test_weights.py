@@ -9,9 +9,10 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+import weights
 from model import load_dit, load_vae, load_wan
-from weights import (Positive, Size, config_from, ending, model_folder, open_tensors, read_json, weight_files,
-                     write_json, written_whole)
+from weights import (Positive, Size, as_command, config_from, ending, model_folder, open_tensors, read_json,
+                     weight_files, write_json, written_whole)
 
 
 # ------------------------------------------------------------------------------------------------ files, written whole
@@ -389,6 +390,31 @@ def test_an_error_ends_in_one_line(error, rank, status, said, monkeypatch):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert ending(error, "x.py", "start it again", "ask for less") == (status, said)
+
+
+def test_a_command_ends_its_process_only_where_work_is_shared(monkeypatch, capsys):
+    for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    ended = []
+    monkeypatch.setattr(weights, "end_alone", lambda status, silent: ended.append((status, silent)))
+
+    def fails(error, **options):
+        def main(argv=None):
+            raise error
+
+        return as_command("x.py", **options)(main)()
+
+    assert fails(ValueError("bad")) == 2
+    assert (ended, capsys.readouterr().err) == ([], "x.py: bad\n")
+    fails(ValueError("bad"), shared=True)  # the first process says it
+    assert (ended, capsys.readouterr().err) == ([(2, True)], "")
+    fails(KeyError("a fault of the program"), shared=True)
+    assert ended[1] == (1, False)
+    assert capsys.readouterr().err.startswith("\nx.py: process 1: Traceback")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(KeyError):
+        fails(KeyError("a fault of the program"), shared=True)
+    assert len(ended) == 2
 
 
 def test_what_a_node_lacks_is_said_by_its_first_process(monkeypatch):

@@ -415,11 +415,11 @@ def train_critic(run, minutes, seed=0, clips=400):
         examples = [critic_examples(da3, i, seed)
                     for i in tqdm(range(clips), desc="critic data", unit="clip")]
         pictures, digits = (torch.cat(parts) for parts in zip(*examples))
-        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits, seed=seed,
-             clips=clips)
+        save(folder / "data.pt", pictures=torch.stack(as_pictures(pictures)), digits=digits, seed=seed)
     with state_of(folder / "data.pt") as data:
         pictures, digits = data["pictures"], data["digits"]
-    check_kept(folder / "data.pt", data, seed=seed, clips=clips)
+    kept = dict(seed=data.get("seed", seed), number_of_clips=len(pictures) // VIEWS_A_CLIP)
+    check_kept(folder / "data.pt", kept, seed=seed, number_of_clips=clips)
     held = VIEWS_A_CLIP * min(max(clips // 10, 2), 40)
 
     if not (folder / "state.pt").exists():
