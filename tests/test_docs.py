@@ -21,6 +21,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -173,6 +174,10 @@ def check_command(command):
         options = options + lab_options
         if options.count("'") % 2:  # the end of bash -c '...'
             options = options.rstrip("'")
+        launcher = re.search(r"\btorchrun (.*)", command)
+        if launcher and "$" not in launcher[1]:  # it looks for options of its own behind the script's name, too
+            taken, _ = torchrun_parser().parse_known_args(shlex.split(launcher[1]))
+            assert (ROOT / taken.training_script).exists(), command
         if options:  # without any, a program is named
             with pytest.raises(Accepted):
                 module.main(shlex.split(options))
