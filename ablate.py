@@ -79,6 +79,7 @@ CELLS = {
     "no_meta": Cell("ablations", "--meta 0", paper=(26.91, .841)),
     "no_general": Cell("ablations", "--general 0 --dynamic-steps 0", against="no_decoupling",
                        paper=(27.57, .849, .388, .231, .305)),
+    "shuffled": Cell("ablations", "--shuffled"),  # the control: what is learned without the rewards' say
     # the paper: 1,000 and 2,000 prompts of 3,000. Our main steps draw 320, so that these come up 10 and 2.5
     # times.
     "prompts_32": Cell("data", "--train-prompts 32", paper=(25.82, .812)),

@@ -109,6 +109,7 @@ class Config:
     weights: dict = field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
     standardise: bool = option("rewards", True, "divide each term by its std in the group before the sum")
     pooled: bool = option("rewards", False, "one std for all of the step's groups, not each its own")
+    shuffled: bool = option("rewards", False, "a control: each group's advantages are dealt out at random")
     max_masked: float = option("rewards", .5, "a step with a larger share of failed rewards stops the run",
                                least=0, most=1)
 
@@ -400,6 +401,8 @@ def train(c, processes):
         # Advantages: how much better than its group each video is. A masked video's is 0: only the KL still
         # holds it.
         A, shares = step_advantages(c, terms, group_ids, dynamic)  # (groups x G,); {term: its share in A}
+        if c.shuffled:
+            A = dealt_at_random(c, A, step, dynamic)
         for batch in batches:
             batch.advantages = A[group_ids == batch.group][list(batch.members)]  # (B,)
         clock.lap("wait")
@@ -591,6 +594,17 @@ def without_masked(terms):
     either (NaN)."""
     masked = terms["total"].isnan()
     return {name: terms[name].masked_fill(masked, torch.nan) for name in TERMS}
+
+
+def dealt_at_random(c, A, step, dynamic):
+    """Advantages (groups x G,) -> each group's dealt out to its members at random: the control of a training.
+    What is learned all the same was not learned from the rewards, as some of what language models learn is
+    not (arXiv 2506.10947)."""
+    dealt = []
+    for g, of_group in enumerate(A.view(c.groups, c.members)):
+        order = torch.randperm(c.members, generator=generator_of(c, step, dynamic, g, "shuffled"))
+        dealt.append(of_group[order])
+    return torch.cat(dealt)
 
 
 def update(policy, batches, step, skipped):

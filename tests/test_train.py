@@ -494,6 +494,33 @@ def test_a_masked_video_does_not_move_the_advantages_of_the_others():
     assert torch.equal(masked[:3], without) and masked[3] == 0 and without.abs().min() > 0
 
 
+def test_shuffled_deals_out_each_groups_advantages_at_random():
+    """A group keeps its advantages, and they say nothing of who earned them: over many steps each member gets
+    each of them about as often."""
+    c = Config(groups=2, members=4)
+    A = torch.tensor([-1.5, -.5, .5, 1.5, 10, 20, 30, 40])
+    dealt = torch.stack([train.dealt_at_random(c, A, step, dynamic=False) for step in range(400)])
+    assert torch.equal(dealt.view(400, 2, 4).sort(-1).values, A.view(2, 4).expand(400, 2, 4))
+    shares = torch.stack([(dealt == a).float().mean(0) for a in A])  # of an advantage, to each place
+    assert (shares[:4, :4] - .25).abs().max() < .08 and (shares[4:, 4:] - .25).abs().max() < .08
+    orders = dealt.view(400, 2, 4).argsort(-1)
+    assert (orders[:, 0] == orders[:, 1]).all(-1).float().mean() < .1  # each group's own: 1 in 24 is alike
+    assert torch.equal(train.dealt_at_random(c, A, 7, dynamic=False), dealt[7])  # so a resumed run repeats it
+    assert not torch.equal(train.dealt_at_random(c, A, 7, dynamic=True), dealt[7])
+
+
+def test_a_shuffled_run_scores_the_same_and_learns_another_thing(arguments, tmp_path):
+    rows = {}
+    for switch in ("--shuffled", "--no-shuffled"):
+        given = ["--name", switch[2:], "--total-steps", "1", "--members", "4", switch]
+        assert train.main([*arguments, "--runs", str(tmp_path), *given]) == 0
+        [rows[switch]] = metrics(tmp_path / switch[2:])
+    dealt, earned = rows["--shuffled"], rows["--no-shuffled"]
+    assert all(dealt[name] == earned[name] for name in (*TERMS, "total", "advantage_max"))
+    assert dealt["advantage_abs"] == pytest.approx(earned["advantage_abs"])
+    assert dealt["grad"] != pytest.approx(earned["grad"])
+
+
 def test_a_dynamic_phase_without_dynamic_prompts_is_an_error(arguments, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("push_in a hill\npan_left a lake\n")
     given = [*arguments, "--runs", str(tmp_path), "--name", "x", "--prompts", str(tmp_path / "prompts.txt")]
