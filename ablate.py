@@ -4,7 +4,7 @@
     python ablate.py run base no_3d        several cells, one after the other; base is scored untrained
     python ablate.py run full --total-steps 48 --runs runs/short --out runs/short/results
                                            further arguments go to train.py
-    python ablate.py table                 results/ -> tables and figure of README.md, docs/learning_proof.md
+    python ablate.py table                 results/ -> tables and figures of README.md, docs/learning_proof.md
 
 A result is never replaced, and a stopped call resumes when the same command is given again.
 
@@ -438,7 +438,7 @@ def main_table(found, columns):
 def summary_table(found):
     """README's: means, and the change with its interval."""
     titles = {"base": "base", "base_no_transport": "base, plain noise", "clean": "clean",
-              "full": f"full, {len(found['full'])} seeds"}
+              "full": f"full, {len(found['full'])} seeds", "world_r1_no_transport": "seed 0, plain noise"}
     names = {name: title for name, title in titles.items() if name in found}
     rows = []
     for row, column in SUMMARY.items():
@@ -632,6 +632,41 @@ def draw_changes(file, found):
             figure.savefig(part, format="svg", facecolor="white", metadata=NO_METADATA)
 
 
+def draw_learning(file, found):
+    """What every term does as full is trained, a colour a seed: means of a main step's videos, smoothed over
+    the steps around it (lines), and of the validation prompts (dots; of motion they are all there is). In grey
+    the control, whose rewards have no say."""
+    names = (*TERMS, "motion")
+    runs = [(result, f"C{number}") for number, result in enumerate(found["full"].values())]
+    runs += [(result, GREY) for result in found.get("shuffled", {}).values()]
+    with matplotlib.rc_context(CHART_STYLE):
+        figure = Figure(figsize=(9, 1.9), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names)), names):
+            for result, color in runs:
+                if name in result.curve:
+                    axes.plot(smoothed(main_steps(result.curve, name)), color=color, linewidth=1, alpha=.6)
+                rows = result.curve.get("evaluations", [])
+                axes.plot([row["step"] for row in rows], [row[name] for row in rows], "o", color=color,
+                          markersize=3.5)
+            axes.set_title(TERMS[name].label if name in TERMS else "motion", fontsize=8)
+        with written_whole(file) as part:
+            figure.savefig(part, format="svg", facecolor="white", metadata=NO_METADATA)
+
+
+def main_steps(curve, name):
+    """-> a term's value at every step (steps,), NaN in dynamic phases: they have other prompts, and no R_3D."""
+    terms = np.array([curve[name] for name, term in TERMS.items() if term.three_d], dtype=float)
+    return np.where(np.isnan(terms).all(0), math.nan, np.array(curve[name], dtype=float))
+
+
+def smoothed(values, width=9):
+    """Values (steps,) -> means of those known among the `width` steps around each, fewer at the ends."""
+    known = np.isfinite(values)
+    around = np.ones(width)
+    counts = np.convolve(known, around, "same")
+    return np.convolve(np.where(known, values, 0), around, "same") / np.where(counts, counts, math.nan)
+
+
 def tables_of(found):
     """-> {marker: table, or nothing where there are no results}."""
     names = "summary", "main", "better", "scenes", "subsets", *TABLES, *PAPER_TABLES.values()
@@ -646,8 +681,9 @@ def tables_of(found):
     return {name: table and table + "\n" for name, table in made.items()}
 
 
-def write_tables(out, pages, picture):
-    """Puts the tables of the results in `out` between the pages' markers, and draws the cells' changes."""
+def write_tables(out, pages, pictures):
+    """Puts the tables of the results in `out` between the pages' markers, and draws into the folder `pictures`
+    the cells' changes and full's training."""
     found = read_results(out)
     made = tables_of(found)
     texts = {page: read_bytes(page).decode() for page in pages}
@@ -659,9 +695,14 @@ def write_tables(out, pages, picture):
         texts[page] = MARKED.sub(lambda place: MARKS.format(place[1], made[place[1]]), text)
     for page, text in texts.items():
         write_text(page, text)
+    changed = [*pages]
+    if "full" in found:
+        draw_learning(pictures / "learning_curves.svg", found)
+        changed.append(pictures / "learning_curves.svg")
     if "full" in found and cells_of(found, "ablations"):
-        draw_changes(picture, found)
-    print(f"{', '.join(map(str, [*pages, picture]))}: the results of {out}")
+        draw_changes(pictures / "ablations.svg", found)
+        changed.append(pictures / "ablations.svg")
+    print(f"{', '.join(map(str, changed))}: the results of {out}")
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -679,7 +720,7 @@ def main(argv=None):
     table_parser = commands.add_parser("table", help="the tables of what is there")
     pages = [Path("README.md"), Path("docs/learning_proof.md")]
     table_parser.add_argument("--pages", type=Path, nargs="+", default=pages)
-    table_parser.add_argument("--picture", type=Path, default=Path("docs/ablations.svg"))
+    table_parser.add_argument("--pictures", type=Path, default=Path("docs"), help="folder for two of them")
     for command in (run_parser, table_parser):
         command.add_argument("--out", type=Path, default=Path("results"), help="folder of results")
     a, rest = parser.parse_known_args(argv)
@@ -688,7 +729,7 @@ def main(argv=None):
     if a.command == "run":
         run(a, rest)
     else:
-        write_tables(a.out, a.pages, a.picture)
+        write_tables(a.out, a.pages, a.pictures)
 
 
 if __name__ == "__main__":

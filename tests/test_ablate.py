@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,12 @@ from conftest import ROOT
 from runs import run_jobs
 
 import ablate
-from ablate import CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, TITLES, VALUES, Result, main, probe_scored, scorings
+from ablate import (CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, TITLES, VALUES, Result, main, main_steps, probe_scored,
+                    scorings, smoothed)
 from eval import interval
 from grpo import draw_window
 from prompts import read_prompts
+from rewards import TERMS
 from sample import generator
 from train import parse_arguments as training_arguments
 from train import rollout_passes
@@ -303,7 +306,13 @@ def made_up(name, seed, rng):
         scored[way] = dict(metrics={}, values=values)
     scored["test"]["values"]["psnr"][3] = None
     scored["probe"] = dict(metrics={}, values={"all": [.5 + .1 * seed], "motion": [.25]})
-    return dict(config={}, commit="0", machine="m", minutes={}, seconds={}, failed={}, scored=scored, curve={})
+    curve = {}
+    if name != "base":
+        curve = {term: [.1 * seed + step for step in range(6)] for term in TERMS}
+        for term in ("meta", "recon", "traj"):
+            curve[term][4] = None  # a dynamic step
+        curve["evaluations"] = [dict.fromkeys((*TERMS, "motion"), .5) | dict(step=step) for step in (0, 6)]
+    return dict(config={}, commit="0", machine="m", minutes={}, seconds={}, failed={}, scored=scored, curve=curve)
 
 
 def write_results(folder):
@@ -311,7 +320,7 @@ def write_results(folder):
     in one seed and won some in the other; no_meta and cps have a seed that full has not."""
     rng = np.random.default_rng(0)
     names = (("base", 0), ("base_no_transport", 0), ("clean", 0), ("full", 0), ("full", 2), ("no_3d", 0), ("no_3d", 2), ("no_traj", 0),
-             ("no_meta", 1), ("cps", 0), ("window_1", 0), ("guidance_2", 0), ("cps", 1))
+             ("no_meta", 1), ("cps", 0), ("window_1", 0), ("guidance_2", 0), ("cps", 1), ("world_r1_no_transport", 0))
     made = {(name, seed): made_up(name, seed, rng) for name, seed in names}
     made["base", 0]["scored"]["test"]["values"]["reward_traj"] = [.5] * 8 + [.8] * 6 + [.9] * 6
     full = {seed: made["full", seed]["scored"]["test"]["values"] for seed in (0, 2)}
@@ -342,8 +351,7 @@ def copied_pages(tmp_path):
 
 
 def table_command(tmp_path, pages, out="results"):
-    return ["table", "--out", str(tmp_path / out), "--picture", str(pages[0].parent / "changes.svg"),
-            "--pages", *map(str, pages)]
+    return ["table", "--out", str(tmp_path / out), "--pictures", str(pages[0].parent), "--pages", *map(str, pages)]
 
 
 def tables_of(tmp_path):
@@ -384,8 +392,9 @@ def test_the_main_tables_show_base_full_its_seeds_and_the_paired_change(tables):
         assert found["better"][title]["seed 2"] == f"{sum(sign * change > 0) / 20:.0%}"
     summary = found["summary"]["epipolar error, px of 256"]
     means = [np.mean([values_of(results, name, seed, "test", "epipolar") for seed in seeds])
-             for name, seeds in (("base", [0]), ("base_no_transport", [0]), ("full", [0, 2]))]
-    assert [summary[title] for title in ("base", "base, plain noise", "full, 2 seeds")] == [f"{m:.3g}" for m in means]
+             for name, seeds in (("base", [0]), ("base_no_transport", [0]), ("full", [0, 2]), ("world_r1_no_transport", [0]))]
+    titles = ("base", "base, plain noise", "full, 2 seeds", "seed 0, plain noise")
+    assert [summary[title] for title in titles] == [f"{m:.3g}" for m in means]
     assert summary["change"] == found["main"]["epipolar error"]["change"]
     row = found["main"]["probe: all"]
     assert [row[name] for name in ("base", "full, 2 seeds", "seeds 0, 2", "change")] == ["0.5", "0.6", "0.5, 0.7", "+0.1"]
@@ -486,9 +495,26 @@ def test_what_scoring_would_not_know_is_refused(option, value, tmp_path, capsys)
     assert f"{option} is for training alone, and the videos would be scored without it" in capsys.readouterr().err
 
 
+def test_the_picture_of_the_training_shows_every_term_of_every_seed(tables):
+    *_, folder = tables
+    picture = (folder / "learning_curves.svg").read_text()
+    lines = [picture.count(f"fill: none; stroke: {color};") for color in ("#3f87c9", "#d0663f", "#4b9a5f")]
+    assert lines == [4, 4, 0]  # of the two seeds of full; motion has none
+    for title in ("S_meta", "S_recon", "S_traj", "R_gen", "motion"):
+        assert f">{title}<" in picture
+
+
+def test_a_curve_is_of_main_steps_and_smoothed_over_the_known_ones():
+    curve = dict(meta=[1, None, 3, 4], recon=[1, None, 3, 4], traj=[1, None, 3, 4], general=[.1, .2, .3, None])
+    kept = main_steps(curve, "general")
+    assert np.array_equal(kept, [.1, math.nan, .3, math.nan], equal_nan=True)
+    assert smoothed(kept, 3) == pytest.approx([.1, .2, .3, .3])
+    assert np.isnan(smoothed(np.array([math.nan, math.nan, math.nan, 1]), 3)).tolist() == [True, True, False, False]
+
+
 def test_the_picture_shows_every_cell(tables):
     *_, folder = tables
-    picture = (folder / "changes.svg").read_text()
+    picture = (folder / "ablations.svg").read_text()
     for name in ("no_3d", "no_traj", "cps", "guidance_2", "epipolar error"):
         assert f">{name}<" in picture
     assert ">no_meta<" not in picture
@@ -510,9 +536,11 @@ def test_the_committed_tables_are_what_the_committed_results_make(tmp_path):
     for page, committed in zip(pages, PAGES, strict=True):
         assert page.read_text() == committed.read_text(), "run: python ablate.py table"
     # another Matplotlib may draw in other words, but not other bars
-    numbers = [re.findall(r'd="M ([\d.]+) ([\d.]+) ?\nL ([\d.]+) ([\d.]+) ?\n"', file.read_text())
-               for file in (tmp_path / "changes.svg", ROOT / "docs" / "ablations.svg")]
-    assert len(numbers[0]) > 20 and numbers[0] == numbers[1], "run: python ablate.py table"
+    lines = {"ablations.svg": r'd="M ([\d.]+) ([\d.]+) ?\nL ([\d.]+) ([\d.]+) ?\n"',
+             "learning_curves.svg": r"\nL ([\d.]+) ([\d.]+) "}
+    for name, line in lines.items():
+        numbers = [re.findall(line, (folder / name).read_text()) for folder in (tmp_path, ROOT / "docs")]
+        assert len(numbers[0]) > 20 and numbers[0] == numbers[1], "run: python ablate.py table"
 
 
 def test_without_results_the_tables_are_empty(results, tmp_path):

@@ -225,7 +225,8 @@ def test_short_commands_run_as_they_are_printed(command, copy):
 
 # Where the numbers of README's tables are checked.
 CHECKED = {
-    "The method": "formulas",
+    "The method": "pictures",
+    "Formulas": "formulas",
     "Reading order": "lines are counted above",
     "Does it learn?": "between markers: what `ablate.py table` makes of results/, tests/test_ablate.py",
     "The real Wan": "arithmetic: compared with bench.py below",
