@@ -3,7 +3,7 @@
     python eval.py metrics --num 100 --out runs/scores/base                   the tiny model's samples, scored
     python eval.py metrics --num 100 --lora runs/first --out runs/scores/rl   same prompts and seeds, trained
     python eval.py metrics --videos DIR --prompts FILE --out runs/scores/x    anybody's mp4s
-    torchrun --nproc-per-node 8 -- eval.py metrics ...                        the same on 8 GPUs (torchrun would
+    OMP_NUM_THREADS=8 torchrun --nproc-per-node 8 -- eval.py metrics ...      the same on 8 GPUs (torchrun would
                                                                               take --num for its own without --)
     python eval.py table --runs base=runs/scores/base rl=runs/scores/rl       the paper's tables
 

@@ -391,14 +391,14 @@ def rope(grid, head_dim, device):
     space = 2 * (head_dim // 6)
     angles = []
     for axis, part in enumerate((head_dim - 2 * space, space, space)):
-        frequency = 1e4 ** (-torch.arange(0, part, 2, dtype=torch.float64) / part)
-        position = torch.arange(grid[axis], dtype=torch.float64)
+        frequency = 1e4 ** (-torch.arange(0, part, 2, dtype=torch.float64, device=device) / part)
+        position = torch.arange(grid[axis], dtype=torch.float64, device=device)
         shape = [1, 1, 1, -1]
         shape[axis] = grid[axis]
         angle = torch.outer(position, frequency).view(shape)
         angles.append(angle.expand(*grid, -1))  # (T, h, w, part/2)
     angle = torch.cat(angles, -1).reshape(-1, 1, head_dim // 2)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x, cos, sin):

@@ -112,9 +112,9 @@ def rotate_sh(harmonics, R):
     degrees = [harmonics[..., :1]]  # degree 0 is the same from everywhere
     for degree in (slice(1, 4), slice(4, 9)):  # the n = 3 coefficients of degree 1, the 5 of degree 2
         matrix = torch.linalg.pinv(sh_basis(directions)[:, degree]) @ turned[..., degree]  # (V, n, n)
-        ones = [1] * (harmonics.dim() - 2)
-        matrix = matrix.to(harmonics).view(len(matrix), *ones, *matrix.shape[1:])  # (V, 1, ..., n, n)
-        degrees.append((matrix @ harmonics[..., degree, None]).squeeze(-1))
+        of_degree = harmonics[..., degree]  # (V, ..., n)
+        product = of_degree.flatten(1, -2) @ matrix.mT.to(harmonics)  # one product a rotation
+        degrees.append(product.view_as(of_degree))
     return torch.cat(degrees, -1)
 
 

@@ -1,7 +1,8 @@
 """World-R1's training loop: roll out groups of videos, score them, update the model, on 1 to many processes.
 
-    python train.py --preset tiny --name first                       tiny twins, one process
-    torchrun --nproc-per-node 8 train.py --preset node --name n1     Wan2.1-1.3B, LoRA, one node of H200s
+    python train.py --preset tiny --name first                      tiny twins, one process
+    OMP_NUM_THREADS=8 torchrun --nproc-per-node 8 train.py --preset node --name n1
+                                                                    Wan2.1-1.3B, LoRA, one node of H200s
 
 One step of `train`, top to bottom:
 

@@ -108,7 +108,8 @@ def ending(error, name, again="give the same command again",
     if isinstance(error, KeyboardInterrupt):
         status, reason = 130, f"interrupted; {again}"
     elif is_out_of_memory(error):
-        reason = f"out of memory; {memory}"
+        what = f": {error}" if isinstance(error, MemoryError) and str(error) else ""  # torch's is a long text
+        reason = f"out of memory{what}; {memory}"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if alone or rank == 0:
         return status, f"{name}: {reason}"

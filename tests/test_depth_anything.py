@@ -181,7 +181,7 @@ def test_gaussian_means_sit_at_ray_length_depth():
 
 def test_more_views_than_memory_is_an_error(folder):
     da3 = load_depth_anything(folder)
-    with pytest.raises(ValueError, match="1000000 views need about .* ask for fewer views"):
+    with pytest.raises(MemoryError, match="1000000 views need about .* free .fewer --views need less"):
         da3(torch.zeros(1, 3, 64, 64).expand(10 ** 6, -1, -1, -1))
 
 

@@ -384,6 +384,7 @@ def test_a_huge_json_is_not_read(tmp_path):
     (KeyboardInterrupt(), 0, 130, "x.py: interrupted; start it again"),
     (KeyboardInterrupt(), 1, 130, None),
     (MemoryError(), 0, 2, "x.py: out of memory; ask for less"),
+    (MemoryError("9 views need 2 GB"), 0, 2, "x.py: out of memory: 9 views need 2 GB; ask for less"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, 2, "x.py: process 1 of 2: out of memory; ask for less"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 0, 2, "x.py: out of memory; ask for less")])
 def test_an_error_ends_in_one_line(error, rank, status, said, monkeypatch):
