@@ -67,7 +67,7 @@ def option(section, default, text="", least=None, most=10 ** 6, choices=None):
 
 @dataclass
 class Config:
-    """The defaults suit the tiny twins; PRESETS lie over them, and the options given over those."""
+    """Every option, with its default. PRESETS lie over these, and the options given over both."""
     name: str = option("what", "first", "of the run: everything goes to runs/NAME")
     runs: str = option("what", "runs", "folder of runs")
     model: str = option("what", str(TINY / "wan"), "folder in either layout, or hub id")

@@ -545,10 +545,9 @@ def loss_and_gradient(w):
         "The loss asks how much likelier each drawn step is now than at rollout, and pushes that up or "
         "down by the advantage. At the first update after a rollout nothing has changed: every ratio is 1, "
         "clipping does nothing, and the gradient is REINFORCE's with a baseline; all presets make one update "
-        "a rollout, so clipping acts with --updates 2 and more alone. The first chart shows where one step "
-        "of the optimiser took the ratios: with the advantages, where the step did what it is for. A KL term "
-        "holds the model near what it was before training, weakly. Numbers are those before → after the "
-        "step.",
+        "a rollout, so clipping never acts there. The first chart shows where one step of the optimiser took "
+        "the ratios: with the advantages, where the step did what it is for. A KL term holds the model near "
+        "what it was before training, weakly. Numbers are those before → after the step.",
         "L = mean max(−A ρ, −A clip(ρ, 1 ± ε)) + β |μ<sub>θ</sub> − μ<sub>ref</sub>|<sup>2</sup> / "
         "2 std<sup>2</sup>, &ensp; ρ = p<sub>θ</sub>(x'|x) / p<sub>old</sub>(x'|x)",
         "A: the advantage; p: of a drawn step, now and at rollout; log p is a mean over the latent's "
