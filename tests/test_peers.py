@@ -10,6 +10,7 @@ from conftest import ROOT, randomise
 from safetensors.torch import save_file
 
 import sample as S
+from grpo import advantages, surrogate
 from lora import add_lora, lora_weights
 from model import DIT_SIZES, VAE, DiT, DiTConfig, VAEConfig, load_wan
 
@@ -94,6 +95,39 @@ def test_euler(steps, shift):
     for sigma, t in zip(scheduler.sigmas, scheduler.timesteps):
         x = scheduler.step(velocity(x, sigma), t, x, return_dict=False)[0]
     assert relative(S.euler(velocity, noise, levels), x) < 1e-5
+
+
+# What flow_grpo's own `sde_step_with_logprob` gives for x from -2 to 2, v from 1.5 to -.5 and x_next from -1.5 to 2.5 at
+# noise level .7, diffusers' schedule of shift 3 and 10 steps (github.com/yifan123/flow_grpo at ac4c86e; it is no package
+# that could be installed): (sigma, sigma_next) -> mean, std, log-probability.
+FLOW_GRPO = {
+    (1.0, .9601293206214905): ((-1.569806, -1.126986, -.684166, -.241345, .201475, .644295, 1.087115, 1.529935),
+                               .6999999460, (-.6537902355, -1.1996517181)),
+    (.9601293206214905, .9133489727973938): (
+        (-1.512444, -1.088638, -.664831, -.241024, .182783, .606589, 1.030396, 1.454203),
+        .7429640534, (-.6960514784, -1.2620686293)),
+    (.602150559425354, .4648760259151459): (
+        (-2.08729, -1.515337, -.943383, -.37143, .200523, .772476, 1.34443, 1.916383),
+        .3190701613, (-1.4660170078, -1.4539467096))}
+
+
+@pytest.mark.parametrize("levels, expected", FLOW_GRPO.items())
+def test_a_stochastic_step_is_flow_grpos(levels, expected):
+    mean, std, logp = map(torch.tensor, expected)
+    x, v, x_next = (torch.linspace(*ends, 8).view(2, 1, 2, 2) for ends in ((-2, 2), (1.5, -.5), (-1.5, 2.5)))
+    ours, our_std = S.transition(x, v, *levels, eta=.7)
+    assert torch.allclose(ours.flatten(), mean, atol=2e-6) and torch.allclose(our_std, std, atol=1e-6)
+    assert torch.allclose(S.log_prob(x_next, ours, our_std), logp, atol=1e-5)
+
+
+def test_advantages_and_the_clipped_loss_are_flow_grpos():
+    """Numbers of its `PerPromptStatTracker` on two prompts' rewards, and of the loss of its training script."""
+    rewards = torch.tensor([1.0, 2, 4, .5, 3, 3.5, 3.25, 10])
+    expected = [-.6527046737, .0932435248, 1.5851399220, -1.0256787730, -.6616519553, -.4909030636, -.5762775094, 1.7288325283]
+    A = advantages(rewards, torch.arange(2).repeat_interleave(4))
+    assert torch.allclose(A, torch.tensor(expected), atol=1e-5)
+    loss = surrogate(torch.tensor([.002, -.003, .0015, -.0005]), torch.tensor([-1.2, .7, 1.6, -.4]), 1e-3)
+    assert float(loss) == pytest.approx(-.1743251681, abs=1e-6)
 
 
 def test_original_text_encoder_formula(checkpoint):
