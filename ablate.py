@@ -374,6 +374,7 @@ BETTER = {"PSNR, held-out frames": 1, "S_traj": 1, "R_3D": 1, "epipolar error": 
 TITLES = ("PSNR, held-out frames", "S_meta", "S_traj", "R_gen", "epipolar error", "R_3D, dynamic prompts",
           "motion, dynamic prompts", "probe: motion", "probe: objects")
 PLOTTED = ("PSNR, held-out frames", "S_traj", "epipolar error", "motion, dynamic prompts")
+HALF_WAY = 48  # of full's 96 steps
 SUMMARY = {  # README's rows
     "re-render PSNR, dB": COLUMNS["PSNR"],
     "S_traj": COLUMNS["S_traj"],
@@ -560,10 +561,24 @@ def cells_of(found, table):
 
 
 def cells_table(found, table):
-    """What every cell of a table changes."""
-    rows = [[label(found, name), *(change_shown(found, name, COLUMNS[title]) for title in TITLES)]
-            for name in cells_of(found, table)]
-    return markdown(TABLES[table], TITLES, rows) if rows else ""
+    """What every cell of a table changes; of trainings also how fast they learn."""
+    titles = [*TITLES, f"S_traj after {HALF_WAY} steps"] if table != "untrained" else TITLES
+    rows = []
+    for name in cells_of(found, table):
+        row = [label(found, name), *(change_shown(found, name, COLUMNS[title]) for title in TITLES)]
+        if table != "untrained":
+            row.append(", ".join(filter(None, map(half_way, found[name].values()))))
+        rows.append(row)
+    return markdown(TABLES[table], titles, rows) if rows else ""
+
+
+def half_way(result):
+    """-> S_traj of the validation prompts in the middle of full's training, in words; "" where it was no
+    reward, or was not measured then."""
+    for row in result.curve.get("evaluations", []):
+        if row["step"] == HALF_WAY and row["traj"] is not None:
+            return f"{row['traj']:.2f}"
+    return ""
 
 
 def paper_table(found, table):

@@ -311,7 +311,8 @@ def made_up(name, seed, rng):
         curve = {term: [.1 * seed + step for step in range(6)] for term in TERMS}
         for term in ("meta", "recon", "traj"):
             curve[term][4] = None  # a dynamic step
-        curve["evaluations"] = [dict.fromkeys((*TERMS, "motion"), .5) | dict(step=step) for step in (0, 6)]
+        curve["evaluations"] = [dict.fromkeys((*TERMS, "motion"), .5) | dict(step=step) for step in (0, 48)]
+        curve["evaluations"][1]["traj"] = None if name == "no_traj" else .6 + .1 * seed
     return dict(config={}, commit="0", machine="m", minutes={}, seconds={}, failed={}, scored=scored, curve=curve)
 
 
@@ -427,7 +428,7 @@ def test_a_cell_is_compared_with_its_own_seeds_and_with_the_paper(tables):
     assert [label.split("<br>")[0] for label in found["ablations"]] == ["no_3d", "no_traj"], "seed 1 is not in full"
     assert found["data"] == found["paper_data"] == {}
     no_3d = found["ablations"]["no_3d<br>`--meta 0 --recon 0 --traj 0`<br>2 of 2 seeds"]
-    no_traj = found["ablations"]["no_traj<br>`--traj 0`<br>1 of 1 seeds"]
+    no_traj = found["ablations"]["no_traj<br>`--traj 0`<br>1 of 2 seeds"]
     for row, name, seeds in ((no_3d, "no_3d", (0, 2)), (no_traj, "no_traj", (0,))):
         for title in TITLES[:7]:
             each = [values_of(results, name, seed, *COLUMNS[title]) - values_of(results, "full", seed, *COLUMNS[title])
@@ -438,6 +439,7 @@ def test_a_cell_is_compared_with_its_own_seeds_and_with_the_paper(tables):
     assert no_3d["S_traj"].startswith("-"), "its interval is below 0, but its seeds are far apart"
     assert no_3d["S_traj"].endswith(", +0.5")
     assert no_traj["probe: motion"] == "+0"
+    assert (no_3d["S_traj after 48 steps"], no_traj["S_traj after 48 steps"]) == ("0.60, 0.80", "")
     assert "cps<br>`--sde cps`<br>1 of 1 seeds" in found["choices"], "its seed 1 is compared with nothing"
 
     # against another cell than full, and a table of scorings without training
