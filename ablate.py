@@ -80,7 +80,7 @@ CELLS = {
     "no_meta": Cell("ablations", "--meta 0", paper=(26.91, .841)),
     "no_general": Cell("ablations", "--general 0 --dynamic-steps 0", against="no_decoupling",
                        paper=(27.57, .849, .388, .231, .305)),
-    "shuffled": Cell("ablations", "--shuffled"),  # the control: what is learned without the rewards' say
+    "shuffled": Cell("ablations", "--shuffled"),  # the control: rewards say nothing of who earned them
     # the paper: 1,000 and 2,000 prompts of 3,000. Our main steps draw 320, so that these come up 10 and 2.5
     # times.
     "prompts_32": Cell("data", "--train-prompts 32", paper=(25.82, .812)),
@@ -440,15 +440,18 @@ def main_table(found, columns):
 
 def summary_table(found):
     """README's: means, and the change with its interval."""
-    titles = {"base": "base", "base_no_transport": "base, plain noise", "clean": "clean",
-              "full": f"full, {len(found['full'])} seeds", "world_r1_no_transport": "seed 0, plain noise"}
-    names = {name: title for name, title in titles.items() if name in found}
+    # the change is of base and full; beside it what else they are compared with
+    names = {"base": "base", "full": f"full, {len(found['full'])} seeds"}
+    others = {"clean": "clean", "base_no_transport": "base, plain noise",
+              "world_r1_no_transport": "seed 0, plain noise"}
+    others = {name: title for name, title in others.items() if name in found}
     rows = []
     for row, column in SUMMARY.items():
-        means = {name: over_seeds(found[name], column) for name in names}
-        numbers = [f"{interval(values)[0]:.3g}" for values in means.values()]
-        rows.append([row, *numbers, shown(means["full"] - means["base"], "+")])
-    return markdown("Base and full", [*names.values(), "change"], rows)
+        values = {name: over_seeds(found[name], column) for name in (*names, *others)}
+        means = {name: f"{interval(each)[0]:.3g}" for name, each in values.items()}
+        change = shown(values["full"] - values["base"], "+")
+        rows.append([row, *(means[name] for name in names), change, *(means[name] for name in others)])
+    return markdown("Base and full", [*names.values(), "change", *others.values()], rows)
 
 
 def better_table(found):
@@ -567,7 +570,8 @@ def cells_table(found, table):
     for name in cells_of(found, table):
         row = [label(found, name), *(change_shown(found, name, COLUMNS[title]) for title in TITLES)]
         if table != "untrained":
-            row.append(", ".join(filter(None, map(half_way, found[name].values()))))
+            seeds = found[CELLS[name].against].keys() & found[name].keys()
+            row.append(", ".join(filter(None, [half_way(found[name][seed]) for seed in sorted(seeds)])))
         rows.append(row)
     return markdown(TABLES[table], titles, rows) if rows else ""
 
@@ -651,8 +655,8 @@ def draw_changes(file, found):
 
 def draw_learning(file, found):
     """What every term does as full is trained, a colour a seed: means of a main step's videos, smoothed over
-    the steps around it (lines), and of the validation prompts (dots; of motion they are all there is). In grey
-    the control, whose rewards have no say."""
+    the steps around it (lines), and of the validation prompts (dots; motion has nothing else). Grey: the
+    control, whose rewards say nothing of who earned them."""
     names = (*TERMS, "motion")
     runs = [(result, f"C{number}") for number, result in enumerate(found["full"].values())]
     runs += [(result, GREY) for result in found.get("shuffled", {}).values()]
@@ -671,7 +675,7 @@ def draw_learning(file, found):
 
 
 def main_steps(curve, name):
-    """-> a term's value at every step (steps,), NaN in dynamic phases: they have other prompts, and no R_3D."""
+    """-> a term's values (steps,), NaN in dynamic phases: these have other prompts, and no R_3D."""
     terms = np.array([curve[name] for name, term in TERMS.items() if term.three_d], dtype=float)
     return np.where(np.isnan(terms).all(0), math.nan, np.array(curve[name], dtype=float))
 
@@ -679,7 +683,7 @@ def main_steps(curve, name):
 def smoothed(values, width=9):
     """Values (steps,) -> means of those known among the `width` steps around each, fewer at the ends."""
     known = np.isfinite(values)
-    around = np.ones(width)
+    around = np.ones(min(width, len(values)))
     counts = np.convolve(known, around, "same")
     return np.convolve(np.where(known, values, 0), around, "same") / np.where(counts, counts, math.nan)
 
@@ -699,8 +703,8 @@ def tables_of(found):
 
 
 def write_tables(out, pages, pictures):
-    """Puts the tables of the results in `out` between the pages' markers, and draws into the folder `pictures`
-    the cells' changes and full's training."""
+    """Puts the tables of the results in `out` between the pages' markers, and draws the cells' changes and
+    full's training into the folder `pictures`."""
     found = read_results(out)
     made = tables_of(found)
     texts = {page: read_bytes(page).decode() for page in pages}
@@ -734,10 +738,10 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the training")
     add("--num", type=int, default=100, help="test prompts that are scored; half as many dynamic ones")
     add("--processes", type=int, default=2, help="of a training; scorings at a time")
-    table_parser = commands.add_parser("table", help="the tables of what is there")
+    table_parser = commands.add_parser("table", allow_abbrev=False, help="the tables of what is there")
     pages = [Path("README.md"), Path("docs/learning_proof.md")]
     table_parser.add_argument("--pages", type=Path, nargs="+", default=pages)
-    table_parser.add_argument("--pictures", type=Path, default=Path("docs"), help="folder for two of them")
+    table_parser.add_argument("--pictures", type=Path, default=Path("docs"), help="folder of the figures")
     for command in (run_parser, table_parser):
         command.add_argument("--out", type=Path, default=Path("results"), help="folder of results")
     a, rest = parser.parse_known_args(argv)

@@ -477,8 +477,8 @@ class DepthAnything3(nn.Module):
         need = memory_estimate(self.config, count, *processed_size(*frames.shape[2:], self.config))
         free = free_memory(device)
         if need > free:
-            raise MemoryError(f"{count} views need about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
-                              "(fewer --views need less)")
+            raise MemoryError(f"{count} views need about {need / 1e9:.1f} GB, and "
+                              f"{free / 1e9:.1f} GB are free (fewer --views need less)")
         if not frames.isfinite().all():
             raise ValueError("frames have NaN or infinite pixels")
 

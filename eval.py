@@ -3,8 +3,8 @@
     python eval.py metrics --num 100 --out runs/scores/base                   the tiny model's samples, scored
     python eval.py metrics --num 100 --lora runs/first --out runs/scores/rl   same prompts and seeds, trained
     python eval.py metrics --videos DIR --prompts FILE --out runs/scores/x    anybody's mp4s
-    OMP_NUM_THREADS=8 torchrun --nproc-per-node 8 -- eval.py metrics ...      the same on 8 GPUs (torchrun would
-                                                                              take --num for its own without --)
+    OMP_NUM_THREADS=8 torchrun --nproc-per-node 8 -- eval.py metrics ...      the same on 8 GPUs (without --
+                                                                              torchrun takes --num itself)
     python eval.py table --runs base=runs/scores/base rl=runs/scores/rl       the paper's tables
 
 A results folder holds metrics.jsonl (a row a video), summary.json (means with intervals) and, of a sampled
@@ -435,7 +435,8 @@ def sampled_videos(a, folder):
 
 
 def measured_row(name, prompt, load, rewards):
-    """A video's row; if it cannot be scored, a row that says why: a bad file must not lose the rest."""
+    """A video's row; if it cannot be scored, a row that says why: a bad file must not lose the rest, nor one
+    that is too large (a MemoryError)."""
     row = dict(video=name, prompt=prompt)
     try:
         if not prompt:
@@ -454,8 +455,8 @@ def measured_row(name, prompt, load, rewards):
             with rewards.on_device({"lpips"}):
                 clip.to(rewards.device)
                 row |= measure(clip, rewards)
-    except (*MASKED, OSError) as e:
-        if is_fault(e):
+    except (*MASKED, OSError, MemoryError) as e:
+        if is_fault(e) and not isinstance(e, MemoryError):
             raise
         row["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
     if "error" in row:

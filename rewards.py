@@ -277,17 +277,17 @@ def combine(terms, weights, dynamic=False):
 # What a video, or a judge that looks at it, can do wrong: a value it cannot have, arithmetic that breaks
 # down, an operation that torch refuses. Any other error is the program's or the machine's: it would mask
 # sample after sample, so it stops the run. Full memory, a lost card and what the GPU's libraries could not do
-# stop it too, though torch calls them RuntimeErrors. A wrong shape in a new reward is masked; `reasons` says
-# what it was.
+# stop it too, though torch calls them RuntimeErrors: OF_THE_GPU is what such an error says. A wrong shape in
+# a new reward is masked; `reasons` says what it was.
 MASKED = (ValueError, ArithmeticError, RuntimeError)
-OF_THE_GPU = ("CUDA error", "cuDNN error", "cusolver error", "unable to find an engine")  # an error's words
+OF_THE_GPU = ("CUDA error", "CUDA driver error", "cuDNN error", "cusolver error", "unable to find an engine")
 
 
 def is_fault(error):
     """Is an error, though of a class in MASKED, the machine's or the program's fault?"""
     faults = (torch.AcceleratorError, NotImplementedError, RecursionError)
-    in_words = any(words in str(error) for words in OF_THE_GPU)
-    return isinstance(error, faults) or in_words or is_out_of_memory(error)
+    of_the_gpu = any(words in str(error) for words in OF_THE_GPU)
+    return isinstance(error, faults) or of_the_gpu or is_out_of_memory(error)
 
 
 class Rewards:

@@ -113,8 +113,8 @@ def rotate_sh(harmonics, R):
     for degree in (slice(1, 4), slice(4, 9)):  # the n = 3 coefficients of degree 1, the 5 of degree 2
         matrix = torch.linalg.pinv(sh_basis(directions)[:, degree]) @ turned[..., degree]  # (V, n, n)
         of_degree = harmonics[..., degree]  # (V, ..., n)
-        product = of_degree.flatten(1, -2) @ matrix.mT.to(harmonics)  # one product a rotation
-        degrees.append(product.view_as(of_degree))
+        rows = of_degree.reshape(len(R), -1, of_degree.shape[-1])  # so there is one product a rotation
+        degrees.append((rows @ matrix.mT.to(harmonics)).view(of_degree.shape))
     return torch.cat(degrees, -1)
 
 

@@ -403,7 +403,7 @@ def train(c, processes):
         # holds it.
         A, shares = step_advantages(c, terms, group_ids, dynamic)  # (groups x G,); {term: its share in A}
         if c.shuffled:
-            A = dealt_at_random(c, A, step, dynamic)
+            A = dealt_at_random(c, A, terms["total"].isnan(), step, dynamic)
         for batch in batches:
             batch.advantages = A[group_ids == batch.group][list(batch.members)]  # (B,)
         clock.lap("wait")
@@ -597,15 +597,17 @@ def without_masked(terms):
     return {name: terms[name].masked_fill(masked, torch.nan) for name in TERMS}
 
 
-def dealt_at_random(c, A, step, dynamic):
-    """Advantages (groups x G,) -> each group's dealt out to its members at random: the control of a training.
-    What is learned all the same was not learned from the rewards, as some of what language models learn is
-    not (arXiv 2506.10947)."""
-    dealt = []
-    for g, of_group in enumerate(A.view(c.groups, c.members)):
-        order = torch.randperm(c.members, generator=generator_of(c, step, dynamic, g, "shuffled"))
-        dealt.append(of_group[order])
-    return torch.cat(dealt)
+def dealt_at_random(c, A, masked, step, dynamic):
+    """Advantages and masks (groups x G,) -> each group's advantages dealt out at random to those of its
+    members that are not masked: the control of a training. What is learned all the same was not learned from
+    who earned what (random rewards too have improved language models: arXiv 2506.10947)."""
+    dealt = A.clone()
+    for g in range(c.groups):
+        members = torch.arange(g * c.members, (g + 1) * c.members)
+        members = members[~masked[members]]
+        order = torch.randperm(len(members), generator=generator_of(c, step, dynamic, g, "shuffled"))
+        dealt[members] = A[members[order]]
+    return dealt
 
 
 def update(policy, batches, step, skipped):

@@ -477,8 +477,8 @@ def four_rewards(w):
         "R = S<sub>meta</sub> + S<sub>recon</sub> + S<sub>traj</sub> + λ R<sub>gen</sub>, &ensp; "
         "S<sub>traj</sub> = exp(−(α |t − s t̂| + β ∠(Q, Q̂)))",
         "S_meta and S_traj lie in [0, 1], S_recon = 1 − LPIPS(frames, renders) about there, R_gen in "
-        "[−1, 1]; λ: its weight. The errors are means over frames. t, Q: where the cameras asked for stand and "
-        f"look; t̂, Q̂: those found; s: the scale that fits best; α = {w.c.traj_alpha:g}, "
+        "[−1, 1]; λ: its weight. The errors are means over frames. t, Q: where the cameras asked for stand "
+        f"and look; t̂, Q̂: those found; s: the scale that fits best; α = {w.c.traj_alpha:g}, "
         f"β = {w.c.traj_beta:g}. The paper adds the terms with weight 1; the weights of this run: stage 10.",
         "World-R1, eq. 8 to 10 (the scale s, α and β are ours); rewards.py",
         [term.function for term in TERMS.values()],

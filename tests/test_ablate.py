@@ -321,7 +321,7 @@ def write_results(folder):
     in one seed and won some in the other; no_meta and cps have a seed that full has not."""
     rng = np.random.default_rng(0)
     names = (("base", 0), ("base_no_transport", 0), ("clean", 0), ("full", 0), ("full", 2), ("no_3d", 0), ("no_3d", 2), ("no_traj", 0),
-             ("no_meta", 1), ("cps", 0), ("window_1", 0), ("guidance_2", 0), ("cps", 1), ("world_r1_no_transport", 0))
+             ("no_meta", 1), ("cps", 0), ("window_1", 0), ("guidance_2", 0), ("cps", 1), ("world_r1_no_transport", 0), ("shuffled", 0))
     made = {(name, seed): made_up(name, seed, rng) for name, seed in names}
     made["base", 0]["scored"]["test"]["values"]["reward_traj"] = [.5] * 8 + [.8] * 6 + [.9] * 6
     full = {seed: made["full", seed]["scored"]["test"]["values"] for seed in (0, 2)}
@@ -425,7 +425,7 @@ def change_in_words(each, apart):
 
 def test_a_cell_is_compared_with_its_own_seeds_and_with_the_paper(tables):
     results, found, _ = tables
-    assert [label.split("<br>")[0] for label in found["ablations"]] == ["no_3d", "no_traj"], "seed 1 is not in full"
+    assert [label.split("<br>")[0] for label in found["ablations"]] == ["no_3d", "no_traj", "shuffled"], "seed 1 is not in full"
     assert found["data"] == found["paper_data"] == {}
     no_3d = found["ablations"]["no_3d<br>`--meta 0 --recon 0 --traj 0`<br>2 of 2 seeds"]
     no_traj = found["ablations"]["no_traj<br>`--traj 0`<br>1 of 2 seeds"]
@@ -502,6 +502,8 @@ def test_the_picture_of_the_training_shows_every_term_of_every_seed(tables):
     picture = (folder / "learning_curves.svg").read_text()
     lines = [picture.count(f"fill: none; stroke: {color};") for color in ("#3f87c9", "#d0663f", "#4b9a5f")]
     assert lines == [4, 4, 0]  # of the two seeds of full; motion has none
+    assert picture.count("fill: none; stroke: #808080; stroke-opacity: 0.6") == 4  # of the control
+    assert len(re.findall(r'<use xlink:href="#\w+" x="[\d.]+" y="[\d.]+" style="fill: #3f87c9; ', picture)) == 10, "dots"
     for title in ("S_meta", "S_recon", "S_traj", "R_gen", "motion"):
         assert f">{title}<" in picture
 
@@ -511,6 +513,7 @@ def test_a_curve_is_of_main_steps_and_smoothed_over_the_known_ones():
     kept = main_steps(curve, "general")
     assert np.array_equal(kept, [.1, math.nan, .3, math.nan], equal_nan=True)
     assert smoothed(kept, 3) == pytest.approx([.1, .2, .3, .3])
+    assert smoothed(kept, 9) == pytest.approx(4 * [.2], abs=.11) and len(smoothed(kept, 9)) == 4  # a run so short
     assert np.isnan(smoothed(np.array([math.nan, math.nan, math.nan, 1]), 3)).tolist() == [True, True, False, False]
 
 

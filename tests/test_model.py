@@ -117,6 +117,20 @@ def test_modulation_and_gates_are_what_they_say():
     assert relative(model.add_gated(x, y, gate), x + gate * y) < 1e-6
 
 
+def test_positions_are_made_on_the_device_that_needs_them():
+    """A copy from the CPU at every pass would make the device wait."""
+    class Made(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            devices.add(out.device.type)
+            return out
+
+    devices = set()
+    with Made():
+        model.rope((2, 4, 4), 24, torch.device("meta"))
+    assert devices == {"meta"}
+
+
 def test_latents_that_do_not_divide_into_patches_are_refused():
     with pytest.raises(ValueError, match="do not divide into patches"):
         DiT(DiTConfig(**DIT))(torch.zeros(1, 4, 3, 5, 6), torch.ones(1), torch.zeros(1, 4, 32))

@@ -97,9 +97,9 @@ def test_euler(steps, shift):
     assert relative(S.euler(velocity, noise, levels), x) < 1e-5
 
 
-# What flow_grpo's own `sde_step_with_logprob` gives for x from -2 to 2, v from 1.5 to -.5 and x_next from -1.5 to 2.5 at
-# noise level .7, diffusers' schedule of shift 3 and 10 steps (github.com/yifan123/flow_grpo at ac4c86e; it is no package
-# that could be installed): (sigma, sigma_next) -> mean, std, log-probability.
+# What flow_grpo's own `sde_step_with_logprob` finds for x from -2 to 2, v from 1.5 to -.5 and x_next from -1.5 to
+# 2.5 at noise level .7, diffusers' schedule of shift 3 and 10 steps (github.com/yifan123/flow_grpo at ac4c86e; no
+# package that could be installed): (sigma, sigma_next) -> mean, std (its std_dev_t times sqrt(-dt)), log-probability.
 FLOW_GRPO = {
     (1.0, .9601293206214905): ((-1.569806, -1.126986, -.684166, -.241345, .201475, .644295, 1.087115, 1.529935),
                                .6999999460, (-.6537902355, -1.1996517181)),

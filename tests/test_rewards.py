@@ -350,7 +350,9 @@ def test_what_a_judge_can_do_wrong_is_masked_with_its_reason(error, batch, twins
     torch.AcceleratorError("no"),
     # as CUDA's libraries say that they cannot go on
     RuntimeError("no. CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    RuntimeError("no. CUDA driver error: out of memory"),
     RuntimeError("no. cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("no. cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling cusolverDnCreate(handle)"),
     RuntimeError("no. GET was unable to find an engine to execute this computation")])
 def test_faults_of_the_program_and_full_memory_are_not_masked(error, batch, twins):
     _, videos, prompts, paths, _ = batch

@@ -498,15 +498,18 @@ def test_shuffled_deals_out_each_groups_advantages_at_random():
     """A group keeps its advantages, and they say nothing of who earned them: over many steps each member gets
     each of them about as often."""
     c = Config(groups=2, members=4)
-    A = torch.tensor([-1.5, -.5, .5, 1.5, 10, 20, 30, 40])
-    dealt = torch.stack([train.dealt_at_random(c, A, step, dynamic=False) for step in range(400)])
+    A, masked = torch.tensor([-1.5, -.5, .5, 1.5, 10, 20, 30, 40]), torch.zeros(8, dtype=torch.bool)
+    dealt = torch.stack([train.dealt_at_random(c, A, masked, step, dynamic=False) for step in range(400)])
     assert torch.equal(dealt.view(400, 2, 4).sort(-1).values, A.view(2, 4).expand(400, 2, 4))
     shares = torch.stack([(dealt == a).float().mean(0) for a in A])  # of an advantage, to each place
     assert (shares[:4, :4] - .25).abs().max() < .08 and (shares[4:, 4:] - .25).abs().max() < .08
     orders = dealt.view(400, 2, 4).argsort(-1)
     assert (orders[:, 0] == orders[:, 1]).all(-1).float().mean() < .1  # each group's own: 1 in 24 is alike
-    assert torch.equal(train.dealt_at_random(c, A, 7, dynamic=False), dealt[7])  # so a resumed run repeats it
-    assert not torch.equal(train.dealt_at_random(c, A, 7, dynamic=True), dealt[7])
+    assert torch.equal(train.dealt_at_random(c, A, masked, 7, dynamic=False), dealt[7])  # so a resumed run repeats it
+    assert not torch.equal(train.dealt_at_random(c, A, masked, 7, dynamic=True), dealt[7])
+    A[2], masked[2] = 0, True
+    dealt = torch.stack([train.dealt_at_random(c, A, masked, step, dynamic=False) for step in range(20)])
+    assert (dealt[:, 2] == 0).all() and (dealt[:, [0, 1, 3]] != 0).all() and dealt[:, :4].std(0)[3] > 0
 
 
 def test_a_shuffled_run_scores_the_same_and_learns_another_thing(arguments, tmp_path):
