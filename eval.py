@@ -435,8 +435,7 @@ def sampled_videos(a, folder):
 
 
 def measured_row(name, prompt, load, rewards):
-    """A video's row; if it cannot be scored, a row that says why: a bad file must not lose the rest, nor one
-    that is too large (a MemoryError)."""
+    """A video's row; if it cannot be scored, a row that says why: a bad file must not lose the rest."""
     row = dict(video=name, prompt=prompt)
     try:
         if not prompt:
@@ -455,8 +454,8 @@ def measured_row(name, prompt, load, rewards):
             with rewards.on_device({"lpips"}):
                 clip.to(rewards.device)
                 row |= measure(clip, rewards)
-    except (*MASKED, OSError, MemoryError) as e:
-        if is_fault(e) and not isinstance(e, MemoryError):
+    except (*MASKED, OSError) as e:
+        if is_fault(e):
             raise
         row["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
     if "error" in row:
