@@ -667,8 +667,8 @@ def draw_learning(file, found):
                 if name in result.curve:
                     axes.plot(smoothed(main_steps(result.curve, name)), color=color, linewidth=1, alpha=.6)
                 rows = result.curve.get("evaluations", [])
-                axes.plot([row["step"] for row in rows], [row[name] for row in rows], "o", color=color,
-                          markersize=3.5)
+                values = np.array([row.get(name) for row in rows], dtype=float)  # NaN: not asked for
+                axes.plot([row["step"] for row in rows], values, "o", color=color, markersize=3.5)
             axes.set_title(TERMS[name].label if name in TERMS else "motion", fontsize=8)
         with written_whole(file) as part:
             figure.savefig(part, format="svg", facecolor="white", metadata=NO_METADATA)
@@ -676,7 +676,7 @@ def draw_learning(file, found):
 
 def main_steps(curve, name):
     """-> a term's values (steps,), NaN in dynamic phases: these have other prompts, and no R_3D."""
-    terms = np.array([curve[name] for name, term in TERMS.items() if term.three_d], dtype=float)
+    terms = np.array([curve[name] for name in curve if name in TERMS and TERMS[name].three_d], dtype=float)
     return np.where(np.isnan(terms).all(0), math.nan, np.array(curve[name], dtype=float))
 
 

@@ -17,7 +17,7 @@ from ablate import (CELLS, CHOICES, COLUMNS, KINDS, PAPER_METRICS, TITLES, VALUE
 from eval import interval
 from grpo import draw_window
 from prompts import read_prompts
-from rewards import TERMS
+from rewards import TERMS, Term
 from sample import generator
 from train import parse_arguments as training_arguments
 from train import rollout_passes
@@ -506,6 +506,13 @@ def test_the_picture_of_the_training_shows_every_term_of_every_seed(tables):
     assert len(re.findall(r'<use xlink:href="#\w+" x="[\d.]+" y="[\d.]+" style="fill: #3f87c9; ', picture)) == 10, "dots"
     for title in ("S_meta", "S_recon", "S_traj", "R_gen", "motion"):
         assert f">{title}<" in picture
+
+
+def test_a_term_that_older_results_do_not_have_is_an_empty_panel(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(TERMS, "brightness", Term("brightness", "S_bright", (), lambda *_: 0, three_d=True))
+    assert main(table_command(tmp_path, copied_pages(tmp_path))) == 0
+    picture = (tmp_path / "learning_curves.svg").read_text()
+    assert ">S_bright<" in picture and picture.count("fill: none; stroke: #3f87c9;") == 4
 
 
 def test_a_curve_is_of_main_steps_and_smoothed_over_the_known_ones():
